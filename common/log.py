@@ -1,0 +1,200 @@
+"""What a run leaves behind: TensorBoard events, metrics.jsonl, a progress line, and the paper's figures as
+PNG."""
+
+import json
+import math
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageDraw
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+
+from common import UserError
+
+
+class Logger:
+    """Adds up a step's scalars on the device and reads them once an interval, so that the loop never waits.
+
+    `folder` None: a rank that does not log.  `step`: the step a resumed run goes on from; later lines are
+    dropped.
+    """
+
+    def __init__(self, folder, steps, images_per_step, step=0):
+        self.steps, self.images_per_step, self.folder = steps, images_per_step, folder
+        self.sums, self.counts, self.last = {}, {}, step
+        self.start = self.since = self.shown = time.perf_counter()
+        self.first, self.rate, self.line = step, 0.0, ""
+        self.tty = sys.stderr.isatty()
+        if folder is None:
+            return
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in history(folder) if line["step"] <= step] if step else []
+        self.before = kept[-1]["seconds"] if kept else 0.0  # seconds of the runs that this one goes on from
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
+
+    def add(self, scalars):
+        """Add one step's dict of 0-dim tensors to the interval's sums, name by name."""
+        values = [v.detach().float() for v in scalars.values()]
+        for name, v in zip(scalars, values):
+            if name not in self.sums:
+                self.sums[name], self.counts[name] = torch.zeros_like(v), 0
+            self.counts[name] += 1
+        torch._foreach_add_([self.sums[name] for name in scalars], values)
+
+    def write(self, step):
+        """Write the interval's means, start the next one; return them as a dict of floats.  Synchronises the
+        device."""
+        sums = torch.stack(list(self.sums.values())).tolist() if self.sums else []
+        means = {name: total / self.counts[name] for name, total in zip(self.sums, sums)}
+        now = time.perf_counter()
+        self.rate = (step - self.last) * self.images_per_step / (now - self.since)
+        self.sums, self.counts, self.last, self.since = {}, {}, step, now
+        if self.folder:
+            seconds = round(self.before + now - self.start, 3)
+            line = {"step": step, "seconds": seconds, "images/s": round(self.rate, 1), **means}
+            with self.path.open("a") as f:
+                f.write(json.dumps(line) + "\n")
+            for name, value in means.items():
+                self.board.add_scalar(name, value, step)
+            self.board.add_scalar("images/s", self.rate, step)
+            self.line = "  ".join(f"{name} {value:.3g}" for name, value in means.items())
+            if not self.tty:
+                print(self.status(step), flush=True)
+        return means
+
+    def status(self, step):
+        left = (self.steps - step) * self.images_per_step / self.rate if self.rate else math.nan
+        eta = "--:--" if math.isnan(left) else f"{int(left) // 60}:{int(left) % 60:02d}"
+        percent = 100 * step / self.steps
+        return f"step {step}/{self.steps} {percent:3.0f}%  {self.rate:.0f} images/s  ETA {eta}  {self.line}"
+
+    def progress(self, step):
+        """On a terminal, one live line, twice a second at most."""
+        if self.tty and self.folder and time.perf_counter() - self.shown > 0.5:
+            self.shown = time.perf_counter()
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns
+            sys.stderr.write("\r\033[K" + self.status(step)[:columns - 1])
+            sys.stderr.flush()
+
+    def close(self):
+        if self.tty and self.folder:
+            sys.stderr.write("\n")
+        if self.folder:
+            self.board.close()
+
+
+def history(folder):
+    """The lines of a run's metrics.jsonl as dicts; a last line cut off by a kill is left out."""
+    lines = []
+    path = folder / "metrics.jsonl"
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+
+def to_uint8(x, scale=(0.0, 1.0)):
+    """Pictures (..., H, W) with values in `scale` as uint8 on the CPU; values outside are clipped."""
+    x = (x.detach().float() - scale[0]) / (scale[1] - scale[0])
+    return x.clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
+
+
+def grid(x, columns, scale=(0.0, 1.0)):
+    """Pictures (n, 1 or 3, H, W) in rows of `columns` with thin grey lines between: uint8 (3, H', W')."""
+    x = F.pad(to_uint8(x, scale), (0, 2, 0, 2), value=128)  # torchvision's make_grid costs seconds of imports
+    x = torch.cat([x, x.new_full((-len(x) % columns, *x.shape[1:]), 128)])
+    x = F.pad(rearrange(x, "(r c) k h w -> k (r h) (c w)", c=columns), (2, 0, 2, 0), value=128)
+    return x.expand(3, -1, -1).contiguous()
+
+
+def save_png(path, image):
+    """Write one uint8 picture (1 or 3, H, W) as PNG, whole or not at all."""
+    array = image.permute(1, 2, 0).numpy()
+    temporary = path.with_name(path.name + ".tmp")
+    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (140, 86, 75),
+           (227, 119, 194), (127, 127, 127), (188, 189, 34), (23, 190, 207))
+
+
+class Axes:
+    """A small chart for the papers' line and scatter figures: data ranges, ticks, labels, drawn at twice the
+    size."""
+
+    def __init__(self, xlim, ylim, xlabel, ylabel, size=(640, 420)):
+        if not all(map(math.isfinite, (*xlim, *ylim))) or xlim[0] >= xlim[1] or ylim[0] >= ylim[1]:
+            raise UserError(f"a chart needs finite, rising limits, got x {xlim} and y {ylim}")
+        self.xlim, self.ylim, self.size = xlim, ylim, size
+        self.image = Image.new("RGB", (2 * size[0], 2 * size[1]), "white")
+        self.draw = ImageDraw.Draw(self.image)
+        self.box = (130, 40, 2 * size[0] - 40, 2 * size[1] - 110)  # left, top, right, bottom in drawn pixels
+        self.labels = 0
+        left, _, right, bottom = self.box
+        self.draw.rectangle(self.box, outline="black", width=2)
+        for t in ticks(*xlim):
+            x = self.at(t, ylim[0])[0]
+            self.draw.line((x, bottom, x, bottom + 8), fill="black", width=2)
+            self.draw.text((x, bottom + 14), f"{t:g}", fill="black", anchor="ma", font_size=24)
+        for t in ticks(*ylim):
+            y = self.at(xlim[0], t)[1]
+            self.draw.line((left - 8, y, left, y), fill="black", width=2)
+            self.draw.text((left - 14, y), f"{t:g}", fill="black", anchor="rm", font_size=24)
+        self.draw.text(((left + right) / 2, bottom + 58), xlabel, fill="black", anchor="ma", font_size=28)
+        self.draw.text((10, 4), ylabel, fill="black", font_size=28)
+
+    def at(self, x, y):
+        """Data coordinates -> drawn pixels."""
+        left, top, right, bottom = self.box
+        return (left + (x - self.xlim[0]) / (self.xlim[1] - self.xlim[0]) * (right - left),
+                bottom - (y - self.ylim[0]) / (self.ylim[1] - self.ylim[0]) * (bottom - top))
+
+    def line(self, x, y, label=None, colour=None):
+        """A curve through the points (x_i, y_i), cut to the limits."""
+        low, high = self.ylim
+        points = [self.at(px, min(max(py, low), high)) for px, py in zip(x, y)
+                  if self.xlim[0] <= px <= self.xlim[1]]
+        colour = colour or COLOURS[self.labels % len(COLOURS)]
+        self.draw.line(points, fill=colour, width=4, joint="curve")
+        self.legend(label, colour)
+
+    def points(self, x, y, label=None, colour=None, radius=3):
+        """A dot at each (x_i, y_i) within the limits."""
+        colour = colour or COLOURS[self.labels % len(COLOURS)]
+        for p in zip(x, y):
+            if self.xlim[0] <= p[0] <= self.xlim[1] and self.ylim[0] <= p[1] <= self.ylim[1]:
+                px, py = self.at(*p)
+                self.draw.ellipse((px - radius, py - radius, px + radius, py + radius), fill=colour)
+        self.legend(label, colour)
+
+    def legend(self, label, colour):
+        if label is not None:
+            _, top, right, _ = self.box
+            y = top + 24 + 34 * self.labels
+            self.draw.line((right - 40, y, right - 14, y), fill=colour, width=8)
+            self.draw.text((right - 50, y), str(label), fill="black", anchor="rm", font_size=24)
+        self.labels += 1
+
+    def picture(self):
+        """The chart at its final size: uint8 (3, H, W)."""
+        image = self.image.resize(self.size, Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def ticks(low, high):
+    """Round numbers, about five, from `low` to `high`."""
+    step = 10 ** math.floor(math.log10((high - low) / 4))
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 6)
+    first = math.ceil(low / step - 1e-9)
+    return [round(step * k, 10) for k in range(first, math.floor(high / step + 1e-9) + 1)]

@@ -1,0 +1,374 @@
+"""What every run shares: flags, device, seeds, ranks, its folder, checkpoints, and a clean way to stop."""
+
+import argparse
+import atexit
+import contextlib
+import json
+import math
+import os
+import pickle
+import platform
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import distributed as dist
+
+from common import UserError, log
+from common.fuse import describe, has_bf16
+
+# Flags that a resumed run may change; the others are part of what it is.
+FREE = {"resume", "sample", "check", "steps", "device", "amp", "compile", "graph", "log_every", "save_every",
+        "data_dir", "out", "name"}
+
+
+def number(kind, low, high=math.inf, open_low=False):
+    """An argparse type: `kind` (int or float) from `low` to `high`, finite; `open_low` leaves `low` itself
+    out."""
+    def parse(text):
+        value = kind(text)
+        if not (low <= value <= high) or (open_low and value == low) or math.isinf(value):
+            span = f"{'above' if open_low else 'at least'} {low}" + f" and at most {high}" * (high < math.inf)
+            raise argparse.ArgumentTypeError(f"{text} found, {span} expected")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def parser(file, doc, **defaults):
+    """The parser with the flags that all scripts share; `defaults` for dataset, steps, batch_size and so on.
+
+    From here on a UserError that nobody catches ends the process with one line on stderr and exit code 1.
+    """
+    script = Path(file).stem
+    sys.excepthook = _one_line(script)
+    p = argparse.ArgumentParser(prog=f"python {script}.py", description=doc, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument_group("run").add_argument
+    flag = argparse.BooleanOptionalAction
+    add("--dataset", help="a name, a folder of images or an .npz file [%(default)s]")
+    add("--data-dir", default="data", help="where data sets are kept and downloaded to [%(default)s]")
+    add("--out", default="runs", help="where the run's folder is made [%(default)s]")
+    add("--name", default="", help="ending of the run's folder, to tell runs apart")
+    add("--steps", type=number(int, 1), help="iterations [%(default)s]")
+    add("--batch-size", type=number(int, 2), help="images a step, on each rank [%(default)s]")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random [%(default)s]")
+    add("--device", default="auto", help="cpu, cuda, cuda:1 ... [%(default)s: a GPU if there is one]")
+    add("--amp", action=flag, help="bfloat16 matrix products [where the hardware has them]")
+    add("--compile", action=flag, help="torch.compile the networks [on a GPU]")
+    add("--graph", action=flag, help="the step as one CUDA graph [on a GPU]")
+    add("--log-every", type=number(int, 1), default=100, help="steps between log lines [%(default)s]")
+    add("--save-every", type=number(int, 1), default=1000, help="steps between checkpoints [%(default)s]")
+    add("--resume", metavar="RUN", help="go on from the checkpoint in this run's folder, with its flags")
+    add("--sample", type=number(int, 1), metavar="N", help="with --resume: write N single PNGs and stop")
+    add("--check", action="store_true", help="exit with 1 if the header's metric is missed")
+    p.set_defaults(script=script, **defaults)
+    return p
+
+
+def parse(p, argv=None):
+    """Parse `argv`.  With --resume RUN that run's flags are the defaults; another value for one of them is an
+    error."""
+    args = p.parse_args(argv)
+    if args.sample and not args.resume:
+        p.error("--sample needs --resume RUN: the run whose networks draw")
+    if not args.resume:
+        return args
+    path = Path(args.resume) / "args.json"
+    try:
+        saved = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} not found: --resume takes the folder of an earlier run") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read ({e}): the flags of the run are lost") from None
+    if not isinstance(saved, dict) or saved.get("script") != args.script:
+        found = saved.get("script") if isinstance(saved, dict) else None
+        raise UserError(f"{args.resume} is a run of {found}.py, a run of {args.script}.py expected")
+    p.set_defaults(**{k: v for k, v in saved.items() if k not in ("resume", "sample", "check")})
+    args = p.parse_args(argv)
+    changed = [k for k, v in vars(args).items() if k not in FREE and k in saved and saved[k] != v]
+    if changed:
+        k = changed[0]
+        flag = "--" + k.replace("_", "-")
+        raise UserError(f"{args.resume} was run with {flag} {saved[k]}, {vars(args)[k]} given: "
+                        "leave the flag out, or start a new run")
+    return args
+
+
+class Run:
+    """One run: seeds, device and ranks on creation, then its folder, steps, checkpoints and results.
+
+    Settles `args.device`, `args.amp`, `args.compile` and `args.graph` in place.
+    `lead`: whether this process logs, draws and saves (rank 0).
+    """
+
+    def __init__(self, args):
+        self.asked = dict(vars(args))
+        self.args, self.parts, self.step, self.logger, self.stopped = args, {}, 0, None, False
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.lead = self.rank == 0
+        args.device = str(_device(args.device))
+        cuda = args.device.startswith("cuda")
+        if cuda:
+            torch.cuda.set_device(args.device)
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if cuda else "gloo")
+            atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+        args.amp = has_bf16(torch.device(args.device)) if args.amp is None else args.amp
+        args.compile = cuda if args.compile is None else args.compile
+        args.graph = cuda if args.graph is None else args.graph and cuda
+        torch.manual_seed(args.seed)
+        if args.resume:
+            self.folder = Path(args.resume)
+        else:
+            label = Path(args.dataset).stem + (f"-{args.name}" if args.name else "")
+            self.folder = Path(args.out) / f"{args.script}-{label}"
+            if self.lead:
+                self._claim()
+
+    def _claim(self):
+        """Make the run's folder and write args.json; a folder that holds a run is left alone."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / "args.json").open("x") as f:
+                json.dump(self.asked, f, indent=1)
+        except FileExistsError:
+            raise UserError(f"{self.folder} already holds a run: go on with --resume {self.folder}, "
+                            "or give this one another --name") from None
+        except OSError as e:
+            raise UserError(f"cannot write to {self.folder} ({e.strerror}): give another --out") from None
+
+    def keep(self, **parts):
+        """What a checkpoint holds (anything with state_dict); restores them all when resuming.  Before the
+        first step."""
+        self.parts = parts
+        if self.args.resume:
+            self._load()
+        elif self.world > 1:
+            # The networks are alike by now; latents must not be.
+            torch.manual_seed(self.args.seed + 7919 * self.rank)
+
+    def loop(self):
+        """The steps from where the run stands to --steps, with logging, checkpoints and a clean stop between
+        them."""
+        args = self.args
+        if self.step >= args.steps:
+            return
+        if self.lead:
+            print(describe(args), flush=True)
+        folder = self.folder if self.lead else None
+        self.logger = log.Logger(folder, args.steps, args.batch_size * self.world, self.step)
+        old = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for step in range(self.step + 1, args.steps + 1):
+                yield step
+                self.step = step
+                self.logger.progress(step)
+                stop = self._all_stop(step)
+                save = step % args.save_every == 0 or step == args.steps or stop
+                if save or step % args.log_every == 0:
+                    self._finite(self.logger.write(step))
+                if save:
+                    self.save()
+                if stop:
+                    if self.lead:
+                        print(f"\nstopped after step {step} and saved: go on with --resume {self.folder}",
+                              file=sys.stderr)
+                    sys.exit(130)
+        finally:
+            self.logger.close()
+            for s, handler in old.items():
+                signal.signal(s, handler)
+
+    def log(self, scalars):
+        """Add one step's 0-dim tensors to the interval's means; nothing is read from the device here."""
+        self.logger.add(scalars)
+
+    def every(self, n):
+        """Whether the step at hand is a multiple of `n` or the last one."""
+        return (self.step + 1) % n == 0 or self.step + 1 == self.args.steps
+
+    @contextlib.contextmanager
+    def aside(self):
+        """Within the block random numbers come from the seed alone, and training's own are left as they
+        were."""
+        with torch.random.fork_rng([self.args.device] if self.args.device.startswith("cuda") else []):
+            torch.manual_seed(self.args.seed)
+            yield
+
+    def _stop(self, number, frame):
+        if self.stopped:  # the second time, at once
+            raise KeyboardInterrupt
+        self.stopped = True
+
+    def _all_stop(self, step):
+        """Ranks stop after the same step: they agree on it every ten steps."""
+        if self.world == 1:
+            return self.stopped
+        if step % 10:
+            return False
+        flag = torch.tensor(float(self.stopped), device=self.args.device)
+        dist.all_reduce(flag)
+        return flag.item() > 0
+
+    def _finite(self, means):
+        bad = [f"{name} is {value}" for name, value in means.items() if not math.isfinite(value)]
+        if bad:
+            raise UserError(self._diverged(", ".join(bad)))
+
+    def _diverged(self, what):
+        return (f"step {self.step}: {what}, a finite value expected.  The last checkpoint in {self.folder} "
+                "is kept: try a lower learning rate, --no-amp or another seed")
+
+    def save(self):
+        """Write checkpoint.pt to a temporary file, sync it, rename it: whenever it is cut off, the old one is
+        whole."""
+        if not self.lead:
+            return
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        for name, part in self.parts.items():
+            if isinstance(part, torch.nn.Module) and not all(t.isfinite().all() for t in part.parameters()):
+                raise UserError(self._diverged(f"a parameter of {name} is infinite or NaN"))
+        state = {"script": self.args.script, "step": self.step, "world": self.world, "parts": parts,
+                 "random": torch.get_rng_state()}
+        if self.args.device.startswith("cuda"):
+            state["random_cuda"] = torch.cuda.get_rng_state()
+        path = self.folder / "checkpoint.pt"
+        temporary = path.with_suffix(".tmp")
+        try:
+            with temporary.open("wb") as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())
+            temporary.replace(path)
+        except (OSError, RuntimeError) as e:
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"step {self.step}: cannot write {path} ({e}); an earlier one is kept") from None
+
+    def _load(self):
+        path = self.folder / "checkpoint.pt"
+        try:
+            state = torch.load(path, map_location=self.args.device, weights_only=True)
+            missing = sorted(set(self.parts) ^ set(state["parts"]))
+            if missing:
+                raise UserError(f"{path} and the script differ in {missing[0]}: another version wrote it")
+            for name, part in self.parts.items():
+                part.load_state_dict(state["parts"][name])
+            self.step = state["step"]
+            if self.world == 1 == state["world"]:
+                torch.set_rng_state(state["random"].cpu())
+                if self.args.device.startswith("cuda") and "random_cuda" in state:
+                    torch.cuda.set_rng_state(state["random_cuda"].cpu())
+            else:
+                torch.manual_seed(self.args.seed + 7919 * self.rank + 104729 * self.step)
+        except FileNotFoundError:
+            raise UserError(f"{path} not found: the run was stopped before its first checkpoint") from None
+        except UserError:
+            raise
+        except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, RuntimeError, LookupError,
+                TypeError, ValueError) as e:
+            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+            raise UserError(f"{path} is damaged or not a checkpoint of this run: {reason}") from None
+
+    def show(self, name, image):
+        """Save the uint8 picture (3, H, W) as NAME.png in the run's folder, and for TensorBoard."""
+        if self.lead:
+            log.save_png(self.folder / f"{name}.png", image)
+            board = self.logger.board if self.logger else log.SummaryWriter(self.folder)
+            board.add_image(name, image, self.step)
+            board.flush()
+
+    def sample(self, draw, scale=(0.0, 1.0)):
+        """--sample N: write N pictures of `draw(n)` (n, C, H, W), values in `scale`, as samples/00000.png and
+        so on."""
+        folder = self.folder / "samples"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for start in range(0, self.args.sample, 500):
+            for i, x in enumerate(log.to_uint8(draw(min(500, self.args.sample - start)), scale), start):
+                log.save_png(folder / f"{i:05d}.png", x)
+        print(f"{self.args.sample} pictures in {folder}")
+
+    def results(self, results, passed=True):
+        """Write results.json and print a line a number; with --check exit with 1 unless `passed`.
+
+        `results`: experiment id -> dict with "value", and where there is one "paper" (the paper's value).
+        """
+        if not self.lead:
+            return
+        lines = log.history(self.folder)
+        report = {"command": " ".join(["python", f"{self.args.script}.py", *_flags(self.asked)]),
+                  "seed": self.args.seed, "step": self.step, "seconds": lines[-1]["seconds"] if lines else 0,
+                  "machine": machine(self.args.device), "mode": describe(self.args),
+                  "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                               "torchvision": version("torchvision"), "numpy": np.__version__},
+                  "date": time.strftime("%Y-%m-%d"), "results": results}
+        temporary = self.folder / "results.json.tmp"
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
+        temporary.replace(self.folder / "results.json")
+        for name, r in results.items():
+            paper = f"   (paper {_short(r['paper'])})" if "paper" in r else ""
+            print(f"{name:24} {_short(r['value'])} {r.get('unit', '')}{paper}")
+        print(f"figures and results.json in {self.folder}", flush=True)
+        if self.args.check and not passed:
+            print(f"{self.args.script}.py: --check: the header's metric is missed", file=sys.stderr)
+            sys.exit(1)
+
+
+def machine(device):
+    """What ran it: the GPU's name, or the processor's and the number of threads."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads"
+
+
+def _device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", str(device.index or 0))))
+            torch.cuda.get_device_name(device)
+        elif device.type != "cpu":
+            raise RuntimeError
+    except (RuntimeError, AssertionError):
+        count = torch.cuda.device_count()
+        raise UserError(f"--device {name} found, cpu or one of {count} CUDA devices expected") from None
+    return device
+
+
+def _flags(asked):
+    """The flags of a run as they would be typed, those that are None, empty or False left out."""
+    words = []
+    for k, v in asked.items():
+        flag = "--" + k.replace("_", "-")
+        if k == "script" or v is None or v is False or v == "":
+            continue
+        words += [flag] if v is True else [flag, str(v)]
+    return words
+
+
+def _short(value):
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
+
+
+def _one_line(script):
+    def hook(kind, error, trace):
+        if issubclass(kind, UserError):
+            print(f"{script}.py: {error}", file=sys.stderr)
+        elif issubclass(kind, KeyboardInterrupt):
+            print(f"{script}.py: interrupted", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+    return hook

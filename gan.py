@@ -1,0 +1,425 @@
+"""Generative Adversarial Networks
+Ian Goodfellow, Jean Pouget-Abadie, Mehdi Mirza, Bing Xu, David Warde-Farley, Sherjil Ozair, Aaron Courville,
+Yoshua Bengio, 2014.  arXiv:1406.2661
+
+A generator G turns noise z into pictures; a discriminator D tells them from data; G learns from D's mistakes.
+
+    Eq. 1    min_G max_D  V(D, G) = E_x[log D(x)] + E_z[log(1 - D(G(z)))]                -> V()
+    Alg. 1   k steps of D up V on fresh minibatches, then one of G                       -> train_step()
+    Sec. 3   G ascends log D(G(z)) in place of descending log(1 - D(G(z)))               -> objective_G()
+    Eq. 2    D*(x) = p_data(x) / (p_data(x) + p_g(x))                                    -> D_star()
+    Eq. 4-6  C(G) = E_data[log D*] + E_g[log(1 - D*)] = -log 4 + 2 JSD(p_data, p_g)      -> C()
+    Thm. 1   C(G) = -log 4 at p_g = p_data, and nowhere lower                            -> toy()
+    Table 1  log-likelihood of the test images under a Parzen window of samples          -> evaluate()
+    Fig. 1   D, p_data and p_g as training goes on, in one dimension                     -> toy()
+    Fig. 2   samples, and beside them the nearest training image                         -> fig2()
+    Fig. 3   linear interpolation in z                                                   -> fig3()
+
+Run
+    python gan.py                      (MNIST: Table 1, Figs. 2a and 3)
+    python gan.py --dataset toy        (Fig. 1, Thm. 1)
+    python gan.py --dataset faces      (48 x 48 grey faces in place of TFD: Fig. 2b)
+    python gan.py --dataset cifar10    (Fig. 2c; with --net cifar-conv Fig. 2d)
+
+Expect
+    (filled from recorded runs)
+
+Deviations
+    [dev 1] G steps together with the last of D's k steps, from the same draws and dropped-out D, both at the
+            old parameters, as in the authors' code.  --alternate: Algorithm 1 as printed.
+    [dev 2] Of the training steps' generators, the one with the best validation likelihood is kept: the paper
+            does not say where it stopped.
+    [dev 3] The TFD networks train on other faces, the Toronto data being closed, and without the second
+            stage, which puts two more layers under the trained G.
+"""
+
+import copy
+import math
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import nn
+from torch.nn import functional as F
+
+from common import data, log, metrics, run
+from common.fuse import SGD, autocast, descend, frozen, fuse, place, sampling
+
+# --------------------------------------------------------------------------------------------------- networks
+
+
+class Maxout(nn.Module):
+    """The largest of `pieces` linear maps for each of `n` units: (b, i) -> (b, n)."""
+
+    def __init__(self, i, n, pieces):
+        super().__init__()
+        self.n, self.linear = n, nn.Linear(i, n * pieces)
+
+    def forward(self, x):
+        return rearrange(self.linear(x), "b (n p) -> b n p", n=self.n).amax(2)
+
+
+class MaxoutConv(nn.Module):
+    """The larger of two convolutions for each of `o` channels, then max-pooling: (b, i, H, W) -> (b, o, H',
+    W')."""
+
+    def __init__(self, i, o, kernel, padding, pool, stride):
+        super().__init__()
+        self.o, self.conv = o, nn.Conv2d(i, 2 * o, kernel, padding=padding)
+        self.pool = nn.MaxPool2d(pool, stride, ceil_mode=True)
+
+    def forward(self, x):
+        return self.pool(rearrange(self.conv(x), "b (o p) h w -> b o p h w", o=self.o).amax(2))
+
+
+class UntiedBias(nn.Module):
+    """A bias of its own for every pixel of every channel."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x):
+        return x + self.bias
+
+
+def networks(name, mean):
+    """(G, D) of the authors' code for the data set `name`; `mean` (C, H, W): the training images' mean in [0,
+    1].
+
+    G: z (n, 100) -> x (n, C, H, W).  D: x -> a (n,), the logit of D(x); dropout on the inputs of its layers.
+    """
+    if name == "mnist":
+        G = nn.Sequential(
+            nn.Linear(100, 1200), nn.ReLU(),
+            nn.Linear(1200, 1200), nn.ReLU(),
+            nn.Linear(1200, 784), nn.Sigmoid(), nn.Unflatten(1, (1, 28, 28)))
+        D = maxout_D(784, 240)
+        uniform(G, 0.05)
+        G[4].bias.data.copy_(mean.flatten().clamp(1e-7, 1 - 1e-7).logit())
+    elif name == "tfd":                                     # [dev 3]
+        G = nn.Sequential(
+            nn.Linear(100, 8000), nn.ReLU(),
+            nn.Linear(8000, 8000), nn.Sigmoid(),
+            nn.Linear(8000, 2304), nn.Sigmoid(), nn.Unflatten(1, (1, 48, 48)))
+        D = maxout_D(2304, 1200)
+        uniform(G, 0.05)
+        nn.init.constant_(G[2].bias, -2.0)
+        sparse(G[4].weight, 100)
+        G[4].bias.data.copy_(mean.flatten().clamp(1e-7, 1 - 1e-7).logit())
+    elif name == "cifar-fc":
+        G = nn.Sequential(
+            nn.Linear(100, 8000), nn.ReLU(),
+            nn.Linear(8000, 8000), nn.Sigmoid(),
+            nn.Linear(8000, 3072), nn.Unflatten(1, (3, 32, 32)))
+        D = maxout_D(3072, 1600)
+        uniform(G, 0.05)
+    else:
+        G = nn.Sequential(
+            nn.Linear(100, 8000), nn.ReLU(),
+            nn.Linear(8000, 8000), nn.Sigmoid(), nn.Unflatten(1, (80, 10, 10)),     # 80 x 10 x 10
+            nn.ConvTranspose2d(80, 3, 5, stride=3, bias=False), UntiedBias(3, 32, 32))   # 3 x 32 x 32
+        D = nn.Sequential(
+            nn.Dropout(0.2), MaxoutConv(3, 32, 8, 4, 4, 2),                         # 32 x 16 x 16
+            nn.Dropout(0.5), MaxoutConv(32, 32, 8, 3, 4, 2),                        # 32 x 7 x 7
+            nn.Dropout(0.5), MaxoutConv(32, 192, 5, 3, 2, 2),                       # 192 x 5 x 5
+            nn.Flatten(), nn.Dropout(0.5), Maxout(192 * 5 * 5, 500, 5),
+            nn.Dropout(0.5), nn.Linear(500, 1), nn.Flatten(0))
+        uniform(G, 0.05)
+    uniform(D, 0.005)
+    return G, D
+
+
+def maxout_D(dim, n):
+    return nn.Sequential(
+        nn.Flatten(), nn.Dropout(0.2), Maxout(dim, n, 5),       # keeps .8 of the pixels, scaled by 1.25
+        nn.Dropout(0.5), Maxout(n, n, 5),                       # keeps .5 of the units, scaled by 2
+        nn.Dropout(0.5), nn.Linear(n, 1), nn.Flatten(0))
+
+
+def uniform(net, width):
+    """Weights Unif(-width, width), biases 0."""
+    for name, p in net.named_parameters():
+        nn.init.zeros_(p) if name.endswith("bias") else nn.init.uniform_(p, -width, width)
+
+
+def sparse(weight, k):
+    """Each unit (row) gets `k` inputs with weights N(0, 1), the rest 0."""
+    nn.init.zeros_(weight)
+    columns = torch.rand(weight.shape).topk(k, 1).indices
+    weight.data.scatter_(1, columns, torch.randn(columns.shape))
+
+
+# ---------------------------------------------------------------------------------------- data sets' settings
+
+# name: picture size, channels, lr, prior of z, images kept for validation, bound on a unit's weights, batch
+NETS = {
+    "mnist": {"size": 28, "channels": 1, "lr": 0.1, "batch": 100, "valid": 10000, "norm": None},
+    "tfd": {"size": 48, "channels": 1, "lr": 0.05, "batch": 100, "valid": 2000, "norm": 1.9365},
+    "cifar-fc": {"size": 32, "channels": 3, "lr": 0.025, "batch": 100, "valid": 10000, "norm": None},
+    "cifar-conv": {"size": 32, "channels": 3, "lr": 0.004, "batch": 128, "valid": 10000, "norm": None},
+}
+PAPER = {"mnist": 225, "tfd": 2057}    # Table 1, nats
+
+
+def sample_z(n, name, device="cpu"):
+    """z (n, 100): Unif(-sqrt 3, sqrt 3) for MNIST, of unit variance, else N(0, 1)."""
+    if name == "mnist":
+        return (torch.rand(n, 100, device=device) * 2 - 1) * math.sqrt(3)
+    return torch.randn(n, 100, device=device)
+
+
+def contrast(x, norm=55.0):
+    """Each picture less its mean, scaled to Euclidean norm 55 (CIFAR-10, authors' code): (n, C, H, W)."""
+    x = x - x.mean((1, 2, 3), keepdim=True)
+    return norm * x / x.flatten(1).norm(dim=1).clamp_min(1e-8).view(-1, 1, 1, 1)
+
+
+# -------------------------------------------------------------------------------------------------- objective
+
+def V(a_real, a_fake):
+    """Eq. 1: E_x[log D(x)] + E_z[log(1 - D(G(z)))], D = sigmoid(a), a (n,).  -log 4 where D = 1/2
+    everywhere."""
+    return F.logsigmoid(a_real.float()).mean() + F.logsigmoid(-a_fake.float()).mean()
+
+
+def objective_G(a_fake, loss):
+    """What G ascends.  "non-saturating" (Sec. 3): E_z[log D(G(z))]; "minimax" (Eq. 1): -E_z[log(1 -
+    D(G(z)))]."""
+    a = a_fake.float()
+    return F.logsigmoid(a).mean() if loss == "non-saturating" else -F.logsigmoid(-a).mean()
+
+
+def D_star(p_data, p_g):
+    """Eq. 2: the best discriminator for a fixed generator, p_data / (p_data + p_g).  1/2 where they agree."""
+    return p_data / (p_data + p_g)
+
+
+def C(p_data, p_g, dx):
+    """Eq. 4 by the rectangle rule on a grid of spacing dx: E_data[log D*] + E_g[log(1 - D*)], a float in
+    nats. -log 4 at p_g = p_data, 0 where the two never meet."""
+    both = p_data + p_g
+    return sum((torch.xlogy(p, p) - torch.xlogy(p, both)).sum().item() * dx for p in (p_data, p_g))
+
+
+# ------------------------------------------------------------------------------------------------------ flags
+
+def parse_args(argv=None):
+    p = run.parser(__file__, __doc__, dataset="mnist", save_every=5000, log_every=500)
+    add = p.add_argument_group("GAN").add_argument
+    add("--net", choices=NETS, help="networks and settings of the authors' code [those of the data set]")
+    add("--k", type=run.number(int, 1), default=1, help="steps of D for one of G, Alg. 1 [%(default)s]")
+    add("--alternate", action="store_true", help="G steps after D on fresh z, Alg. 1 as printed [with D]")
+    add("--loss", choices=("non-saturating", "minimax"), default="non-saturating",
+        help="what G ascends: log D(G(z)) of Sec. 3, or -log(1 - D(G(z))) of Eq. 1 [%(default)s]")
+    add("--lr", type=run.number(float, 0, open_low=True),
+        help="first learning rate, divided by 1.000004 each step [MNIST .1]")
+    return run.parse(p, argv)
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+def anneal(opt, steps_per_epoch):
+    """After an update: the rate is divided by 1.000004 down to 1e-6; the momentum goes from .5 in epoch 1 to
+    .7 in epoch 250 in a straight line.  In place, so that a captured step anneals too."""
+    for group in opt.param_groups:
+        group["lr"].div_(1.000004).clamp_(min=1e-6)
+        group["momentum"].add_(0.2 / (249 * steps_per_epoch)).clamp_(max=0.7)
+
+
+@torch.no_grad()
+def bound(net, norm):
+    """Scale each unit's incoming weights down to Euclidean norm `norm` (TFD, authors' code)."""
+    for p in net.parameters():
+        if p.ndim > 1:
+            p.flatten(1).mul_((norm / p.flatten(1).norm(dim=1, keepdim=True).clamp_min(1e-8)).clamp(max=1))
+
+
+def build(args, name, mean, steps_per_epoch):
+    """G, D, their optimizers and the fused iteration of Algorithm 1."""
+    G, D = place(args, *networks(name, mean))
+    lr, norm = args.lr or NETS[name]["lr"], NETS[name]["norm"]
+    opt_D, opt_G = SGD(D.parameters(), lr, 0.5), SGD(G.parameters(), lr, 0.5)
+    amp = autocast(args)
+
+    @fuse(args)
+    def train_step(x):                                      # x (k n, C, H, W)
+        n = len(x) // args.k
+        x = contrast(x) if name.startswith("cifar") else x
+        for i, x_real in enumerate(x.split(n), 1):          # Alg. 1: k steps of D
+            with amp:
+                x_fake = G(sample_z(n, name, x.device))
+                a_real, a_fake = D(x_real), D(x_fake)
+            v = V(a_real, a_fake)
+            loss_D = -0.5 * v                               # the half, and rates to suit: authors' code
+            if i == args.k and not args.alternate:          # with the last, G's on the same draws [dev 1]
+                descend(loss_D, opt_D, -objective_G(a_fake, args.loss), opt_G)
+            else:
+                descend(loss_D, opt_D)
+        if args.alternate:                                  # one step of G, on fresh z through the updated D
+            with amp, frozen(D):
+                a_fake = D(G(sample_z(n, name, x.device)))
+            descend(-objective_G(a_fake, args.loss), opt_G)
+        for opt in (opt_D, opt_G):
+            anneal(opt, steps_per_epoch)
+        if norm:
+            bound(D, norm), bound(G, norm)
+        return {"V": v, "D(x)": a_real.float().sigmoid().mean(), "D(G(z))": a_fake.float().sigmoid().mean()}
+
+    return G, D, opt_D, opt_G, train_step
+
+
+def draw(G, name, n, device):
+    """n fresh pictures (n, C, H, W)."""
+    with sampling(G):
+        return torch.cat([G(z).float() for z in sample_z(n, name, device).split(1000)])
+
+
+def fig2(x, train, columns=10):
+    """Fig. 2: rows of samples x (n, C, H, W), the last column the nearest of `train` (Euclidean) to the
+    sample beside it."""
+    x = x.unflatten(0, (-1, columns - 1))
+    nearest = torch.cdist(x[:, -1].flatten(1), train.flatten(1)).argmin(1)
+    return torch.cat([x, train[nearest][:, None]], 1).flatten(0, 1)
+
+
+def fig3(G, name, rows, columns, device):
+    """Fig. 3: each row decodes the straight line between two draws of z."""
+    z0, z1 = sample_z(rows, name, device)[:, None], sample_z(rows, name, device)[:, None]
+    t = torch.linspace(0, 1, columns, device=device).view(1, -1, 1)
+    with sampling(G):
+        return G(((1 - t) * z0 + t * z1).flatten(0, 1)).float()
+
+
+def evaluate(args, best, name, train, valid, test, labels, unit):
+    """Table 1 for `best`: sigma by the validation images, mean and standard error over the test images, in
+    nats."""
+    x = draw(best, name, 10000, args.device)
+    window = metrics.parzen(x.flatten(1), unit(valid[:1000]).flatten(1), unit(test).flatten(1))
+    ll = {"value": window["ll"], "se": window["se"], "sigma": window["sigma"], "unit": "nats"}
+    results = {f"gan-{name}-ll": ll | ({"paper": PAPER[name]} if name in PAPER else {})}
+    if labels is not None and not name.startswith("cifar"):
+        cache = Path(args.data_dir) / "cache" / f"classifier-{Path(args.dataset).stem}-{train.shape[-1]}.pt"
+        clf = metrics.classifier(train, labels, args.device, cache=cache)
+        results["frechet"] = {"value": metrics.frechet_distance(clf, x[:len(test)], test)}
+    return results
+
+
+# ---------------------------------------------------------------------------- Fig. 1 and the theorems, in 1-D
+
+def density(x, mean, std):
+    """N(x; mean, std^2)."""
+    return torch.exp(-0.5 * ((x - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi))
+
+
+def toy(args, r):
+    """Fig. 1: G(z) = w z + b with z ~ N(0, 1), so that p_g = N(b, w^2) is known; data from N(0, 1).
+
+    First D alone learns D* of Eq. 2 (Prop. 1), then Algorithm 1 brings C(G) to -log 4 (Thm. 1).
+    """
+    device = args.device
+    G = place(args, nn.Linear(1, 1))
+    D = nn.Sequential(nn.Linear(1, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+    D = place(args, D)
+    G.weight.data.fill_(0.5), G.bias.data.fill_(2.0)
+    opt_D = torch.optim.Adam(D.parameters(), 5e-3, betas=(0.5, 0.999), fused=True)
+    opt_G = torch.optim.Adam(G.parameters(), 1e-3, betas=(0.5, 0.999), fused=True)
+    r.keep(G=G, D=D, opt_D=opt_D, opt_G=opt_G)
+    x = torch.linspace(-5, 5, 2001, device=device).double()
+    charts, error, n = [], math.nan, args.batch_size
+
+    def step_D():
+        x_real, x_fake = torch.randn(n, 1, device=device), G(torch.randn(n, 1, device=device)).detach()
+        v = V(D(x_real), D(x_fake))
+        descend(-v, opt_D)
+        return v
+
+    def p_g():
+        return density(x, G.bias.item(), abs(G.weight.item()))
+
+    def D_x():
+        with sampling(D):
+            return D(x.float()[:, None]).sigmoid().double()[:, 0]
+
+    alone = args.steps // 5
+    for step in r.loop():
+        r.log({"V": step_D()})
+        if step > alone:
+            with frozen(D):
+                a_fake = D(G(torch.randn(n, 1, device=device)))
+            descend(-objective_G(a_fake, args.loss), opt_G)
+        if step == alone:                                   # Prop. 1: E|D - D*| over data and samples
+            p, q = density(x, 0, 1), p_g()
+            error = (0.5 * (p + q) * (D_x() - D_star(p, q)).abs()).sum().item() * 10 / 2000
+        r.log({"C(G)": torch.tensor(C(density(x, 0, 1), p_g(), 10 / 2000))})
+        if step in (1, alone, alone + args.steps // 10, args.steps):
+            chart = log.Axes((-4, 5), (0, 1.05), "x", "ABCD"[len(charts)].lower() + ")  D, p_data, p_g")
+            for y, label in ((D_x(), "D"), (density(x, 0, 1), "p_data"), (p_g(), "p_g")):
+                chart.line(x.tolist(), y.tolist(), label=label)
+            charts.append(chart.picture())
+    if not r.lead or not charts:
+        return
+    r.show("fig1", torch.cat([torch.cat(charts[i:i + 2], 2) for i in range(0, len(charts) - 1, 2)], 1))
+    c = C(density(x, 0, 1), p_g(), 10 / 2000)
+    r.results({"gan-theory": {"value": c, "paper": -math.log(4), "unit": "nats, C(G)", "E|D - D*|": error,
+                              "p_g mean": G.bias.item(), "p_g std": abs(G.weight.item())}},
+              passed=c < -math.log(4) + 0.01 and error < 0.02)
+
+
+# ------------------------------------------------------------------------------------------------------- main
+
+def main(argv=None):
+    args = parse_args(argv)
+    name = args.net or {"faces": "tfd", "cifar10": "cifar-fc"}.get(args.dataset, "mnist")
+    args.batch_size = args.batch_size or (512 if args.dataset == "toy" else NETS[name]["batch"])
+    args.steps = args.steps or (5000 if args.dataset == "toy" else 50000)
+    r = run.Run(args)
+    if args.dataset == "toy":
+        return toy(args, r)
+    pictures = data.load(args.dataset, args.data_dir, NETS[name]["size"], NETS[name]["channels"])
+    split = len(pictures.images) - min(NETS[name]["valid"], len(pictures.images) // 6)
+    train, valid = pictures.images[:split], pictures.images[split:]
+    test = valid if pictures.test_images is None else pictures.test_images
+    labels = None if pictures.labels is None else pictures.labels[:split]
+
+    def unit(images):                                       # uint8 -> what the networks see
+        x = images.to(args.device).float() / 255
+        return contrast(x) if name.startswith("cifar") else x
+
+    batches = data.Batches(train, batch_size=args.k * args.batch_size, device=args.device, seed=args.seed,
+                           rank=r.rank, world=r.world)
+    epoch = max(1, split // (args.k * args.batch_size * r.world))
+    G, D, opt_D, opt_G, train_step = build(args, name, train.float().mean(0) / 255, epoch)
+    best = copy.deepcopy(G)                                 # [dev 2]
+    best.register_buffer("ll", torch.tensor(-math.inf, device=args.device))
+    r.keep(G=G, D=D, opt_D=opt_D, opt_G=opt_G, best=best, batches=batches)
+    scale = (0.0, 1.0)
+    if name.startswith("cifar"):                            # to undo contrast() on average
+        x = train[:1000].float() / 255
+        norm = (x - x.mean((1, 2, 3), keepdim=True)).flatten(1).norm(dim=1).mean().item()
+        scale = (-x.mean().item() * 55 / norm, (1 - x.mean().item()) * 55 / norm)
+    if args.sample:
+        return r.sample(lambda n: draw(best, name, n, args.device), scale)
+
+    for step in r.loop():
+        r.log(train_step(next(batches)))
+        if r.every(min(5 * epoch, args.steps)):             # at sigma .2, as the authors' monitor
+            with r.aside():
+                x = draw(G, name, 10000, args.device)
+            ll = metrics.parzen_ll(x.flatten(1), unit(valid[:1000]).flatten(1), 0.2).mean()
+            r.log({"ll": ll})
+            r.show("samples", log.grid(x[:100], 10, scale))
+            if ll > best.ll:
+                best.load_state_dict({**G.state_dict(), "ll": ll})
+
+    if r.lead:
+        with r.aside():
+            panel = {"mnist": "a", "tfd": "b", "cifar-fc": "c", "cifar-conv": "d"}[name]
+            r.show(f"fig2{panel}", log.grid(fig2(draw(best, name, 63, args.device), unit(train)), 10, scale))
+            r.show("fig3", log.grid(fig3(best, name, 6, 12, args.device), 12, scale))
+            results = evaluate(args, best, name, train, valid, test, labels, unit)
+        r.results(results, passed=name != "mnist" or results["gan-mnist-ll"]["value"] >= 225)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,861 @@
+"""common/data.py: data sets in their published layouts, bad ones of every kind, caches, minibatches."""
+
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+from common import UserError, data
+from common.data import Batches, load
+
+REPO = Path(__file__).resolve().parent.parent
+RNG = np.random.default_rng(0)
+
+
+def noise(*shape):
+    return RNG.integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(path, a):
+    """The array (H, W) or (H, W, C), or the picture, as a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (a if isinstance(a, Image.Image) else Image.fromarray(a)).save(path)
+    return path
+
+
+def one_line(call, *words):
+    """call() raises a UserError of a single line that has all the words in it."""
+    with pytest.raises(UserError) as e:
+        call()
+    text = str(e.value)
+    assert "\n" not in text
+    for word in words:
+        assert str(word) in text, text
+
+
+def cache_of(root):
+    """The prepared and half-prepared sets under a data folder, without the lock files."""
+    return sorted(p for p in (root / "cache").glob("*") if p.suffix != ".lock")
+
+
+# ---- MNIST -----------------------------------------------------------------------------------------------
+
+
+def test_mnist():
+    d = load("mnist", REPO / "data")
+    assert d.images.shape == (60000, 1, 28, 28) and d.test_images.shape == (10000, 1, 28, 28)
+    assert d.images.dtype == torch.uint8 and d.labels.dtype == torch.int64
+    assert d.labels[:5].tolist() == [5, 0, 4, 1, 9] and d.test_labels[:4].tolist() == [7, 2, 1, 0]
+    assert d.labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert d.images.double().mean().item() / 255 == pytest.approx(0.1307, abs=1e-4)
+    assert d.classes == list("0123456789")
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off", "not gzip", "bit of file", "bit of content"])
+def test_mnist_damaged(tmp_path, damage):
+    raw, bad = tmp_path / "MNIST" / "raw", "train-labels-idx1-ubyte.gz"
+    raw.mkdir(parents=True)
+    for file in (REPO / "data" / "MNIST" / "raw").glob("*.gz"):
+        if file.name != bad:
+            (raw / file.name).symlink_to(file)
+    packed = (REPO / "data" / "MNIST" / "raw" / bad).read_bytes()
+    flipped, content = bytearray(packed), bytearray(gzip.decompress(packed))
+    flipped[len(packed) // 2] ^= 1
+    content[12345] ^= 1
+    damaged = {
+        "cut off": packed[:9000],
+        "not gzip": b"<html>",
+        "bit of file": flipped,
+        "bit of content": gzip.compress(content, 1),
+    }
+    if damage != "missing":
+        (raw / bad).write_bytes(damaged[damage])
+    words = {"missing": ["missing"], "bit of content": ["md5", data.MNIST[bad[:-3]]]}
+    words = words.get(damage, ["damaged", "restore"])
+    one_line(lambda: load("mnist", tmp_path), raw / bad, *words)
+
+
+# ---- names, size, channels -------------------------------------------------------------------------------
+
+
+def test_unknown_name(tmp_path):
+    one_line(lambda: load("minst", tmp_path), "'minst'", "mnist, faces", "celeba", "folder", ".npz")
+    one_line(lambda: load(str(tmp_path / "gone.npz"), tmp_path), "gone.npz", "exists")
+    one_line(lambda: load(str(save(tmp_path / "a.png", noise(4, 4))), tmp_path), "a.png", "no .npz")
+
+
+def test_absurd_size_and_channels(tmp_path):
+    one_line(lambda: load("mnist", channels=4), "channels is 4", "1 (grey) or 3")
+    one_line(lambda: load("mnist", size=0), "size is 0")
+    one_line(lambda: load("imagenet", tmp_path), "many sizes", "--size")
+
+
+def test_size_and_channels_of_arrays(tmp_path):
+    a = noise(3, 3, 12, 20)
+    np.savez(tmp_path / "a.npz", images=a, test_images=a[:1])
+    d = load(tmp_path / "a.npz", size=12, channels=1)
+    assert d.images.shape == (3, 1, 12, 12) and d.test_images.shape == (1, 1, 12, 12)
+    grey = np.asarray(Image.fromarray(a[0].transpose(1, 2, 0)).convert("L"))
+    assert np.array_equal(d.images[0, 0], grey[:, 4:16])  # the middle, uncut in height
+    d = load(tmp_path / "a.npz")
+    assert np.array_equal(d.images, a)
+    np.savez(tmp_path / "g.npz", images=np.full((2, 1, 6, 6), 77, np.uint8))
+    d = load(tmp_path / "g.npz", size=3, channels=3)
+    assert d.images.shape == (2, 3, 3, 3) and (d.images == 77).all()
+
+
+def test_arrays_and_files_are_resized_alike(tmp_path):
+    """Shrunk and enlarged, in grey and colour: torch's and Pillow's results differ by a level at most."""
+    smooth = np.asarray(Image.fromarray(noise(7, 7, 3)).resize((33, 29), Image.Resampling.BICUBIC))
+    save(tmp_path / "f" / "a.png", smooth)
+    np.savez(tmp_path / "a.npz", images=smooth.transpose(2, 0, 1)[None])
+    for size, channels in itertools.product((8, 13, 40), (1, 3)):
+        x = load(tmp_path / "f", tmp_path, size, channels).images
+        y = load(tmp_path / "a.npz", tmp_path, size, channels).images
+        assert x.shape == y.shape == (1, channels, size, size)
+        assert (x.int() - y.int()).abs().max() <= 1 and x.float().std() > 5
+
+
+def test_halving_takes_the_mean_of_an_even_picture():
+    checks = torch.tensor([[0, 255], [255, 0]], dtype=torch.uint8).repeat(8, 8)[None, None]
+    assert (data.fit(checks, 4, 1) - 127).abs().max() <= 1  # aliasing would leave 0 or 255
+
+
+# ---- folders ---------------------------------------------------------------------------------------------
+
+
+def test_folder_with_classes(tmp_path):
+    a = {f"{c}/{i}.png": noise(6, 5, 3) for c in ("dog", "cat") for i in range(3)}
+    a["cat/deep/x.PNG"] = noise(6, 5, 3)
+    for name, x in a.items():
+        save(tmp_path / "pets" / name, x)
+    save(tmp_path / "pets" / ".thumbnails" / "0.png", noise(6, 5, 3))
+    (tmp_path / "pets" / "cat" / "._0.png").write_bytes(b"not a picture")
+    (tmp_path / "pets" / "cat" / "notes.txt").write_text("not a picture")
+    d = load(tmp_path / "pets", tmp_path)
+    assert d.name == "pets" and d.classes == ["cat", "dog"] and d.labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert d.labels.dtype == torch.int64 and d.images.shape == (7, 3, 6, 5) and d.images.dtype == torch.uint8
+    assert d.extra["files"] == sorted(a)
+    for x, name in zip(d.images, d.extra["files"]):
+        assert np.array_equal(x, a[name].transpose(2, 0, 1))
+
+
+def test_flat_folder_in_several_blocks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "BLOCK", 4)
+    a = noise(10, 5, 5)
+    for i, x in enumerate(a):
+        save(tmp_path / "f" / f"{i}.png", x)
+    d = load(str(tmp_path / "f"), tmp_path)
+    assert d.labels is None and d.classes is None and np.array_equal(d.images[:, 0], a)
+    assert "preparing f: 10 of 10 pictures" in capsys.readouterr().err
+
+
+def test_mixed_sizes(tmp_path):
+    wide = np.zeros((20, 40, 3), np.uint8)
+    wide[:, :10], wide[:, 10:30, 1], wide[:, 30:] = (255, 0, 0), 200, (0, 0, 255)
+    save(tmp_path / "f" / "a.png", wide)
+    save(tmp_path / "f" / "b.png", noise(30, 20, 3))
+    one_line(lambda: load(tmp_path / "f", tmp_path), "40x20", "20x30", "b.png", "--size")
+    assert cache_of(tmp_path) == []
+    d = load(tmp_path / "f", tmp_path, size=10)
+    assert d.images.shape == (2, 3, 10, 10)
+    assert (d.images[0, 1] == 200).all() and not d.images[0, [0, 2]].any()  # the green middle alone
+
+
+def test_kinds_of_pictures(tmp_path):
+    f = tmp_path / "f"
+    save(f / "1-grey.png", np.full((4, 4), 50, np.uint8))
+    save(f / "2-clear.png", Image.new("RGBA", (4, 4), (10, 20, 30, 0)))
+    save(f / "3-half.png", Image.new("RGBA", (4, 4), (10, 20, 30, 255)))
+    save(f / "4-deep.png", np.full((4, 4), 128 << 8, np.uint16))
+    save(f / "5-palette.png", Image.new("RGB", (4, 4), (0, 255, 0)).quantize(4))
+    save(f / "6-cmyk.jpg", Image.new("CMYK", (4, 4), (0, 0, 0, 255)))
+    save(f / "7-bits.png", Image.new("1", (4, 4), 1))
+    d = load(f, tmp_path)
+    expected = [(50,) * 3, (255,) * 3, (10, 20, 30), (128,) * 3, (0, 255, 0), (0, 0, 0), (255,) * 3]
+    assert d.images.shape == (7, 3, 4, 4)  # colour, since some have it
+    for x, colour in zip(d.images, expected):
+        assert (x.int() - torch.tensor(colour)[:, None, None]).abs().max() <= 3
+    assert load(f, tmp_path, channels=1).images.shape == (7, 1, 4, 4)
+    for name in ("2-clear.png", "3-half.png", "5-palette.png", "6-cmyk.jpg"):
+        (f / name).unlink()
+    assert load(f, tmp_path).images[:, 0, 0, 0].tolist() == [50, 128, 255]  # grey, since all are
+    assert load(f, tmp_path).images.shape == (3, 1, 4, 4)
+
+
+def test_picture_lying_on_its_side(tmp_path):
+    a = np.zeros((20, 10), np.uint8)
+    a[:10] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    (tmp_path / "f").mkdir()
+    Image.fromarray(np.rot90(a)).save(tmp_path / "f" / "a.png", exif=exif)
+    assert np.array_equal(load(tmp_path / "f", tmp_path).images[0, 0], a)
+
+
+@pytest.mark.parametrize("size", [None, 8])
+def test_corrupt_picture_is_named(tmp_path, size):
+    f = tmp_path / "f"
+    save(f / "a.png", noise(16, 16, 3))
+    whole = save(f / "b.jpg", noise(16, 16, 3)).read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"<html>404</html>", b""):
+        (f / "b.jpg").write_bytes(damaged)
+        one_line(lambda: load(f, tmp_path, size), f / "b.jpg", "cannot be read", "remove")
+        assert cache_of(tmp_path) == []
+
+
+def test_folders_that_are_no_data_set(tmp_path):
+    (tmp_path / "f").mkdir()
+    one_line(lambda: load(tmp_path / "f", tmp_path), tmp_path / "f", "no pictures", ".png")
+    save(tmp_path / "f" / "a.png", noise(4, 4))
+    save(tmp_path / "f" / "cat" / "b.png", noise(4, 4))
+    one_line(lambda: load(tmp_path / "f", tmp_path), "1 pictures beside 1 in sub-folders")
+
+
+# ---- the cache -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for i in range(24):
+        save(tmp_path / "f" / f"{i:02}.png", noise(8, 8, 3))
+    return tmp_path / "f"
+
+
+def test_cache_is_reused_until_the_pictures_change(tmp_path, pictures, monkeypatch):
+    count, decode = itertools.count(), data.picture
+    monkeypatch.setattr(data, "picture", lambda *a: (next(count), decode(*a))[1])
+    first = load(pictures, tmp_path)
+    (made,) = cache_of(tmp_path)
+    stamp = (made / "images.npy").stat().st_mtime_ns
+    second = load(pictures, tmp_path)
+    assert next(count) == 24 and (made / "images.npy").stat().st_mtime_ns == stamp
+    assert torch.equal(first.images, second.images) and first.extra == second.extra
+    load(pictures, tmp_path, size=4)
+    assert next(count) == 24 + 1 + 24  # another size is another cache
+    save(pictures / "03.png", noise(8, 8, 3))
+    assert not torch.equal(load(pictures, tmp_path).images[3], first.images[3])
+    assert next(count) == 24 + 1 + 24 + 1 + 24
+
+
+def test_cache_is_mapped_and_read_only(tmp_path, pictures, recwarn):
+    torch.set_warn_always(True)
+    try:
+        d = load(pictures, tmp_path)
+    finally:
+        torch.set_warn_always(False)
+    assert not recwarn.list
+    if Path("/proc/self/maps").exists():
+        (made,) = cache_of(tmp_path)
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        (line,) = (x for x in lines if x.endswith(f"{made.name}/images.npy"))
+        assert line.split()[1].startswith("r--")
+    assert d.images.sum() > 0
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "garbage", "no rest", "bad rest"])
+def test_damaged_cache_is_named(tmp_path, pictures, damage):
+    first = load(pictures, tmp_path).images.clone()
+    (made,) = cache_of(tmp_path)
+    images, rest = made / "images.npy", made / "rest.pt"
+    if damage == "short":
+        os.truncate(images, images.stat().st_size - 1)
+    elif damage == "long":
+        os.truncate(images, images.stat().st_size + 1)
+    elif damage == "garbage":
+        images.write_bytes(bytes(images.stat().st_size))
+    elif damage == "no rest":
+        rest.unlink()
+    else:
+        rest.write_bytes(rest.read_bytes()[:100])
+    one_line(lambda: load(pictures, tmp_path), made, "damaged", "delete this folder")
+    for file in made.iterdir():
+        file.unlink()
+    made.rmdir()
+    assert torch.equal(load(pictures, tmp_path).images, first)
+
+
+def test_data_folder_that_cannot_be_written(tmp_path, pictures):
+    (tmp_path / "file").write_text("in the way")
+    one_line(lambda: load(pictures, tmp_path / "file"), "cannot be written", "--data-dir")
+
+
+def test_failure_while_writing_leaves_nothing(tmp_path, pictures, monkeypatch):
+    def full(*a):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data.torch, "save", full)
+    one_line(lambda: load(pictures, tmp_path), "No space left on device", "--data-dir")
+    assert cache_of(tmp_path) == []
+
+
+SLOW = """
+import sys, time
+from common import data
+decode = data.picture
+def picture(*a):
+    sys.stdout.write("decoded\\n")  # print() of two threads may mix their lines
+    sys.stdout.flush()
+    time.sleep(float(sys.argv[3]))
+    return decode(*a)
+data.picture, data.BLOCK = picture, 4
+sys.stdin.readline()
+print("sum", int(data.load(sys.argv[1], sys.argv[2]).images.sum()), flush=True)
+"""
+
+
+def test_killed_and_then_two_at_once(tmp_path, pictures, monkeypatch, request):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    doomed, peer = (
+        subprocess.Popen(
+            [sys.executable, "-c", SLOW, pictures, tmp_path, pause], cwd=REPO, text=True, **pipes
+        )
+        for pause in ("60", "0.1")
+    )
+    request.addfinalizer(lambda: (doomed.kill(), peer.kill()))
+    doomed.stdin.write("go\n")
+    doomed.stdin.flush()
+    assert doomed.stdout.readline().startswith("decoded")
+    doomed.kill()
+    doomed.communicate()
+    (half,) = cache_of(tmp_path)
+    assert ".tmp" in half.name  # a set cut off never has the name of a whole one
+
+    count, decode = [], data.picture
+    monkeypatch.setattr(data, "picture", lambda *a: (count.append("decoded"), time.sleep(0.1), decode(*a))[2])
+    peer.stdin.write("go\n")
+    peer.stdin.flush()
+    mine = load(pictures, tmp_path).images
+    out, err = peer.communicate(timeout=60)
+    assert peer.returncode == 0, err
+    assert f"sum {int(mine.sum())}\n" in out
+    for x, path in zip(mine, sorted(pictures.iterdir())):
+        assert np.array_equal(x, np.asarray(Image.open(path)).transpose(2, 0, 1))
+    (made,) = cache_of(tmp_path)  # what the killed one left is gone
+    assert made.name == half.name.split(".tmp")[0]
+    if data.fcntl:
+        assert len(count) + out.count("decoded") == 24  # one prepared, the other waited
+
+
+def test_slower_of_two_without_locks(tmp_path, pictures, monkeypatch):
+    """Where there are no file locks, a process that finds another's whole set at the end takes that."""
+    decode, remove, faster = data.picture, data.shutil.rmtree, []
+
+    def picture(*a):
+        if not faster:  # the other one starts and ends in the midst of this one
+            faster.append(None)
+            monkeypatch.setattr(data.os, "getpid", lambda: 1)
+            faster[0] = load(pictures, tmp_path).images
+        return decode(*a)
+
+    def rmtree(path, **kw):  # as on Windows: nothing that is open goes away
+        if path.name.endswith(".tmp1"):
+            remove(path, **kw)
+
+    monkeypatch.setattr(data, "fcntl", None)
+    monkeypatch.setattr(data, "picture", picture)
+    monkeypatch.setattr(data.shutil, "rmtree", rmtree)
+    assert torch.equal(load(pictures, tmp_path).images, faster[0])
+
+
+# ---- .npz ------------------------------------------------------------------------------------------------
+
+
+def test_npz(tmp_path, monkeypatch):
+    images, factors = noise(6, 3, 4, 4), RNG.normal(size=(6, 2))
+    np.savez_compressed(
+        tmp_path / "s.npz",
+        images=images,
+        labels=np.arange(6, dtype=np.uint8),
+        test_images=images[:2],
+        test_labels=np.array([1, 0], np.int32),
+        classes=np.array(list("uvwxyz")),
+        factors=factors,
+        factor_names=np.array(["a", "b"]),
+        age=np.arange(6, dtype=np.int16),
+        old=np.arange(6) > 2,
+    )
+    read, kind = [], np.lib.npyio.NpzFile
+    get = kind.__getitem__
+    monkeypatch.setattr(kind, "__getitem__", lambda z, key: (read.append(key), get(z, key))[1])
+    d = load(tmp_path / "s.npz", tmp_path)
+    assert sorted(read) == sorted(set(read)) and len(read) == 9  # nothing is decompressed twice
+    assert d.name == "s" and np.array_equal(d.images, images) and np.array_equal(d.test_images, images[:2])
+    assert d.labels.dtype == d.test_labels.dtype == torch.int64 and d.labels.tolist() == [0, 1, 2, 3, 4, 5]
+    assert d.test_labels.tolist() == [1, 0] and d.classes == list("uvwxyz")
+    assert set(d.extra) == {"factors", "factor_names", "age", "old"} and d.extra["factor_names"] == ["a", "b"]
+    assert d.extra["factors"].dtype == torch.float32 and np.allclose(d.extra["factors"], factors)
+    assert d.extra["age"].dtype == torch.int64 and d.extra["old"].dtype == torch.bool
+
+
+OK = np.zeros((4, 3, 8, 8), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "arrays, words",
+    [
+        ({"x": OK, "y": OK}, ["holds x, y", "expected an array images"]),
+        ({"images": OK.astype(np.float32)}, ["float32 (4, 3, 8, 8)", "expected uint8", "0..255"]),
+        (
+            {"images": OK.transpose(0, 2, 3, 1)},
+            ["(4, 8, 8, 3)", "like (N, H, W, C)", "images.transpose(0, 3,"],
+        ),
+        ({"images": OK[:, 0]}, ["(4, 8, 8)", "images[:, None]"]),
+        ({"images": OK[:, :2]}, ["(4, 2, 8, 8)", "C = 1 or 3"]),
+        ({"images": OK[:0]}, ["(0, 3, 8, 8)", "N > 0"]),
+        ({"images": OK, "labels": np.arange(3)}, ["3 labels for 4 images"]),
+        ({"images": OK, "labels": np.arange(0)}, ["0 labels for 4 images"]),
+        ({"images": OK, "labels": np.zeros(4)}, ["labels is float64 (4,)", "integers (N,)"]),
+        ({"images": OK, "labels": np.eye(4, dtype=int)}, ["labels is int64 (4, 4)", "integers (N,)"]),
+        (
+            {"images": OK, "test_images": OK[:2], "test_labels": np.arange(4)},
+            ["4 test_labels for 2 test_images"],
+        ),
+        ({"images": OK, "test_labels": np.arange(4)}, ["4 test_labels for no test_images"]),
+        ({"images": OK, "test_images": OK[..., :4]}, ["(3, 8, 8)", "(3, 8, 4)"]),
+        (
+            {"images": OK, "test_images": OK.transpose(0, 2, 3, 1)},
+            ["test_images is", "test_images.transpose"],
+        ),
+        ({"images": OK, "words": np.array([{}], object)}, ["words", "object"]),
+        (
+            {"images": OK, "when": np.array(["2000-01-01"], "M8[D]")},
+            ["when is datetime64", "numbers or strings"],
+        ),
+    ],
+)
+def test_bad_npz(tmp_path, arrays, words):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    one_line(lambda: load(tmp_path / "bad.npz", tmp_path), tmp_path / "bad.npz", *words)
+
+
+def test_damaged_npz(tmp_path):
+    path = tmp_path / "bad.npz"
+    np.savez(path, images=noise(4, 3, 8, 8))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    one_line(lambda: load(path, tmp_path), path, "cut off")
+    path.write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
+    one_line(lambda: load(path, tmp_path), path, "images", "CRC")
+    path.write_bytes(b"")
+    one_line(lambda: load(path, tmp_path), path, "cut off")
+    with zipfile.ZipFile(path, "w"):
+        pass
+    one_line(lambda: load(path, tmp_path), path, "holds nothing")
+
+
+# ---- rendered and torchvision sets, in tiny --------------------------------------------------------------
+
+
+def test_faces_are_rendered_once(tmp_path, monkeypatch):
+    calls = []
+
+    def faces(n=20000, size=64, channels=3, seed=0, plain=False):
+        calls.append((size, channels, plain))
+        return {
+            "images": torch.from_numpy(noise(5, channels, size, size)),
+            "factors": torch.zeros(5, 2),
+            "factor_names": ["azimuth", "width"],
+            "attributes": torch.ones(5, 1),
+            "attribute_names": ["hat"],
+        }
+
+    (tmp_path / "render.py").write_text("1")
+    render = types.SimpleNamespace(faces=faces, __file__=str(tmp_path / "render.py"))
+    monkeypatch.setitem(sys.modules, "common.render", render)
+    monkeypatch.setattr(common, "render", render, raising=False)
+    d, again, grey = load("faces", tmp_path), load("faces", tmp_path), load("faces", tmp_path, 16, 1)
+    assert calls == [(64, 3, False), (16, 1, True)]
+    assert d.images.shape == (5, 3, 64, 64) and torch.equal(d.images, again.images)
+    assert grey.images.shape == (5, 1, 16, 16)
+    assert d.extra["factor_names"] == ["azimuth", "width"] and d.extra["attributes"].shape == (5, 1)
+    (tmp_path / "render.py").write_text("2")
+    load("faces", tmp_path)
+    assert len(calls) == 3  # a changed renderer draws anew
+
+
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def test_cifar10(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    folder, x = tmp_path / "cifar-10-batches-py", noise(6, 3, 32, 32)
+    folder.mkdir()
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    for i, name in enumerate(names):
+        (folder / name).write_bytes(pickle.dumps({"data": x[i].reshape(1, -1), "labels": [i]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    listed = [[name, md5(folder / name)] for name in names]
+    monkeypatch.setattr(CIFAR10, "train_list", listed[:5])
+    monkeypatch.setattr(CIFAR10, "test_list", listed[5:])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5(folder / "batches.meta")})
+    d = load("cifar10", tmp_path, download=False)
+    assert np.array_equal(d.images, x[:5]) and np.array_equal(d.test_images, x[5:])
+    assert d.labels.tolist() == [0, 1, 2, 3, 4] and d.test_labels.tolist() == [5]
+    assert d.classes == list("abcdefghij")
+    assert load("cifar10", tmp_path, size=16, channels=1, download=False).images.shape == (5, 1, 16, 16)
+    (folder / "data_batch_3").write_bytes(b"other")
+    one_line(lambda: load("cifar10", tmp_path, download=False), "corrupted", "cifar-10-python.tar.gz")
+
+
+def test_fashion_mnist(tmp_path):
+    raw, x = tmp_path / "FashionMNIST" / "raw", noise(5, 28, 28)
+    raw.mkdir(parents=True)
+    for part, a in (("train", x[:3]), ("t10k", x[3:])):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(
+            np.array([0x803, len(a), 28, 28], ">i4").tobytes() + a.tobytes()
+        )
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(
+            np.array([0x801, len(a)], ">i4").tobytes() + bytes(range(len(a)))
+        )
+    d = load("fashion-mnist", tmp_path, download=False)
+    assert np.array_equal(d.images[:, 0], x[:3]) and np.array_equal(d.test_images[:, 0], x[3:])
+    assert d.labels.tolist() == [0, 1, 2] and d.labels.dtype == torch.int64 and d.classes[9] == "Ankle boot"
+
+
+def test_svhn(tmp_path, monkeypatch):
+    io = pytest.importorskip("scipy.io")
+    from torchvision.datasets import SVHN
+
+    x = noise(3, 3, 32, 32)
+    for part, a in (("train", x[:2]), ("test", x[2:])):
+        file = tmp_path / f"{part}_32x32.mat"
+        io.savemat(file, {"X": a.transpose(2, 3, 1, 0), "y": np.array([[10], [7]][: len(a)], np.uint8)})
+        monkeypatch.setitem(SVHN.split_list, part, ["", file.name, md5(file)])
+    d = load("svhn", tmp_path, download=False)
+    assert np.array_equal(d.images, x[:2]) and np.array_equal(d.test_images, x[2:])
+    assert d.labels.tolist() == [0, 7] and d.classes == list("0123456789")
+
+
+def test_celeba(tmp_path, monkeypatch):
+    from torchvision.datasets import CelebA
+
+    folder = tmp_path / "celeba"
+    names, face = [f"{i:06}.jpg" for i in range(1, 6)], np.zeros((218, 178, 3), np.uint8)
+    face[40:188, 15:163] = 200
+    for name in names:
+        save(folder / "img_align_celeba" / name, face)
+    rows = {
+        "list_eval_partition.txt": "02102",
+        "identity_CelebA.txt": "12345",
+        "list_bbox_celeba.txt": "12345",
+        "list_landmarks_align_celeba.txt": "12345",
+        "list_attr_celeba.txt": ["-1  1", " 1 -1", "-1 -1", " 1  1", "-1 -1"],
+    }
+    for file, values in rows.items():
+        top = {
+            "list_attr_celeba.txt": "5\nBald Smiling \n",
+            "list_bbox_celeba.txt": "5\nx\n",
+            "list_landmarks_align_celeba.txt": "5\nx\n",
+        }.get(file, "")
+        (folder / file).write_text(top + "".join(f"{n} {v}\n" for n, v in zip(names, values)))
+    monkeypatch.setattr(CelebA, "file_list", [("", None, file) for file in rows])
+    d = load("celeba", tmp_path, size=64, download=False)
+    assert d.images.shape == (2, 3, 64, 64) and d.test_images.shape == (2, 3, 64, 64) and d.labels is None
+    assert (d.images.int() - 200).abs().max() <= 6  # the box that holds the face, nothing around it
+    assert d.extra["attribute_names"] == ["Bald", "Smiling"]
+    assert d.extra["attributes"].tolist() == [[0, 1], [1, 1]]
+    assert d.extra["test_attributes"].tolist() == [[1, 0], [0, 0]]
+    assert load("celeba", tmp_path, download=False).images.shape == (2, 3, 148, 148)
+    (folder / "list_attr_celeba.txt").unlink()
+    load("celeba", tmp_path, size=64, download=False)  # once prepared, it needs its sources no more
+    one_line(lambda: load("celeba", tmp_path, size=32, download=False), "not found", "img_align_celeba")
+
+
+def test_stl10(tmp_path, monkeypatch):
+    from torchvision.datasets import STL10
+
+    folder, x = tmp_path / "stl10_binary", noise(7, 3, 96, 96)
+    folder.mkdir()
+    for part, a in (("train", x[:2]), ("unlabeled", x[2:5]), ("test", x[5:])):
+        (folder / f"{part}_X.bin").write_bytes(a.swapaxes(2, 3).tobytes())
+        (folder / f"{part}_y.bin").write_bytes(bytes([3, 1]))
+    (folder / "class_names.txt").write_text("airplane\nbird\ncar\n")
+    for name, files in (
+        ("train_list", ("train_X.bin", "train_y.bin", "unlabeled_X.bin")),
+        ("test_list", ("test_X.bin", "test_y.bin")),
+    ):
+        monkeypatch.setattr(STL10, name, [[f, md5(folder / f)] for f in files])
+    d = load("stl10", tmp_path, download=False)
+    assert np.array_equal(d.images, x[:5]) and np.array_equal(d.test_images, x[5:])
+    assert d.labels.tolist() == [2, 0, -1, -1, -1] and d.test_labels.tolist() == [2, 0]
+    assert d.classes == ["airplane", "bird", "car"]
+    assert load("stl10", tmp_path, 48).images.shape == (5, 3, 48, 48)
+
+
+def test_coco(tmp_path):
+    for i in (7, 3):
+        save(tmp_path / "coco" / "train2014" / f"{i}.jpg", np.full((30, 20, 3), 10 * i, np.uint8))
+    (tmp_path / "coco" / "annotations").mkdir()
+    said = [{"image_id": i, "caption": f"{word} {i} \n"} for word in ("a", "the") for i in (3, 7)]
+    (tmp_path / "coco" / "annotations" / "captions_train2014.json").write_text(
+        json.dumps({"images": [{"id": i, "file_name": f"{i}.jpg"} for i in (7, 3)], "annotations": said})
+    )
+    d = load("coco", tmp_path, size=8)
+    assert d.images.shape == (2, 3, 8, 8) and d.images[:, 0, 0, 0].tolist() == [30, 70]
+    assert d.extra["captions"] == [["a 3", "the 3"], ["a 7", "the 7"]]
+    assert d.extra["files"] == ["3.jpg", "7.jpg"]
+
+
+def test_flowers102(tmp_path, monkeypatch):
+    io = pytest.importorskip("scipy.io")
+    from torchvision.datasets import Flowers102
+
+    folder = tmp_path / "flowers-102"
+    for i in (1, 2, 3):
+        save(folder / "jpg" / f"image_{i:05}.jpg", np.full((20, 30, 3), 50 * i, np.uint8))
+    io.savemat(folder / "imagelabels.mat", {"labels": np.array([[9, 1, 5]], np.uint8)})
+    io.savemat(folder / "setid.mat", {"trnid": [[3, 3]], "valid": [[1, 1]], "tstid": [[2, 2]]})
+    listed = {"label": "imagelabels.mat", "setid": "setid.mat"}
+    monkeypatch.setattr(Flowers102, "_file_dict", {k: (f, md5(folder / f)) for k, f in listed.items()})
+    d = load("flowers102", tmp_path, size=8, download=False)
+    assert d.images[:, 0, 0, 0].tolist() == [50, 50, 100, 100, 150, 150]
+    assert d.labels.tolist() == [8, 8, 0, 0, 4, 4]
+    assert d.extra["files"][2] == "image_00002.jpg"
+
+
+def test_lfw(tmp_path, monkeypatch):
+    from torchvision.datasets import LFWPeople
+
+    folder = tmp_path / "lfw-py"
+    for i, person in enumerate(("Bo", "Al", "Al")):
+        file = folder / "lfw_funneled" / person / f"{person}_{max(i, 1):04}.jpg"
+        save(file, np.full((250, 250, 3), 60 * i, np.uint8))
+    (folder / "lfw-names.txt").write_text("Al\t2\nBo\t1\n")
+    (folder / "people.txt").write_text("2\n1\nBo\t1\n1\nAl\t2\n")
+    (folder / "lfw-funneled.tgz").write_bytes(b"")
+    monkeypatch.setattr(LFWPeople, "file_dict", {"funneled": ("lfw_funneled", "lfw-funneled.tgz", None)})
+    monkeypatch.setattr(LFWPeople, "checksums", {"people.txt": None, "lfw-names.txt": None})
+    d = load("lfw", tmp_path)
+    assert d.images.shape == (3, 3, 150, 150) and d.images[:, 0, 0, 0].tolist() == [0, 60, 120]
+    assert d.labels.tolist() == [1, 0, 0] and d.classes == ["Al", "Bo"]
+
+
+def test_imagenet(tmp_path):
+    for i, wnid in enumerate(("n02", "n01")):
+        save(tmp_path / "imagenet" / "train" / wnid / "x.JPEG", Image.new("RGB", (30, 20), (100 * i,) * 3))
+    names = {"n01": ("tench", "Tinca tinca"), "n02": ("goldfish",)}
+    torch.save((names, []), tmp_path / "imagenet" / "meta.bin")
+    d = load("imagenet", tmp_path, size=8, channels=1)
+    assert d.images[:, 0, 0, 0].tolist() == [100, 0] and d.labels.tolist() == [0, 1]
+    assert d.classes == ["tench, Tinca tinca", "goldfish"]
+
+
+def test_lsun(tmp_path):
+    lmdb = pytest.importorskip("lmdb")
+    (tmp_path / "lsun").mkdir()
+    with lmdb.open(str(tmp_path / "lsun" / "bedroom_train_lmdb")) as env, env.begin(write=True) as txn:
+        for i in range(3):
+            txn.put(b"%d" % i, save(tmp_path / "x.webp", np.full((20, 30, 3), 50 * i, np.uint8)).read_bytes())
+    d = load("lsun", tmp_path, size=8)
+    assert (d.images[:, 0, 4, 4] - torch.tensor([0, 50, 100])).abs().max() <= 3 and len(d.images) == 3
+
+
+@pytest.mark.parametrize("name", [name for name in data.PLACE if name != "lsun"])
+def test_set_that_is_not_there(tmp_path, name):
+    one_line(lambda: load(name, tmp_path, size=8, download=False), f"{name} is", data.PLACE[name], tmp_path)
+    assert cache_of(tmp_path) == []
+
+
+def test_download_that_fails(tmp_path, monkeypatch):
+    from urllib.error import URLError
+
+    from torchvision.datasets import mnist
+
+    def offline(*a, **k):
+        raise URLError("Temporary failure\nin name resolution")
+
+    monkeypatch.setattr(mnist, "download_and_extract_archive", offline)
+    one_line(lambda: load("kmnist", tmp_path), "kmnist is not", "Temporary failure in name", "KMNIST/raw")
+
+
+def test_missing_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    one_line(lambda: load("lsun", tmp_path, size=64), "lsun needs the package lmdb: pip install lmdb")
+
+
+# ---- minibatches -----------------------------------------------------------------------------------------
+
+HOME = pytest.mark.parametrize("resident", [True, False])
+
+
+def numbered(n):
+    """n pictures, each of which spells its own number, and the numbers."""
+    i = torch.arange(n)
+    return torch.stack([i // 256, i % 256], 1).to(torch.uint8)[:, None, None], i
+
+
+def spelled(x):
+    """The numbers of a minibatch in [0, 1]."""
+    hundreds, ones = (x * 255).round().long()[:, 0, 0].T
+    return hundreds * 256 + ones
+
+
+@HOME
+def test_every_picture_once_an_epoch(resident):
+    x, i = numbered(1003)
+    b = Batches(x, i, batch_size=50, seed=3, resident=resident)
+    assert b.per_epoch == 20
+    epochs = []
+    for _ in range(4):
+        drawn = [next(b) for _ in range(20)]
+        seen = torch.cat([j for _, j in drawn])
+        assert torch.equal(torch.cat([spelled(x) for x, _ in drawn]), seen)  # both items come from one row
+        assert len(seen.unique()) == 1000
+        epochs.append(seen)
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(epochs, 2))
+    assert len(torch.cat(epochs).unique()) == 1003  # what one epoch drops another one has
+
+
+@HOME
+def test_kinds_and_scale(resident):
+    x = torch.arange(256, dtype=torch.uint8).view(16, 1, 4, 4)
+    z, y, m = torch.randn(16, 3), torch.arange(16, dtype=torch.int32), torch.arange(16) % 2 == 0
+    for low, high in ((0.0, 1.0), (-1.0, 1.0), (-0.5, 2.0)):
+        b = Batches(x, z, y, m, batch_size=16, scale=(low, high), resident=resident)
+        u, v, w, k = next(b)
+        assert (u.dtype, v.dtype, w.dtype, k.dtype) == (torch.float32, torch.float32, torch.int64, torch.bool)
+        assert u.min() == low and u.max() == high and u.shape == (16, 1, 4, 4) and u.is_contiguous()
+        assert torch.allclose(u, x[w].double().div(255).mul(high - low).add(low).float(), atol=1e-6)
+        assert torch.equal(v, z[w]) and torch.equal(k, m[w]) and sorted(w.tolist()) == list(range(16))
+    assert torch.is_tensor(next(Batches(x, batch_size=4, resident=resident)))
+    assert iter(b) is b
+
+
+@HOME
+def test_resume_to_the_minibatch(resident):
+    x, i = numbered(30)
+    b = Batches(x, i, batch_size=7, resident=resident)
+    for handed_out in (0, 1, 3, 4, 9):  # 4: an epoch's end
+        b = Batches(x, i, batch_size=7, resident=resident)
+        for _ in range(handed_out):
+            next(b)
+        state = b.state_dict()
+        assert (state["epoch"], state["position"]) == divmod(handed_out, 4)
+        expected = [next(b)[1] for _ in range(10)]
+        other = Batches(x, i, batch_size=7, resident=resident)
+        next(other)  # has read ahead by now
+        other.load_state_dict(pickle.loads(pickle.dumps(state)))
+        assert all(torch.equal(next(other)[1], e) for e in expected)
+
+
+@HOME
+def test_ranks_together_see_the_batch_of_one(resident):
+    x, i = numbered(101)
+    one = Batches(x, i, batch_size=12, seed=5, resident=resident)
+    ranks = [Batches(x, i, batch_size=4, seed=5, rank=r, world=3, resident=resident) for r in range(3)]
+    assert ranks[0].per_epoch == one.per_epoch == 8
+    for _ in range(20):
+        (x1, i1), parts = next(one), [next(r) for r in ranks]
+        assert torch.equal(i1, torch.cat([p[1] for p in parts]))
+        assert torch.equal(x1, torch.cat([p[0] for p in parts]))
+    ranks[1].load_state_dict(one.state_dict())  # so a run may go on with another number of ranks
+
+
+def test_read_ahead_gives_the_same_bits(tmp_path, pictures):
+    mapped = load(pictures, tmp_path).images
+    y = torch.randn(24, 2)
+    here = Batches(mapped.clone(), y, batch_size=5, scale=(-1, 1))
+    ahead = Batches(mapped, y, batch_size=5, scale=(-1, 1), resident=False)
+    kept = []
+    for _ in range(15):
+        (a, b), (c, d) = next(here), next(ahead)
+        assert torch.equal(a, c) and torch.equal(b, d)
+        kept.append((a, c, b, d))
+    assert all(torch.equal(a, c) and torch.equal(b, d) for a, c, b, d in kept)  # no buffer was used again
+
+
+def test_read_ahead_in_another_thread(monkeypatch):
+    seen, gather = [], Batches._gather
+
+    def noted(*a):
+        seen.append((a[-1], threading.get_ident()))
+        return gather(*a)
+
+    monkeypatch.setattr(Batches, "_gather", noted)
+    b = Batches(numbered(40)[0], batch_size=10, resident=False)
+    next(b)
+    for _ in range(500):  # the second minibatch is gathered though nobody asked for it
+        if len(seen) == 2:
+            break
+        time.sleep(0.01)
+    assert [position for position, _ in seen] == [0, 1] and threading.get_ident() not in {t for _, t in seen}
+    assert b.state_dict()["position"] == 1
+
+
+def test_what_is_large_is_not_resident(monkeypatch):
+    x, _ = numbered(100)
+    assert Batches(x, batch_size=10).resident
+    monkeypatch.setattr(data, "HOST_RESIDENT", 199)
+    assert not Batches(x, batch_size=10).resident
+
+
+def test_order_depends_on_seed_alone():
+    x, i = numbered(64)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    a, b, c = (next(Batches(x, i, batch_size=64, seed=s))[1] for s in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_bad_minibatches():
+    x, i = numbered(20)
+    one_line(lambda: Batches(x, batch_size=21), "batch of 21", "20 pictures", "--batch-size")
+    one_line(lambda: Batches(x, batch_size=11, world=2), "11", "2 ranks", "1 to 10")
+    one_line(lambda: Batches(x, batch_size=0), "batch of 0")
+    one_line(lambda: Batches(x, i[:19], batch_size=2), "item 1 has 19 rows for 20")
+    one_line(lambda: Batches(x, None, batch_size=2), "item 1 is None")
+    one_line(lambda: Batches(x.float(), batch_size=2), "torch.float32", "expected torch.uint8")
+    one_line(lambda: Batches(x, batch_size=2, rank=2, world=2), "rank is 2")
+    state = Batches(x, batch_size=2).state_dict()
+    one_line(lambda: Batches(x[:19], batch_size=2).load_state_dict(state), "number of pictures is 20", "19")
+    one_line(lambda: Batches(x, batch_size=3).load_state_dict(state), "batch of all ranks is 2", "3")
+    one_line(lambda: Batches(x, batch_size=2, seed=1).load_state_dict(state), "seed is 0", "1")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@HOME
+def test_gpu_without_waiting(resident):
+    x, i = numbered(1000)
+    expected = Batches(x, i, batch_size=100)
+    b = Batches(x, i, batch_size=100, device="cuda", resident=resident)
+    next(expected), next(b)  # allocators are warm from here on
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        drawn = [next(b) for _ in range(25)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for u, j in drawn:
+        v, k = next(expected)
+        assert u.is_cuda and torch.equal(j.cpu(), k) and torch.allclose(u.cpu(), v, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu_capture_while_reading_ahead():
+    b = Batches(*numbered(100000), batch_size=10000, device="cuda", resident=False)
+    x, _ = next(b)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        y = x * 2
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, x * 2)

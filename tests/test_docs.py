@@ -1,0 +1,80 @@
+"""Documents are tests: commands parse, names that headers point to exist, deviations are tagged where they
+are made."""
+
+import ast
+import importlib
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, script
+
+SCRIPTS = sorted(p for p in ROOT.glob("*.py"))
+NAMES = [p.stem for p in SCRIPTS]
+README = (ROOT / "README.md").read_text()
+
+
+def commands(text):
+    """The words after `python` of every command line that runs one of the scripts."""
+    found = re.findall(r"^[ `|]*(?:\$ )?python (\w+)\.py((?: +[^#`(|\n]+)?)", text, re.MULTILINE)
+    return [(name, shlex.split(rest)) for name, rest in found if name in NAMES]
+
+
+def header(path):
+    return ast.get_docstring(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=NAMES)
+def test_every_command_of_header_and_readme_parses(path):
+    module = importlib.import_module(path.stem)
+    mine = [words for name, words in commands(header(path) + "\n" + README) if name == path.stem]
+    assert mine, "no command found"
+    for words in mine:
+        if not {"--resume", "--help"} & set(words):
+            module.parse_args(words)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=NAMES)
+def test_every_name_that_a_header_points_to_exists(path):
+    module = importlib.import_module(path.stem)
+    source = path.read_text()
+    lines = re.findall(r"-> (.+)$", header(path), re.MULTILINE)
+    assert len(lines) >= 4
+    for name in re.findall(r"\w+", " ".join(lines)):
+        assert hasattr(module, name) or re.search(rf"def {name}\(", source), name
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=NAMES)
+def test_every_deviation_stands_in_header_and_body(path):
+    doc, source = header(path), path.read_text()
+    body = source[source.index('"""', 3) + 3 :]
+    listed = re.findall(r"^ *\[dev (\d+)\]", doc, re.MULTILINE)
+    assert listed and sorted(set(re.findall(r"\[dev (\d+)\]", body))) == sorted(listed)
+    assert {"Run", "Expect", "Deviations"} <= set(re.findall(r"^(\w+)$", doc, re.MULTILINE))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=NAMES)
+def test_help_reads_and_names_every_flag(path):
+    result = script(path.name, "--help")
+    assert result.returncode == 0 and header(path).splitlines()[0] in result.stdout
+    for flag in ("--dataset", "--steps", "--resume", "--sample", "--check", "--no-graph"):
+        assert flag in result.stdout
+
+
+def test_importing_a_script_does_nothing():
+    result = script("-c", f"import sys; sys.dont_write_bytecode = True; import {', '.join(NAMES)}")
+    assert result.returncode == 0 and result.stdout == result.stderr == ""
+
+
+def test_scripts_stand_alone():
+    for path in SCRIPTS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+                assert not set(modules) & set(NAMES), f"{path.name} imports {modules}"
+
+
+def test_columns():
+    for path in [*SCRIPTS, *ROOT.glob("common/*.py"), *ROOT.glob("tests/*.py")]:
+        long = [i for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 110]
+        assert not long, f"{path.name}: lines {long}"

@@ -1,0 +1,236 @@
+"""The step kernel: who moves, what a frozen network lets through, optimizers, and the CUDA graph against the
+plain step."""
+
+import copy
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import cuda
+from torch import nn
+
+from common.fuse import SGD, Graph, autocast, descend, describe, frozen, fuse, place, sampling
+
+
+def args(device="cpu", **flags):
+    return Namespace(**{"device": device, "amp": False, "compile": False, "graph": False, **flags})
+
+
+def pair(device="cpu"):
+    torch.manual_seed(0)
+    G = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 6)).to(device)
+    D = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 1)).to(device)
+    return G, D
+
+
+def weights(net):
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def test_descend_moves_its_own_parameters_only():
+    G, D = pair()
+    opt_D = torch.optim.Adam(D.parameters(), 1e-2, fused=True)
+    before_G, before_D = weights(G), weights(D)
+    descend(D(G(torch.randn(8, 4))).mean(), opt_D)
+    assert same(before_G, weights(G)) and not same(before_D, weights(D))
+    assert all(p.grad is None for net in (G, D) for p in net.parameters())
+
+
+def test_descend_goes_down_the_gradient_exactly():
+    p = nn.Parameter(torch.tensor([3.0, -2.0]))
+    descend((p**2).sum(), torch.optim.SGD([p], lr=0.1))
+    torch.testing.assert_close(p.detach(), torch.tensor([3.0 - 0.6, -2.0 + 0.4]))
+
+
+def test_descend_refuses_an_open_autocast_block():
+    _G, D = pair()
+    opt = torch.optim.Adam(D.parameters())
+    with autocast(args(amp=True)), pytest.raises(RuntimeError, match="autocast"):
+        descend(D(torch.randn(8, 6)).float().mean(), opt)
+
+
+def test_descend_names_a_loss_that_does_not_depend_on_the_parameters():
+    G, D = pair()
+    with pytest.raises(RuntimeError):
+        descend(D(torch.randn(2, 6)).mean(), torch.optim.Adam(G.parameters()))
+
+
+def test_descend_together_takes_every_gradient_at_the_old_parameters():
+    G, D = pair()
+    z = torch.randn(8, 4)
+    loss = D(G(z)).mean()
+    expected = [
+        torch.autograd.grad(sign * loss, net.parameters(), retain_graph=True)
+        for sign, net in ((1, D), (-1, G))
+    ]
+    before = [weights(D), weights(G)]
+    descend(loss, torch.optim.SGD(D.parameters(), 0.1), -loss, torch.optim.SGD(G.parameters(), 0.1))
+    for net, old, grads in zip((D, G), before, expected):
+        for p, q, g in zip(net.parameters(), old, grads):
+            torch.testing.assert_close(p.detach(), q - 0.1 * g)
+
+
+def test_frozen_lets_gradients_through_but_not_in():
+    G, D = pair()
+    with frozen(D):
+        loss = D(G(torch.randn(8, 4))).mean()
+        assert not any(p.requires_grad for p in D.parameters())
+    assert all(p.requires_grad for p in D.parameters())
+    loss.backward()
+    assert all(p.grad is None for p in D.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in G[3].parameters())
+
+
+def test_frozen_keeps_what_was_frozen_before():
+    _, D = pair()
+    D[0].weight.requires_grad_(False)
+    with frozen(D):
+        pass
+    assert not D[0].weight.requires_grad and D[2].weight.requires_grad
+
+
+def test_sampling_leaves_batchnorm_and_mode_alone():
+    G, _ = pair()
+    before = copy.deepcopy(G.state_dict())
+    with sampling(G):
+        assert not G.training
+        x = G(torch.randn(8, 4))
+    assert G.training and not x.requires_grad
+    assert all(torch.equal(before[k], v) for k, v in G.state_dict().items())
+
+
+def test_sampling_uses_the_running_statistics():
+    G, _ = pair()
+    z = torch.randn(8, 4)
+    with sampling(G):
+        torch.testing.assert_close(G(z)[:1], G(z[:1]))  # in train mode a picture would depend on its batch
+
+
+def test_sgd_is_classical_momentum_with_rates_changed_in_place():
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(5, dtype=torch.float64))
+    theta, v, lr, m = p.detach().numpy().copy(), 0.0, 0.1, 0.5
+    opt = SGD([p], lr, m)
+    for _ in range(4):
+        g = 2 * theta
+        v = m * v - lr * g
+        theta = theta + v
+        descend((p**2).sum(), opt)
+        lr, m = lr / 2, m + 0.1
+        opt.param_groups[0]["lr"].div_(2)
+        opt.param_groups[0]["momentum"].add_(0.1)
+    torch.testing.assert_close(p.detach(), torch.from_numpy(theta), rtol=1e-6, atol=0)
+
+
+def test_sgd_state_survives_saving():
+    def optimizer():
+        p = nn.Parameter(torch.ones(3))
+        return p, SGD([p], 0.1, 0.5)
+
+    p, opt = optimizer()
+    descend((p**2).sum(), opt)
+    opt.param_groups[0]["lr"].mul_(0.5)
+    q, other = optimizer()
+    q.data.copy_(p.data)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    descend((p**2).sum(), opt)
+    descend((q**2).sum(), other)
+    assert torch.equal(p, q)
+
+
+def test_fuse_is_the_plain_function_on_a_cpu():
+    def step(x):
+        return {"x": x.sum()}
+
+    assert fuse(args(graph=True))(step) is step
+
+
+def test_describe_says_what_runs():
+    assert describe(args(amp=True)) == "step: eager | compile off | bf16 | 1 rank | cpu"
+    assert describe(args("cuda", graph=True, compile=True)).startswith("step: cuda-graph | compile on | fp32")
+
+
+def gan_step(device, **flags):
+    """A small adversarial iteration in every part of which a graph could go wrong: noise, two optimizers,
+    BatchNorm."""
+    a = args(device, **flags)
+    G, D = place(a, *pair(device))
+    opt_D = torch.optim.Adam(D.parameters(), 1e-3, betas=(0.5, 0.999), fused=True)
+    opt_G = SGD(G.parameters(), 1e-2, 0.5)
+    amp = autocast(a)
+    count = torch.zeros((), device=device)
+
+    @fuse(a)
+    def step(x, z):
+        with amp:
+            x_fake = G(z)
+            a_real, a_fake = D(x), D(x_fake.detach())
+        descend(
+            nn.functional.softplus(-a_real.float()).mean() + nn.functional.softplus(a_fake.float()).mean(),
+            opt_D,
+        )
+        with amp, frozen(D):
+            a_fake = D(x_fake)
+        loss = nn.functional.softplus(-a_fake.float()).mean()
+        descend(loss, opt_G)
+        opt_G.param_groups[0]["lr"].mul_(0.9)
+        count.add_(1)
+        return {"loss": loss, "noise": torch.randn((), device=device)}
+
+    return G, D, opt_D, opt_G, step, count
+
+
+@cuda
+def test_graph_equals_the_plain_step_and_counts_every_call():
+    runs = {}
+    torch.manual_seed(1)
+    batches = [(torch.randn(8, 6, device="cuda"), torch.randn(8, 4, device="cuda")) for _ in range(8)]
+    for graph in (False, True):
+        G, D, _, _, step, count = gan_step("cuda", graph=graph)
+        losses = [step(*b)["loss"].clone() for b in batches]
+        assert count.item() == len(batches)
+        runs[graph] = [*weights(G), *weights(D), *losses]
+    for plain, fused in zip(runs[False], runs[True], strict=True):
+        torch.testing.assert_close(plain, fused, rtol=1e-5, atol=1e-6)
+
+
+@cuda
+def test_graph_draws_fresh_noise_on_every_replay():
+    *_, step, _ = gan_step("cuda", graph=True)
+    x, z = torch.randn(8, 6, device="cuda"), torch.randn(8, 4, device="cuda")
+    assert len({step(x, z)["noise"].item() for _ in range(8)}) == 8
+
+
+@cuda
+def test_graph_refuses_another_shape_and_a_late_load():
+    _, _, opt_D, _, step, _ = gan_step("cuda", graph=True)
+    x, z = torch.randn(8, 6, device="cuda"), torch.randn(8, 4, device="cuda")
+    for _ in range(5):
+        step(x, z)
+    with pytest.raises(ValueError, match="captured"):
+        step(x[:4], z[:4])
+    with pytest.raises(ValueError, match="captured"):
+        step(x.double(), z)
+    with pytest.raises(RuntimeError, match="before the first step"):
+        opt_D.load_state_dict(opt_D.state_dict())
+
+
+@cuda
+def test_replays_do_not_wait_for_the_device():
+    *_, step, _ = gan_step("cuda", graph=True)
+    x, z = torch.randn(8, 6, device="cuda"), torch.randn(8, 4, device="cuda")
+    for _ in range(5):
+        step(x, z)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(x, z)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_graph_is_not_used_without_a_gpu():
+    assert not isinstance(fuse(args(graph=True))(lambda x: x), Graph)

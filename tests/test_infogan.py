@@ -1,0 +1,275 @@
+"""infogan.py: equations against closed forms, networks against Tables 1-6, who moves, figures and numbers."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import script
+from PIL import Image
+
+import infogan
+from common.fuse import descend
+from infogan import L_I, NETS, L_I_cat, L_I_cont, V, join, networks, sample_latent, split_q
+
+
+def args(*words):
+    a = infogan.parse_args(["--device", "cpu", *words])
+    a.amp = a.compile = a.graph = False
+    return a
+
+
+def sigmoid(a):
+    return 1 / (1 + np.exp(-a))
+
+
+# ---------------------------------------------------------------------------------------------- equations
+
+
+def test_V_is_minus_log_4_at_one_half():
+    assert V(torch.zeros(5), torch.zeros(5)).item() == pytest.approx(-math.log(4))
+
+
+def test_V_against_numpy():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=50) * 3, rng.normal(size=50) * 3
+    expected = np.log(sigmoid(a)).mean() + np.log(1 - sigmoid(b)).mean()
+    assert V(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_V_is_finite_for_a_sure_discriminator():
+    assert math.isfinite(V(torch.tensor([200.0]), torch.tensor([200.0])).item())
+
+
+def test_L_I_cat_bounds():
+    c = torch.arange(10)
+    assert L_I_cat(torch.zeros(10, 10), c).item() == pytest.approx(0, abs=1e-6)
+    assert L_I_cat(100 * torch.eye(10), c).item() == pytest.approx(math.log(10), abs=1e-5)
+
+
+def test_L_I_cat_takes_logits_not_probabilities():
+    logits, c = torch.tensor([[2.0, 0.0, -1.0]]), torch.tensor([0])
+    expected = math.log(math.exp(2) / (math.exp(2) + 1 + math.exp(-1))) + math.log(3)
+    assert L_I_cat(logits, c).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_L_I_cont_is_a_gaussian_likelihood_plus_the_entropy_of_the_uniform():
+    rng = np.random.default_rng(1)
+    mu, s, u = rng.normal(size=(40, 3)), rng.normal(size=(40, 3)) * 0.3, rng.uniform(-1, 1, (40, 3))
+    density = np.exp(-0.5 * ((u - mu) / np.exp(s)) ** 2) / (np.exp(s) * math.sqrt(2 * math.pi))
+    expected = (np.log(density) + math.log(2)).sum(1).mean()
+    assert L_I_cont(*map(torch.tensor, (mu, s, u))).item() == pytest.approx(expected, abs=1e-6)
+    assert L_I_cont(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1)).item() == pytest.approx(
+        -0.2258, abs=1e-4
+    )
+
+
+def test_Q_is_split_into_disjoint_slices():
+    net = NETS["svhn"]
+    dq = sum(net.cats) + 2 * net.m
+    logits, mu, log_sigma = split_q(torch.arange(float(dq)).repeat(3, 1), net)
+    assert torch.cat([*logits, mu, log_sigma], 1)[0].tolist() == list(range(dq))
+    assert [a.shape[1] for a in logits] == [10] * 4 and mu.shape[1] == log_sigma.shape[1] == 4
+
+
+# ------------------------------------------------------------------------------------- latents and networks
+
+
+def test_latents_are_as_the_paper_has_them():
+    torch.manual_seed(0)
+    net = NETS["mnist"]
+    z, c, u = sample_latent(20000, net)
+    assert z.shape == (20000, 62) and c.shape == (20000, 1) and u.shape == (20000, 2)
+    assert -1 <= u.min() < -0.99 and 0.99 < u.max() <= 1 and abs(u.var().item() - 1 / 3) < 0.01
+    assert torch.bincount(c[:, 0], minlength=10).sub(2000).abs().max() < 250
+    g = join(z, c, u, net)
+    assert g.shape == (20000, 74)
+    assert torch.equal(g[:, 62:72].argmax(1), c[:, 0]) and torch.equal(g[:, 72:], u)
+    assert g[:, 62:72].sum(1).eq(1).all()
+
+
+@pytest.mark.parametrize(
+    "name, dim", [("mnist", 74), ("svhn", 168), ("celeba", 228), ("faces", 133), ("chairs", 189)]
+)
+def test_networks_have_the_papers_sizes(name, dim):
+    net = NETS[name]
+    assert net.dz + sum(net.cats) + net.m == dim
+    dq = sum(net.cats) + 2 * net.m
+    G, D = networks(name, dim, dq)
+    x = G(join(*sample_latent(4, net), net))
+    assert x.shape == (4, net.channels, net.size, net.size)
+    assert x.min() >= net.scale[0] and x.max() <= net.scale[1]
+    a, q = D(x)
+    assert a.shape == (4,) and q.shape == (4, dq)
+
+
+def test_parameter_counts_of_table_1():
+    G, D = networks("mnist", 74, 14)
+    count = lambda net: sum(p.numel() for p in net.parameters())
+    bn = lambda n: 2 * n
+    assert count(G) == (74 * 1024 + bn(1024) + 1024 * 6272 + bn(6272) + 128 * 64 * 16 + bn(64) + 64 * 16 + 1)
+    assert count(D) == (
+        64 * 16
+        + 64
+        + 64 * 128 * 16
+        + bn(128)
+        + 6272 * 1024
+        + bn(1024)
+        + 1025
+        + 1024 * 128
+        + bn(128)
+        + 128 * 14
+        + 14
+    )
+
+
+def test_batchnorm_keeps_the_default_epsilon():
+    nets = networks("mnist", 74, 14)
+    eps = {
+        m.eps
+        for net in nets
+        for m in net.modules()
+        if isinstance(m, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d))
+    }
+    assert eps == {1e-5}
+
+
+# ---------------------------------------------------------------------------------------- who moves, where to
+
+
+def built(**rates):
+    torch.manual_seed(0)
+    return infogan.build(args(), "mnist", replace(NETS["mnist"], **rates))
+
+
+def test_a_step_moves_both_networks_and_Q():
+    G, D, _, _, step = built()
+    before = {k: v.clone() for net in (G, D) for k, v in net.named_parameters()}
+    scalars = step(torch.rand(16, 1, 28, 28))
+    assert all(
+        not torch.equal(before[k], v) for net in (G, D) for k, v in net.named_parameters() if v.ndim > 1
+    )
+    assert set(scalars) == {"V", "D(G(z))", "L_I", "L_I cont"} and all(v.ndim == 0 for v in scalars.values())
+
+
+def test_one_step_of_G_raises_what_it_ascends():
+    G, D, _, _, _ = built()
+    net = NETS["mnist"]
+    z, c, u = sample_latent(64, net)
+
+    def value():
+        a, q = D(G(join(z, c, u, net)))
+        cat, cont = L_I(q, c, u, net)
+        return torch.nn.functional.logsigmoid(a).mean() + net.lam * cat + net.lam_cont * cont
+
+    before = value()
+    descend(-before, torch.optim.SGD(G.parameters(), lr=1e-3))
+    assert value() > before
+
+
+def gradient_of_trunk(**rates):
+    """Whether D's trunk learns from L_I: its movement in one step with Q's last layer at zero and at
+    random."""
+    moved = []
+    for scale in (0.0, 1.0):
+        _, D, _, _, step = built(**rates)
+        last = D.Q[-1]
+        last.weight.data.mul_(scale * 50)
+        before = D.trunk[0].weight.detach().clone()
+        torch.manual_seed(1)
+        step(torch.rand(16, 1, 28, 28))
+        moved.append(D.trunk[0].weight.detach() - before)
+    return not torch.equal(*moved)
+
+
+def test_the_regular_GAN_learns_nothing_from_Q_and_InfoGAN_does():
+    assert gradient_of_trunk()
+    assert not gradient_of_trunk(lam=0.0, lam_cont=0.0)
+
+
+def test_the_regular_GANs_Q_is_fitted_all_the_same():
+    _, D, _, _, step = built(lam=0.0, lam_cont=0.0)
+    before = D.Q[-1].weight.detach().clone()
+    step(torch.rand(16, 1, 28, 28))
+    assert not torch.equal(before, D.Q[-1].weight)
+
+
+def test_vary_changes_one_code_along_a_row():
+    net = NETS["mnist"]
+    seen = []
+
+    class Recorder(torch.nn.Module):
+        def forward(self, g):
+            seen.append(g)
+            return g
+
+    for code, columns in ((0, slice(62, 72)), (1, slice(72, 73)), (2, slice(73, 74))):
+        g = infogan.vary(Recorder(), net, code, rows=3).view(3, 10, 74)
+        varied = torch.zeros(74, dtype=torch.bool)
+        varied[columns] = True
+        assert (g[:, :, ~varied] == g[:, :1, ~varied]).all()
+        assert (g[:, 1:, varied] != g[:, :-1, varied]).any(2).all()
+    assert g[0, 0, 73] == -2 and g[0, -1, 73] == 2
+
+
+# ---------------------------------------------------------------------------------------------------- a run
+
+
+def test_a_run_on_digits_draws_figures_and_writes_numbers(digits, tmp_path):
+    words = "--net mnist --steps 16 --gan-steps 16 --batch-size 16 --log-every 1 --device cpu".split()
+    folders = "--dataset", digits, "--out", tmp_path, "--data-dir", tmp_path / "data"
+    result = script("infogan.py", *words, *folders)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "infogan-digits"
+    for figure in ("fig1", "fig2a", "fig2b", "fig2c", "fig2d", "samples"):
+        assert len(np.unique(np.asarray(Image.open(folder / f"{figure}.png")))) > 3, figure
+    results = json.loads((folder / "results.json").read_text())["results"]
+    assert {"ig-mi", "ig-cls", "agreement", "frechet"} <= set(results)
+    assert 0 <= results["ig-cls"]["value"] <= 100 and results["ig-mi"]["value"] <= math.log(10) + 1e-6
+
+
+def test_known_factors_are_matched_with_codes(tmp_path):
+    rng = np.random.default_rng(0)
+    factors = rng.uniform(-1, 1, (64, 4)).astype(np.float32)
+    images = rng.integers(0, 256, (64, 1, 32, 32), dtype=np.uint8)
+    np.savez(tmp_path / "heads.npz", images=images, factors=factors, factor_names=["a", "b", "c", "d"])
+    result = script(
+        "infogan.py",
+        "--dataset",
+        tmp_path / "heads.npz",
+        "--net",
+        "faces",
+        "--out",
+        tmp_path,
+        "--steps",
+        2,
+        "--batch-size",
+        16,
+        "--gan-steps",
+        0,
+        "--log-every",
+        1,
+        "--device",
+        "cpu",
+    )
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "infogan-heads"
+    assert all((folder / f"fig3{letter}.png").exists() for letter in "abcd")
+    found = json.loads((folder / "results.json").read_text())["results"]["ig-faces"]
+    assert len({found[n]["code"] for n in "abcd"}) == 4 and 0 <= found["value"] <= 1
+
+
+def test_ig_cls_error_is_zero_for_a_perfect_code_whatever_its_order():
+    class Perfect(torch.nn.Module):
+        def forward(self, x):
+            k = (x[:, 0, 0, 0] * 255).round().long()
+            return None, torch.nn.functional.one_hot((k + 3) % 10, 14).float()
+
+    images = torch.zeros(200, 1, 28, 28, dtype=torch.uint8)
+    y = torch.arange(200) % 10
+    images[:, 0, 0, 0] = y.to(torch.uint8)
+    pictures = infogan.data.Data("fake", images, y, images, y)
+    table, error = infogan.classify(Perfect(), pictures, NETS["mnist"], "cpu")
+    assert error == 0 and table.tolist() == [(k - 3) % 10 for k in range(10)]

@@ -1,0 +1,177 @@
+import pytest
+import torch
+
+from common import render
+from common.render import ATTRIBUTES, faces, heads
+
+
+@pytest.fixture(scope="module")
+def data():
+    return faces(24, size=32)
+
+
+def sweep(column, values, **options):
+    """Heads that differ in one factor alone, as float (n, size, size), grey."""
+    factors = torch.zeros(len(values), 4)
+    factors[:, column] = torch.tensor(values)
+    return heads(factors, channels=1, **options)[:, 0].float()
+
+
+def with_attribute(name, value, azimuth=0.0):
+    attributes = torch.tensor([[0, 0, 0, 0, 0, .6, .3]])
+    attributes[0, ATTRIBUTES.index(name)] = value
+    return heads(torch.tensor([[azimuth, 0, 0, 0]]), attributes, size=64)[0].float()
+
+
+@pytest.mark.parametrize("size, channels, plain", [(32, 1, True), (48, 3, False), (8, 3, False)])
+def test_faces_are_what_the_docstring_says(size, channels, plain):
+    d = faces(6, size, channels, plain=plain)
+    assert d["images"].shape == (6, channels, size, size) and d["images"].dtype == torch.uint8
+    assert d["factors"].shape == (6, 4) and d["factors"].dtype == torch.float32
+    assert d["attributes"].shape == (6, 7) and d["attributes"].dtype == torch.float32
+    assert d["factor_names"] == ["azimuth", "elevation", "lighting", "width"]
+    assert d["attribute_names"] == ["smile", "glasses", "beard", "long_hair", "hat", "skin", "hair"]
+    if plain:
+        assert torch.equal(d["attributes"], torch.tensor([0, 0, 0, 0, 0, .5, .5]).repeat(6, 1))
+    x = d["images"].float()
+    assert x.flatten(1).std(1).min() > 20                                       # a head on its background,
+    assert (x[0] - x[1:]).abs().flatten(1).mean(1).min() > 5                    # and no two alike
+    if channels == 3:
+        assert (x[:, 0] - x[:, 2]).abs().mean() > 10
+
+
+def test_grey_is_the_luma_of_colour():
+    # In linear light, of which a picture is the square root; two glossy or clipped samples may differ more.
+    colour, grey = (faces(8, 32, c)["images"].float().div(255).square() for c in (3, 1))
+    luma = (colour * torch.tensor([.299, .587, .114])[:, None, None]).sum(1, keepdim=True)
+    assert (luma - grey).abs().mean() < .003
+
+
+def test_same_bits_for_a_seed_whatever_n_chunk_or_threads(data, monkeypatch):
+    assert torch.equal(faces(24, size=32)["images"], data["images"])
+    assert not torch.equal(faces(24, size=32, seed=1)["images"], data["images"])
+    first = faces(5, size=32)
+    assert all(torch.equal(first[k], data[k][:5]) for k in ("images", "factors", "attributes"))
+    for chunk in (1, 3 * 10 ** 5):  # one picture at a time, and more at a time than before
+        monkeypatch.setattr(render, "CHUNK", chunk)
+        assert torch.equal(faces(24, size=32)["images"], data["images"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 if threads != 3 else 2)
+    try:
+        assert torch.equal(faces(24, size=32)["images"], data["images"])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_sums_behind_the_pictures_are_exact():
+    # What makes the last test more than luck: the float32 products equal those in float64 and in any order.
+    factors = torch.rand(16, 4, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    points, normals = render._part("head", .05, "cpu")[:2]
+    camera, lamp = render._pose(factors.double())
+    k = torch.rand(16, 1, 1, 9, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    for matrix, a in ((points, camera), (normals, lamp)):
+        a = render._grain((a[..., None] * k).flatten(2), 10)
+        assert torch.equal((a @ matrix).double(), a.double() @ matrix.double())
+        assert torch.equal(a @ matrix, a.flip(2) @ matrix.flip(0))
+
+
+def test_labels_are_uniform_and_independent(monkeypatch):
+    monkeypatch.setattr(render, "heads", lambda factors, *_: torch.zeros(len(factors)))  # no pictures
+    d = faces(20000)
+    f, a = d["factors"], d["attributes"]
+    assert f.min() >= -1 and f.max() <= 1
+    even = torch.linspace(0, 1, 20000)
+    # Kolmogorov-Smirnov, 1e-3: .0138
+    assert ((f + 1) / 2).sort(0).values.sub(even[:, None]).abs().max() < .015
+    assert a[:, 5:].sort(0).values.sub(even[:, None]).abs().max() < .015
+    assert set(a[:, :5].unique().tolist()) == {0., 1.} and (a[:, :5].mean(0) - .5).abs().max() < .015
+    correlation = torch.corrcoef(torch.cat([f, a], 1).T) - torch.eye(11)
+    assert correlation.abs().max() < .03                                         # 4 standard errors
+
+
+def test_mirror():
+    # Azimuth and lighting change sign in a mirror, nothing else does.
+    g = torch.Generator().manual_seed(0)
+    factors, identity = torch.rand(8, 4, generator=g) * 2 - 1, torch.rand(8, 6, generator=g) * 2 - 1
+    attributes = (torch.rand(8, 7, generator=g) < .5).float()
+    x = heads(factors, attributes, identity).float()
+    y = heads(factors * torch.tensor([-1, 1, -1, 1]), attributes, identity).float().flip(3)
+    unrelated = (x - heads(factors * torch.tensor([-1, 1, -1, 1]), attributes, identity).float()).abs().mean()
+    assert (x - y).abs().mean() < 3 < .2 * unrelated
+
+
+def test_azimuth_and_elevation_move_the_lips():
+    factors = torch.zeros(10, 4)
+    factors[:5, 0] = factors[5:, 1] = torch.linspace(-.8, .8, 5)
+    red, green, _ = heads(factors, plain=True).float().unbind(1)
+    lips = (red > 1.4 * green).float() * (red > 60)
+    assert (lips.sum((1, 2)) > 25).all()
+    x, y = ((lips.sum(dim) * torch.arange(64)).sum(1) / lips.sum((1, 2)) for dim in (1, 2))
+    assert (x[:5].diff() > 3).all() and (y[5:].diff() > 1).all()
+    assert (x[5:] - 31.5).abs().max() < 1 and y[:5].max() - y[:5].min() < 2
+
+
+def test_lighting_comes_from_its_side():
+    x = sweep(2, [-1., -.5, 0, .5, 1.], size=32, plain=True)
+    balance = x[:, :, 16:].mean((1, 2)) - x[:, :, :16].mean((1, 2))
+    assert (balance.diff() > 5).all() and abs(balance[2]) < 2
+    assert balance[0] < -20 and balance[4] > 20
+
+
+def test_width_is_that_of_the_silhouette():
+    x = sweep(3, [-1., -.5, 0, .5, 1.], plain=True)
+    across = (x[:, 32] > 60).sum(1).float()  # at the height of the ears, on black
+    assert (across.diff() > 1).all()
+    assert across[0] / across[2] == pytest.approx(.85, abs=.04)
+    assert across[4] / across[2] == pytest.approx(1.15, abs=.04)
+
+
+@pytest.mark.parametrize("name, rows, columns", [
+    ("smile", slice(40, 56), slice(22, 42)), ("glasses", slice(26, 40), slice(12, 52)),
+    ("beard", slice(40, 62), slice(20, 44)), ("long_hair", slice(16, 64), slice(8, 56)),
+    ("hat", slice(0, 28), slice(6, 58)), ("skin", slice(18, 64), slice(10, 54)),
+    ("hair", slice(4, 30), slice(12, 52))])
+def test_an_attribute_changes_its_region_and_little_else(name, rows, columns):
+    change = (with_attribute(name, 1) - with_attribute(name, 0)).abs().amax(0)
+    inside = torch.zeros_like(change, dtype=torch.bool)
+    inside[rows, columns] = True
+    assert (change[inside] > 30).float().mean() > .1
+    assert (change[~inside] > 30).float().mean() < .03
+
+
+def test_what_the_attributes_look_like():
+    on, off = ({k: with_attribute(k, v) for k in ATTRIBUTES} for v in (1, 0))
+    mouth, eyes = (slice(44, 52), slice(26, 38)), (slice(28, 38), slice(14, 50))
+    assert (on["smile"][:, mouth[0], mouth[1]].amin(0) > 200).sum() > 10        # teeth
+    assert (off["smile"][:, mouth[0], mouth[1]].amin(0) > 200).sum() == 0
+    dark = [(x["glasses"][:, eyes[0], eyes[1]].amax(0) < 70).float().mean() for x in (on, off)]
+    assert dark[0] > 2 * dark[1]                                                # frames
+    assert on["beard"][:, 56, 32].mean() < .6 * off["beard"][:, 56, 32].mean()
+    assert on["skin"][:, 24, 32].min() > off["skin"][:, 24, 32].max() + 50      # the forehead
+    assert on["hair"][:, 12, 32].mean() > off["hair"][:, 12, 32].mean() + 80    # blond and black
+
+
+def test_plain_heads_have_no_hair_and_vary_in_shape():
+    factors = torch.zeros(2, 4)
+    x = heads(factors, identity=torch.tensor([[-1.] * 6, [1.] * 6]), plain=True).float()
+    assert x[:, :, 8:16, 32].min() > 120                                        # a bare crown
+    assert x[:, :, 0, 0].max() < 60
+    assert (x[0] - x[1]).abs().mean() > 3
+
+
+def test_surfaces_have_no_cracks():
+    # No blond hair and no light skin shows through a blue hat, however it is turned.
+    attributes = torch.tensor([[0, 0, 0, 0, 1, 1, 1.]]).repeat(3, 1)
+    factors = torch.tensor([[-.7, .2, 0, 1], [0, .5, 0, 1], [.9, 0, 0, 1.]])
+    x = heads(factors, attributes, tones=torch.full((3, 3), 1 / 3))[:, :, 8:18, 22:42]
+    red, green, blue = x.int().unbind(1)
+    assert (blue > red + 20).all() and (blue > green + 20).all()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ({"n": 0}, "n >= 1, found 0"), ({"n": 2, "size": 7}, "size 8..512, found 7"),
+    ({"n": 2, "size": 513}, "size 8..512, found 513"),
+    ({"n": 2, "channels": 2}, r"1 \(grey\) or 3 \(colour\), found 2")])
+def test_errors_say_what_was_expected_and_found(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        faces(**arguments)

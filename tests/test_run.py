@@ -1,0 +1,373 @@
+"""A run's folder, flags, checkpoints, resume, signals and errors, each as a user meets them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, script
+
+from common import UserError, log, run
+
+SMALL = ("--batch-size", "8", "--log-every", "1", "--save-every", "20", "--device", "cpu")
+
+
+def parse(*words, **defaults):
+    return run.parse(
+        run.parser("infogan.py", "doc", dataset="mnist", steps=10, batch_size=4, **defaults),
+        [str(w) for w in words],
+    )
+
+
+def gan(digits, out, *words):
+    """The words of a run of gan.py on the small digits."""
+    return ["gan.py", "--dataset", str(digits), "--out", str(out), *SMALL, *words]
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def assert_equal(a, b, where=""):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for k in a:
+            assert_equal(a[k], b[k], f"{where}/{k}")
+    elif isinstance(a, (list, tuple)):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def failed(result, *said):
+    """One line on stderr, exit code 1, no traceback."""
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for text in said:
+        assert text in result.stderr
+
+
+# ------------------------------------------------------------------------------------------------ flags
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--steps", 0),
+        ("--steps", -1),
+        ("--steps", "many"),
+        ("--batch-size", 1),
+        ("--seed", -1),
+        ("--log-every", 0),
+        ("--sample", 3),
+        ("--no-such-flag",),
+    ],
+)
+def test_bad_flags_exit_with_2(words, capsys):
+    with pytest.raises(SystemExit) as e:
+        parse(*words)
+    assert e.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_number_says_what_was_found_and_expected():
+    with pytest.raises(Exception, match="nan found, above 0 expected"):
+        run.number(float, 0, open_low=True)("nan")
+    with pytest.raises(Exception, match="inf found"):
+        run.number(float, 0)("inf")
+    assert run.number(float, 0, open_low=True)("1e-3") == 1e-3
+
+
+def test_an_unknown_device_is_one_line():
+    with pytest.raises(UserError, match="--device tpu:7 found"):
+        run.Run(parse("--device", "tpu:7"))
+
+
+# ------------------------------------------------------------------------------------------------ the folder
+
+
+def test_a_folder_with_a_run_is_left_alone(tmp_path):
+    run.Run(parse("--out", tmp_path, "--device", "cpu"))
+    before = (tmp_path / "infogan-mnist" / "args.json").read_text()
+    with pytest.raises(UserError, match="already holds a run.*--resume.*--name"):
+        run.Run(parse("--out", tmp_path, "--device", "cpu", "--seed", 5))
+    assert (tmp_path / "infogan-mnist" / "args.json").read_text() == before
+    run.Run(parse("--out", tmp_path, "--device", "cpu", "--name", "b"))
+
+
+def test_an_unwritable_folder_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write to"):
+        run.Run(parse("--out", tmp_path / "file", "--device", "cpu"))
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (None, "not found"),
+        ("{", "cannot be read"),
+        ("[]", "run of None"),
+        ('{"script": "gan"}', "a run of gan.py"),
+    ],
+)
+def test_resume_of_something_else_is_one_line(tmp_path, content, said):
+    if content is not None:
+        (tmp_path / "args.json").write_text(content)
+    with pytest.raises(UserError, match=said):
+        parse("--resume", tmp_path)
+
+
+def test_resume_takes_the_flags_of_the_run_and_refuses_others(tmp_path):
+    run.Run(parse("--out", tmp_path, "--device", "cpu", "--seed", 3))
+    folder = tmp_path / "infogan-mnist"
+    assert parse("--resume", folder, "--steps", 20).seed == 3
+    with pytest.raises(UserError, match="was run with --seed 3, 4 given"):
+        parse("--resume", folder, "--seed", 4)
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+class Part:
+    """The least that a checkpoint can hold."""
+
+    def __init__(self):
+        self.value = torch.zeros(3)
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+def started(tmp_path, *words, **parts):
+    r = run.Run(parse("--out", tmp_path, "--device", "cpu", *words))
+    r.keep(**(parts or {"part": Part()}))
+    return r
+
+
+def test_cut_off_while_saving_the_old_checkpoint_is_whole(tmp_path, monkeypatch):
+    r = started(tmp_path)
+    r.parts["part"].value += 1
+    r.step = 1
+    r.save()
+
+    def cut(state, f):
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", cut)
+    with pytest.raises(UserError, match="No space left"):
+        r.save()
+    monkeypatch.undo()
+    again = run.Run(parse("--resume", r.folder))
+    again.keep(part=Part())
+    assert again.step == 1 and again.parts["part"].value.eq(1).all()
+    assert not list(r.folder.glob("*.tmp"))
+
+
+def test_damaged_checkpoints_are_one_line(tmp_path):
+    r = started(tmp_path)
+    r.save()
+    path = r.folder / "checkpoint.pt"
+    whole = path.read_bytes()
+    for broken in (b"", whole[: len(whole) // 2], b"not a checkpoint"):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=r"checkpoint\.pt is damaged"):
+            run.Run(parse("--resume", r.folder)).keep(part=Part())
+    path.unlink()
+    with pytest.raises(UserError, match="before its first checkpoint"):
+        run.Run(parse("--resume", r.folder)).keep(part=Part())
+
+
+def test_a_checkpoint_with_code_in_it_does_not_run_it(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "payload ran"),)
+
+    r = started(tmp_path)
+    torch.save({"parts": {"part": Payload()}, "step": 1}, r.folder / "checkpoint.pt")
+    with pytest.raises(UserError, match="damaged or not a checkpoint"):
+        run.Run(parse("--resume", r.folder)).keep(part=Part())
+    assert not (tmp_path / "payload ran").exists()
+
+
+def test_a_checkpoint_of_other_networks_is_refused(tmp_path):
+    r = started(tmp_path, net=torch.nn.Linear(2, 2))
+    r.save()
+    with pytest.raises(UserError, match="damaged or not a checkpoint of this run"):
+        run.Run(parse("--resume", r.folder)).keep(net=torch.nn.Linear(3, 2))
+    with pytest.raises(UserError, match="differ in"):
+        run.Run(parse("--resume", r.folder)).keep(net=torch.nn.Linear(2, 2), more=Part())
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path):
+    r = started(tmp_path)
+    torch.rand(3)
+    r.save()
+    expected = torch.rand(3)
+    run.Run(parse("--resume", r.folder)).keep(part=Part())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_aside_leaves_training_randomness_alone(tmp_path):
+    r = started(tmp_path)
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    with r.aside():
+        drawn = torch.rand(2)
+    assert torch.equal(torch.rand(2), expected)
+    with r.aside():
+        assert torch.equal(torch.rand(2), drawn)
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
+    r = started(tmp_path, "--save-every", 2, "--log-every", 1)
+    with pytest.raises(UserError, match=r"step 3: V is nan.*is kept"):
+        for step in r.loop():
+            r.log({"V": torch.tensor(float("nan") if step == 3 else 1.0)})
+    assert checkpoint(r.folder)["step"] == 2
+
+
+def test_parameters_that_are_not_finite_are_never_saved(tmp_path):
+    net = torch.nn.Linear(2, 2)
+    r = started(tmp_path, "--save-every", 2, net=net)
+    with pytest.raises(UserError, match="a parameter of net"):
+        for step in r.loop():
+            r.log({"V": torch.tensor(1.0)})
+            if step == 4:
+                net.weight.data.fill_(float("inf"))
+    assert checkpoint(r.folder)["step"] == 2
+
+
+def test_metrics_are_means_over_the_interval_name_by_name(tmp_path):
+    r = started(tmp_path, "--steps", 4, "--log-every", 2)
+    for step in r.loop():
+        r.log({"V": torch.tensor(float(step))})
+        if step == 3:
+            r.log({"now and then": torch.tensor(7.0)})
+    lines = log.history(r.folder)
+    assert [line["V"] for line in lines] == [1.5, 3.5]
+    assert "now and then" not in lines[0] and lines[1]["now and then"] == 7.0
+
+
+def test_a_resumed_run_does_not_repeat_lines(tmp_path):
+    r = started(tmp_path, "--steps", 4, "--log-every", 1, "--save-every", 2)
+    for step in r.loop():
+        r.log({"V": torch.tensor(float(step))})
+        if step == 3:
+            break  # a kill after the checkpoint of step 2: line 3 may be there already
+    (r.folder / "metrics.jsonl").open("a").write('{"step": 3, "V"')  # and a line cut off
+    again = run.Run(parse("--resume", r.folder))
+    again.keep(part=Part())
+    for step in again.loop():
+        again.log({"V": torch.tensor(float(step))})
+    assert [line["step"] for line in log.history(r.folder)] == [1, 2, 3, 4]
+
+
+def test_check_exits_with_1_when_the_metric_is_missed(tmp_path):
+    r = started(tmp_path, "--check")
+    with pytest.raises(SystemExit) as e:
+        r.results({"x": {"value": 1.0, "paper": 2}}, passed=False)
+    assert e.value.code == 1
+    report = json.loads((r.folder / "results.json").read_text())
+    assert report["results"]["x"] == {"value": 1.0, "paper": 2}
+    assert report["versions"]["torch"] == torch.__version__ and "--check" in report["command"]
+    r.results({"x": {"value": 1.0}}, passed=True)
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+
+@pytest.fixture(scope="module")
+def whole(digits, tmp_path_factory):
+    """Sixty steps without a break."""
+    out = tmp_path_factory.mktemp("whole")
+    result = script(*gan(digits, out, "--steps", "60"))
+    assert result.returncode == 0, result.stderr
+    return out / "gan-digits"
+
+
+def test_a_run_leaves_everything_behind(whole):
+    names = {p.name for p in whole.iterdir()}
+    assert {
+        "args.json",
+        "metrics.jsonl",
+        "checkpoint.pt",
+        "results.json",
+        "samples.png",
+        "fig2a.png",
+    } <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert [line["step"] for line in log.history(whole)] == list(range(1, 61))
+
+
+def test_two_halves_equal_a_whole(digits, tmp_path, whole):
+    folder = tmp_path / "gan-digits"
+    for words in (gan(digits, tmp_path, "--steps", "20"), ["gan.py", "--resume", folder, "--steps", "60"]):
+        result = script(*words)
+        assert result.returncode == 0, result.stderr
+    a, b = checkpoint(whole), checkpoint(folder)
+    a["parts"].pop("best"), b["parts"].pop("best")  # the shorter run looked for its best at its own end too
+    assert_equal(a, b)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_and_resumed_equals_uninterrupted(digits, tmp_path, whole, how):
+    folder = tmp_path / "gan-digits"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, *gan(digits, tmp_path, "--steps", "60")]
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.time() + 120
+    while not (folder / "checkpoint.pt").exists() and time.time() < deadline:
+        time.sleep(0.002)
+    process.send_signal(how)
+    _, stderr = process.communicate(timeout=120)
+    stopped = checkpoint(folder)["step"]
+    if how == signal.SIGKILL:
+        assert stopped % 20 == 0
+    else:
+        assert process.returncode == 130, stderr
+        assert "saved: go on with --resume" in stderr and "Traceback" not in stderr
+    assert stopped < 60
+    resumed = script("gan.py", "--resume", folder)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_equal(checkpoint(whole), checkpoint(folder))
+    assert [line["step"] for line in log.history(folder)] == list(range(1, 61))
+
+
+def test_sample_writes_single_pictures(whole):
+    result = script("gan.py", "--resume", whole, "--sample", 5)
+    assert result.returncode == 0, result.stderr
+    assert sorted(p.name for p in (whole / "samples").iterdir()) == [f"{i:05d}.png" for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("--dataset", "no-such-set"), ("no-such-set", "mnist")),
+        (("--dataset", "/no/such/file.npz"), ("file.npz",)),
+        (("--batch-size", 100000, "--dataset", "mnist"), ("100000", "60000")),
+    ],
+)
+def test_users_mistakes_are_one_line_each(tmp_path, words, said):
+    failed(script("infogan.py", "--out", tmp_path, *words), *said)
+
+
+def test_bad_npz_is_one_line(tmp_path):
+    np.savez(tmp_path / "bad.npz", pictures=np.zeros((4, 1, 8, 8), np.uint8))
+    failed(script("infogan.py", "--out", tmp_path, "--dataset", tmp_path / "bad.npz"), "images")
