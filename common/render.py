@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from . import UserError
+from common import UserError
 
 FACTORS = ["azimuth", "elevation", "lighting", "width"]
 DEGREES = [60, 25, 70]  # azimuth, elevation and lighting at 1
@@ -144,9 +144,11 @@ def _pair(patch):
 PARTS = {"head": ([_head], ["smile", "beard", *IDENTITY]), "body": ([_neck, *_pair(_ear)], []),
          "hair": ([_hair], ["long_hair"]), "glasses": ([*_pair(_rim), *_pair(_arm), _bridge], []),
          "hat": ([_hat], [])}
-SPACING = 2.1   # samples from a point to the next; a point covers 2 x 2
+# A point covers 2 x 2 samples and cracks of 1 close: neighbours may be almost 3 samples apart, on the widest
+# head (times 1.15) at its nearest (times 8 / 7).
+SPACING = 2.2
 INDEX = 2 ** 28  # more than the points of a head at the largest size
-CHUNK = 2 ** 18  # points and samples at a time, about what a CPU's cache holds; a GPU takes more
+CHUNK = 2 ** 19  # points and samples at a time, about what a CPU's cache holds; a GPU takes more
 
 
 # ---- Faces: from surfaces to matrices ----------------------------------------------------------------------
@@ -265,10 +267,10 @@ def heads(factors, attributes=None, identity=None, tones=None, size=64, channels
     identity (n, 6) in [-1, 1]: jaw, nose, eyes (distance), length, lips, brow; tones (n, 3) in [0, 1]: hue of
     the hat, hue of the shirt, brightness of the background.  Default 0; skin, hair and tones 0.5.
     plain: a bare head on black, without hair, glasses, hat and shirt.
-    Raises UserError, a ValueError: size not in 8..512, channels not 1 or 3.
+    Raises UserError, a ValueError: size not in 8..256, channels not 1 or 3.
     """
-    if not 8 <= size <= 512:
-        raise UserError(f"expected size 8..512, found {size}")
+    if not 8 <= size <= 256:
+        raise UserError(f"expected size 8..256, found {size}")
     if channels not in (1, 3):
         raise UserError(f"expected channels 1 (grey) or 3 (colour), found {channels}")
     n, samples = len(factors), 2 if size >= 48 else 3  # samples x samples a pixel
@@ -334,7 +336,7 @@ def faces(n=20000, size=64, channels=3, seed=0, plain=False, device="cpu"):
     Shapes of faces, colours of hats and shirts and the background (see `heads`) vary too and have no label.
     plain: bare heads on black that differ in factors and shape alone, as in InfoGAN Fig. 3; attributes are 0,
     skin and hair 0.5.  A seed gives the same pictures to the bit, and the first ones do not depend on n.
-    Raises UserError, a ValueError: n < 1, size not in 8..512, channels not 1 or 3.
+    Raises UserError, a ValueError: n < 1, size not in 8..256, channels not 1 or 3.
     """
     if n < 1:
         raise UserError(f"expected n >= 1, found {n}")

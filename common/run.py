@@ -134,24 +134,30 @@ class Run:
                 self._claim()
 
     def _claim(self):
-        """Make the run's folder and write args.json; a folder that holds a run is left alone."""
+        """Make the run's folder; one that holds a run is left alone."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / "args.json").open("x") as f:
-                json.dump(self.asked, f, indent=1)
-        except FileExistsError:
-            raise UserError(f"{self.folder} already holds a run: go on with --resume {self.folder}, "
-                            "or give this one another --name") from None
+            (self.folder / "args.tmp").touch()
+            (self.folder / "args.tmp").unlink()
         except OSError as e:
             raise UserError(f"cannot write to {self.folder} ({e.strerror}): give another --out") from None
+        if any((self.folder / name).exists() for name in ("metrics.jsonl", "checkpoint.pt")):
+            raise UserError(f"{self.folder} already holds a run: go on with --resume {self.folder}, "
+                            "or give this one another --name")
 
     def keep(self, **parts):
-        """What a checkpoint holds (anything with state_dict); restores them all when resuming.  Before the
-        first step."""
+        """What a checkpoint holds (anything with state_dict); restores them all when resuming.
+
+        Call it before the first step and after everything that a user's mistake could break: from here on the
+        folder holds a run.
+        """
         self.parts = parts
         if self.args.resume:
-            self._load()
-        elif self.world > 1:
+            return self._load()
+        if self.lead:
+            (self.folder / "args.json").write_text(json.dumps(self.asked, indent=1) + "\n")
+            (self.folder / "metrics.jsonl").touch()
+        if self.world > 1:
             # The networks are alike by now; latents must not be.
             torch.manual_seed(self.args.seed + 7919 * self.rank)
 

@@ -234,3 +234,22 @@ def test_replays_do_not_wait_for_the_device():
 
 def test_graph_is_not_used_without_a_gpu():
     assert not isinstance(fuse(args(graph=True))(lambda x: x), Graph)
+
+
+def test_compiled_networks_take_the_same_steps():
+    """Also where two losses share one forward pass: compiled code must not free what the second one needs."""
+    runs = []
+    for flag in (False, True):
+        G, D = place(args(compile=flag), *pair())
+        opt_D, opt_G = (torch.optim.SGD(net.parameters(), 0.1) for net in (D, G))
+        torch.manual_seed(1)
+        for _ in range(2):
+            loss = D(G(torch.randn(8, 4))).square().mean()
+            descend(loss, opt_D, -loss, opt_G)
+            with frozen(D):
+                loss = D(G(torch.randn(8, 4))).mean()
+            descend(loss, opt_G)
+        with sampling(G):
+            runs.append([*weights(G), *weights(D), G(torch.ones(2, 4))])
+    for plain, compiled in zip(*runs, strict=True):
+        torch.testing.assert_close(plain, compiled, rtol=1e-4, atol=1e-5)

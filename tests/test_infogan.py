@@ -218,7 +218,7 @@ def test_vary_changes_one_code_along_a_row():
 
 
 def test_a_run_on_digits_draws_figures_and_writes_numbers(digits, tmp_path):
-    words = "--net mnist --steps 16 --gan-steps 16 --batch-size 16 --log-every 1 --device cpu".split()
+    words = ["--net", "mnist", "--steps", "16", "--gan-steps", "16", "--batch-size", "16", "--device", "cpu"]
     folders = "--dataset", digits, "--out", tmp_path, "--data-dir", tmp_path / "data"
     result = script("infogan.py", *words, *folders)
     assert result.returncode == 0, result.stderr

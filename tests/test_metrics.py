@@ -234,8 +234,11 @@ def test_classifier_is_cached_and_another_data_set_is_not_taken_for_it(tmp_path,
     assert not second.training and not any(p.requires_grad for p in second.parameters())
     same_sum = y.clone()
     same_sum[(y == 2).nonzero()[0]], same_sum[(y == 1).nonzero()[0]] = 3, 0
-    padded = torch.nn.functional.pad(x, (0, 8))
-    for n, (images, labels) in enumerate([(x, y), (255 - x, y), (x, y + 1), (x, same_sum), (padded, y)], 2):
+    wide = torch.nn.functional.pad(x, (0, 8))
+    # Each differs from the one before, which is in the cache, in one thing: shape, classes, pixels, labels.
+    dim = wide.clamp(max=99)
+    others = [(x, y), (wide, y), (wide, same_sum), (dim, same_sum), (dim, y + 1)]
+    for n, (images, labels) in enumerate(others, 2):
         clf = M.classifier(images, labels, "cpu", cache, "dots", steps=5)
         assert len(trainings) == n
         assert clf(images.float()).shape == (len(images), int(labels.max()) + 1)

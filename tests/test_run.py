@@ -96,12 +96,17 @@ def test_an_unknown_device_is_one_line():
 
 
 def test_a_folder_with_a_run_is_left_alone(tmp_path):
-    run.Run(parse("--out", tmp_path, "--device", "cpu"))
-    before = (tmp_path / "infogan-mnist" / "args.json").read_text()
+    folder = started(tmp_path).folder
+    before = (folder / "args.json").read_text()
     with pytest.raises(UserError, match="already holds a run.*--resume.*--name"):
         run.Run(parse("--out", tmp_path, "--device", "cpu", "--seed", 5))
-    assert (tmp_path / "infogan-mnist" / "args.json").read_text() == before
+    assert (folder / "args.json").read_text() == before
     run.Run(parse("--out", tmp_path, "--device", "cpu", "--name", "b"))
+
+
+def test_a_run_that_failed_before_it_started_is_no_run(tmp_path):
+    run.Run(parse("--out", tmp_path, "--device", "cpu", "--seed", 5))
+    started(tmp_path)
 
 
 def test_an_unwritable_folder_is_one_line(tmp_path):
@@ -127,8 +132,7 @@ def test_resume_of_something_else_is_one_line(tmp_path, content, said):
 
 
 def test_resume_takes_the_flags_of_the_run_and_refuses_others(tmp_path):
-    run.Run(parse("--out", tmp_path, "--device", "cpu", "--seed", 3))
-    folder = tmp_path / "infogan-mnist"
+    folder = started(tmp_path, "--seed", 3).folder
     assert parse("--resume", folder, "--steps", 20).seed == 3
     with pytest.raises(UserError, match="was run with --seed 3, 4 given"):
         parse("--resume", folder, "--seed", 4)
