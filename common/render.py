@@ -144,8 +144,8 @@ def _pair(patch):
 PARTS = {"head": ([_head], ["smile", "beard", *IDENTITY]), "body": ([_neck, *_pair(_ear)], []),
          "hair": ([_hair], ["long_hair"]), "glasses": ([*_pair(_rim), *_pair(_arm), _bridge], []),
          "hat": ([_hat], [])}
-# A point covers 2 x 2 samples and cracks of 1 close: neighbours may be almost 3 samples apart, on the widest
-# head (times 1.15) at its nearest (times 8 / 7).
+# A point covers 2 x 2 samples and cracks of 1 close, so neighbours may be almost 3 samples apart, when a head
+# is widest (times 1.15) and nearest (times 8 / 7).
 SPACING = 2.2
 INDEX = 2 ** 28  # more than the points of a head at the largest size
 CHUNK = 2 ** 19  # points and samples at a time, about what a CPU's cache holds; a GPU takes more
