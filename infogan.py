@@ -31,6 +31,8 @@ Deviations
             c1 settles on whatever the first blurred pictures differ in, and several digits share a category.
     [dev 5] For the regular GAN Q reads a detached trunk: neither G nor D learns from it.
     [dev 6] Stride-1 upconvolutions of Table 6 are convolutions padded to the same size: the same linear maps.
+    [dev 7] On faces D sees data and samples as one batch (the authors' code: two).  With statistics of their
+            own, BatchNorm hides from D how bright and how contrasty samples are, and G draws grey noise.
 """
 
 import math
@@ -64,6 +66,7 @@ class Net:
     lam_cont: float = 1.0
     warm_up: int = 0             # steps over which lam rises from 0, and after them lam_cont [dev 4]
     scale: tuple = (0.0, 1.0)    # values of the pictures: a sigmoid or a tanh ends G
+    together: bool = False       # D sees data and samples as one batch [dev 7]
     gan_steps: int = 0           # steps of the regular GAN of Figs. 1 and 2b, trained beside
     sweep: float = 1.0           # the figures vary a continuous code from -sweep to sweep
 
@@ -73,7 +76,7 @@ NETS = {
                  warm_up=1500, gan_steps=1000, sweep=2.0),
     "svhn": Net(32, 3, (10,) * 4, 4, 124, scale=(-1.0, 1.0)),                  # Table 2
     "celeba": Net(32, 3, (10,) * 10, 0, 128, scale=(-1.0, 1.0)),               # Table 3
-    "faces": Net(32, 1, (), 5, 128, lr_G=5e-4, lam_cont=0.2),                  # Tables 4 and 5 (azimuth)
+    "faces": Net(32, 1, (), 5, 128, lr_G=5e-4, lam_cont=0.2, together=True),  # Tables 4, 5 (azimuth), [dev 7]
     "chairs": Net(64, 1, (20,) * 3, 1, 128, lam_cont=10.0),                    # Tables 6 and 7 (rotation)
 }
 FIGURE = {"mnist": "fig2", "faces": "fig3", "chairs": "fig4", "svhn": "fig5", "celeba": "fig6"}
@@ -291,14 +294,14 @@ def build(args, name, net):
         # D ascends V; Q, on D's trunk and in D's optimizer, ascends lam L_I [dev 1], [dev 5].
         with amp:
             x_fake = G(join(z, c, u, net))
-            (a_real, _), (a_fake, q) = D(x), D(x_fake.detach(), detach=regular)
+            a_real, a_fake, q = judge(D, x, x_fake.detach(), net, regular)
         v = V(a_real, a_fake)
         mi, mi_cont = L_I(q, c, u, net)
         lam, lam_cont = (1.0, 1.0) if regular else lambdas(D.t, net)
         descend(-v - lam * mi - lam_cont * mi_cont, opt_D)
         # G ascends log D(G(z, c)) [dev 2] + lam L_I, through the updated D and Q.
         with amp, frozen(D):
-            a_fake, q = D(x_fake)
+            _, a_fake, q = judge(D, x if net.together else None, x_fake, net)
         mi, mi_cont = L_I(q, c, u, net)
         log_d = F.logsigmoid(a_fake.float()).mean()
         descend(-log_d - (0.0 if regular else lam * mi + lam_cont * mi_cont), opt_G)
@@ -306,6 +309,16 @@ def build(args, name, net):
         return {"V": v, "D(G(z))": a_fake.float().sigmoid().mean(), "L_I": mi, "L_I cont": mi_cont}
 
     return G, D, opt_D, opt_G, train_step
+
+
+def judge(D, x, x_fake, net, detach=False):
+    """(a_real, a_fake, q of the samples).  BatchNorm's statistics are each batch's own, or with net.together
+    those of data and samples as one, so that D sees how they differ in brightness and contrast [dev 7]."""
+    if net.together:
+        a, q = D(torch.cat([x, x_fake]), detach)
+        return a[:len(x)], a[len(x):], q[len(x):]
+    a_real = None if x is None else D(x)[0]
+    return a_real, *D(x_fake, detach)
 
 
 def vary(G, net, code, rows=10, columns=10, device="cpu"):

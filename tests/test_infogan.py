@@ -189,6 +189,18 @@ def test_the_regular_GAN_learns_nothing_from_Q_and_InfoGAN_does():
     assert not gradient_of_trunk(lam=0.0, lam_cont=0.0)
 
 
+def test_together_shares_the_batch_statistics():
+    """[dev 7]: the samples' logits depend on the data only where both pass D as one batch."""
+    net = NETS["faces"]
+    torch.manual_seed(0)
+    _, D = networks("faces", 133, 10)
+    x_fake = torch.rand(8, 1, 32, 32)
+    for together in (True, False):
+        net = replace(net, together=together)
+        a = [infogan.judge(D, x, x_fake, net)[1] for x in torch.rand(2, 8, 1, 32, 32)]
+        assert torch.equal(*a) is not together
+
+
 def test_the_regular_GANs_Q_is_fitted_all_the_same():
     _, D, _, _, step = built(lam=0.0, lam_cont=0.0)
     before = D.Q[-1].weight.detach().clone()
