@@ -340,18 +340,28 @@ def l2_svm(features, labels, C=1.0, tol=1e-4, max_iter=100):
         Q, R = torch.linalg.qr(X.T)
         X = R.T
 
-    def objective(w, slack):
-        return w.square().sum(0) / 2 + C * slack.clamp(min=0).square().sum(0)
-
     w = X.new_zeros(X.shape[1], Y.shape[1])
-    for _ in range(max_iter + 1):
+    # A large C is hard from w = 0 and easy from the solution at C / 10: rise to it from about 1 / |x|^2.
+    tenfold = max(0, round(math.log10(C * X.square().sum(1).mean().item())))
+    for i in range(tenfold, 0, -1):
+        w, _ = _newton(X, Y, C / 10 ** i, w, max(tol, 0.01), max_iter)
+    w, gap = _newton(X, Y, C, w, tol, max_iter)
+    if gap > tol:
+        warnings.warn(f"l2_svm: after {max_iter} steps up to {gap:.1e} above the minimum", stacklevel=2)
+    return Q @ w if n <= d else w
+
+
+def _newton(X, Y, C, w, tol, max_iter):
+    """w (d, classes) of least f = |w|^2 / 2 + C |max(0, slack)|^2, slack = 1 - Y (X w), and its relative gap."""
+    for i in range(max_iter + 1):
         slack = 1 - Y * (X @ w)
-        f, g = objective(w, slack), w - 2 * C * (X.T @ (Y * slack.clamp(min=0)))
+        f = w.square().sum(0) / 2 + C * slack.clamp(min=0).square().sum(0)
+        g = w - 2 * C * (X.T @ (Y * slack.clamp(min=0)))
         # Curvature is 1 or more, so f is at most |g|^2 / 2 above its minimum.
         gap = g.square().sum(0) / 2 / f
         todo = gap > tol  # classes
-        if not todo.any():
-            break
+        if i == max_iter or not todo.any():
+            return w, gap.max().item()
         # Newton: (I + 2 C X^T diag(slack > 0) X) s = -g, to tol / 10 by that bound on the quadratic model.
         active = (slack > 0).to(X)
         s, r = torch.zeros_like(w), -g
@@ -365,17 +375,14 @@ def l2_svm(features, labels, C=1.0, tol=1e-4, max_iter=100):
             s, r = s + alpha * p, r - alpha * Hp
             before, rr = rr, r.square().sum(0)
             p = r + torch.where(go, rr / before, 0) * p
-        # Halve the step until f falls enough; the slack is linear in the step, so X @ s is worked out once.
-        slope, change, t = (g * s).sum(0), -Y * (X @ s), torch.ones_like(f)
+        # The step t in [0, 2] of least f: bisection on f's slope, which rises with t; slack is linear in t.
+        change, ws, ss = -Y * (X @ s), (w * s).sum(0), s.square().sum(0)
+        t, half = torch.ones_like(f), 1.0
         for _ in range(30):
-            short = objective(w + t * s, slack + t * change) > f * (1 + 1e-14) + 1e-4 * t * slope
-            if not short.any():
-                break
-            t = torch.where(short, t / 2, t)
+            half /= 2
+            slope = ws + t * ss + 2 * C * ((slack + t * change).clamp(min=0) * change).sum(0)
+            t = t - half * slope.sign()
         w = w + t * s
-    else:
-        warnings.warn(f"l2_svm: after {max_iter} steps up to {gap.max():.1e} above the minimum", stacklevel=2)
-    return Q @ w if n <= d else w
 
 
 def svm_predict(w, features):

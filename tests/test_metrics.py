@@ -163,9 +163,12 @@ def test_cluster_accuracy_matches_on_train_and_scores_on_test():
     ([], [], "N > 0"),
 ])
 def test_clusters_refuse(cluster, y, words):
+    good = torch.tensor([0, 1])
     for match in (M.majority, M.assign):
         with pytest.raises(UserError, match=words):
             match(torch.tensor(cluster), torch.tensor(y), 3)
+        with pytest.raises(UserError, match=words):
+            M.cluster_accuracy(good, good, torch.tensor(cluster), torch.tensor(y), 3, match)
 
 
 def test_rank_correlation():
@@ -445,6 +448,15 @@ def test_svm_predicts_the_largest_logit():
     shifted = w.clone()
     shifted[-1, 2] += 1e6  # the last row is b
     assert (M.svm_predict(shifted, x) == 2).all()
+
+
+def test_svm_converges_on_separable_points_with_a_large_C():
+    """Newton's method of full steps, or from w = 0, does not do it in 30 steps."""
+    x, y = blobs(n=200, d=60)
+    w = M.l2_svm(x, y, C=100.0, max_iter=30)
+    value, gradient = numpy_objective(w, x, y, 100.0)
+    assert ((gradient ** 2).sum(0) / 2 <= 1.01e-4 * value).all()
+    assert (M.svm_predict(w, x) == y).all()
 
 
 def test_svm_says_when_it_did_not_converge():
