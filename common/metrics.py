@@ -196,18 +196,22 @@ class Classifier(nn.Module):
 def classifier(images, labels, device, cache=None, name="", steps=None, seed=0):
     """Classifier of a data set, in eval mode: from the file `cache` if made alike, else trained and saved.
 
-    images uint8 (N, C, H, W), labels (N,) integers >= 0.  Cross-entropy, Adam, one cycle, batch 128, shifts
-    up to 2 pixels; `steps` None: 12 epochs, 100 to 1,500 steps, 99.2 % on MNIST's test pictures.  Same
-    arguments, same weights (to the bit on a CPU), and the caller's random state is left alone.  UserError:
-    other shapes, types, labels; a cache that is not one.
+    images uint8 (N, C, H, W); labels (N,) integers >= 0: softmax over classes; or labels (N, A) in [0, 1]: A
+    independent attributes, each a logit of its own.  Cross-entropy, Adam, one cycle, batch 128, shifts up to 2
+    pixels; `steps` None: 12 epochs, 100 to 1,500 steps, 99.2 % on MNIST's test pictures.  Same arguments, same
+    weights (to the bit on a CPU), and the caller's random state is left alone.  UserError: other shapes,
+    types, labels; a cache that is not one.
     """
-    fit = images.dim() == 4 and images.dtype == torch.uint8 and labels.shape == images.shape[:1]
-    _need(fit and len(labels), "images uint8 (N, C, H, W) and labels (N,), N > 0", _shapes(images, labels))
-    _need(labels.min() >= 0, "labels >= 0", int(labels.min()))
-    classes = int(labels.max()) + 1
+    fit = (images.dim() == 4 and images.dtype == torch.uint8 and labels.dim() in (1, 2)
+           and len(labels) == len(images))
+    _need(fit and len(labels), "images uint8 (N, C, H, W) and labels (N,) or (N, A), N > 0",
+          _shapes(images, labels))
+    _need(labels.min() >= 0, "labels >= 0", labels.min().item())
+    _need(labels.dim() == 1 or labels.max() <= 1, "attributes in [0, 1]", labels.max().item())
+    classes = int(labels.max()) + 1 if labels.dim() == 1 else labels.shape[1]
     steps = steps or min(1500, max(100, 12 * len(images) // 128))
     some = images[::-(-len(images) // 1000)]
-    made_from = [name, *images.shape, classes, int(some.sum()), int(labels.sum()), steps, seed]
+    made_from = [name, *images.shape, classes, int(some.sum()), int(labels.sum()), steps, seed] + ["attributes"] * (labels.dim() - 1)
     # The CPU's generator alone draws the weights; torch.manual_seed would reset those of the GPUs too.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -249,7 +253,8 @@ def _train(clf, images, labels, steps, seed, batch=128, lr=5e-3, shift=2):
             dy, dx = torch.randint(2 * shift + 1, (2,), generator=rng).tolist()
             x, y = (t[i.to(t.device)].to(device) for t in (images, labels))
             a = clf(F.pad(_unit(x), (shift,) * 4)[..., dy:dy + h, dx:dx + w])
-            loss = F.cross_entropy(a, y.long())
+            loss = F.cross_entropy(a, y.long()) if y.dim() == 1 else \
+                F.binary_cross_entropy_with_logits(a, y.float())
             opt.zero_grad()
             loss.backward()
             opt.step()
@@ -276,6 +281,11 @@ def _each(f, clf, x, batch=500):
     return out
 
 
+def logits(clf, x):
+    """The classifier's logits (N, classes or A) of pictures x (N, C, H, W), uint8 or float in [0, 1]."""
+    return _each(clf, clf, x)
+
+
 def label_agreement(clf, x, y):
     """Share in [0, 1] of the pictures x whose largest logit is their label y's: the accuracy, if x is real.
 
@@ -283,7 +293,7 @@ def label_agreement(clf, x, y):
     UserError: other shapes or ranges.
     """
     _need(y.shape == x.shape[:1], f"labels ({len(x)},)", _shapes(y))
-    label = _each(lambda x_i: clf(x_i).argmax(1), clf, x)
+    label = logits(clf, x).argmax(1)
     return (label == y.to(label.device)).double().mean().item()
 
 

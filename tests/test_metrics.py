@@ -439,6 +439,18 @@ def test_svm_equals_scikit_learn(problem, C):
         assert np.array_equal(M.svm_predict(w, x).numpy(), theirs.predict(x.numpy()))
 
 
+def test_classifier_learns_independent_attributes():
+    """Left half bright and top half bright, in all four combinations."""
+    rng = torch.Generator().manual_seed(0)
+    y = torch.randint(2, (512, 2), generator=rng)
+    x = torch.randint(60, (512, 1, 16, 16), generator=rng)
+    x[:, :, :, :8] += 90 * y[:, 0, None, None, None]
+    x[:, :, :8] += 90 * y[:, 1, None, None, None]
+    clf = M.classifier(x[:400].to(torch.uint8), y[:400].float(), "cpu", steps=100)
+    agree = (M.logits(clf, x[400:].to(torch.uint8)) > 0) == (y[400:] > 0)
+    assert agree.float().mean(0).min() > 0.9
+
+
 def test_svm_predicts_the_largest_logit():
     x, y = blobs(classes=3)
     w = M.l2_svm(x, y)
