@@ -33,6 +33,10 @@ Deviations
     [dev 6] Stride-1 upconvolutions of Table 6 are convolutions padded to the same size: the same linear maps.
     [dev 7] On faces D sees data and samples as one batch (the authors' code: two).  With statistics of their
             own, BatchNorm hides from D how bright and how contrasty samples are, and G draws grey noise.
+    [dev 8] On faces D's inputs carry Gaussian noise, .2 at first and none after 2,000 steps: without it D wins
+            early and a part of the samples stays a saturated pattern.
+    [dev 9] On faces sigma of the codes is 1 (as in the authors' code for MNIST) and lam 1 (Table 5: .1 to .2):
+            a learnt sigma lets codes hide in a texture that only Q sees.
 """
 
 import math
@@ -67,8 +71,16 @@ class Net:
     warm_up: int = 0             # steps over which lam rises from 0, and after them lam_cont [dev 4]
     scale: tuple = (0.0, 1.0)    # values of the pictures: a sigmoid or a tanh ends G
     together: bool = False       # D sees data and samples as one batch [dev 7]
+    noise: float = 0.0           # noise on what D sees, falling to 0 over noise_steps [dev 8]
+    noise_steps: int = 1
+    fix_sigma: bool = False      # sigma of Q's Gaussians is 1, else learnt
     gan_steps: int = 0           # steps of the regular GAN of Figs. 1 and 2b, trained beside
     sweep: float = 1.0           # the figures vary a continuous code from -sweep to sweep
+
+    @property
+    def dq(self):
+        """How many numbers Q gives: logits, means and, where they are learnt, log standard deviations."""
+        return sum(self.cats) + self.m * (1 if self.fix_sigma else 2)
 
 
 NETS = {
@@ -76,7 +88,8 @@ NETS = {
                  warm_up=1500, gan_steps=1000, sweep=2.0),
     "svhn": Net(32, 3, (10,) * 4, 4, 124, scale=(-1.0, 1.0)),                  # Table 2
     "celeba": Net(32, 3, (10,) * 10, 0, 128, scale=(-1.0, 1.0)),               # Table 3
-    "faces": Net(32, 1, (), 5, 128, lr_G=5e-4, lam_cont=0.2, together=True),  # Tables 4, 5 (azimuth), [dev 7]
+    "faces": Net(32, 1, (), 5, 128, lr_G=5e-4, together=True,                  # Tables 4, 5 (azimuth), [dev 7]
+                 noise=0.2, noise_steps=2000, fix_sigma=True),                 # [dev 8], [dev 9]
     "chairs": Net(64, 1, (20,) * 3, 1, 128, lam_cont=10.0),                    # Tables 6 and 7 (rotation)
 }
 FIGURE = {"mnist": "fig2", "faces": "fig3", "chairs": "fig4", "svhn": "fig5", "celeba": "fig6"}
@@ -208,10 +221,10 @@ def join(z, c, u, net):
 
 
 def split_q(q, net):
-    """Q's output (n, dq) -> list of logits (n, K), means (n, m) and log standard deviations (n, m), disjoint
-    slices."""
-    *logits, mu, log_sigma = q.float().split([*net.cats, net.m, net.m], 1)
-    return logits, mu, log_sigma
+    """Q's output (n, dq) -> list of logits (n, K), means (n, m) and log standard deviations (n, m)."""
+    *logits, rest = q.float().split([*net.cats, net.dq - sum(net.cats)], 1)
+    mu = rest[:, :net.m]
+    return logits, mu, torch.zeros_like(mu) if net.fix_sigma else rest[:, net.m:]
 
 
 # -------------------------------------------------------------------------------------------------- objective
@@ -261,7 +274,7 @@ def parse_args(argv=None):
     add("--lam", type=weight,
         help="lambda of Eq. 6 for categorical codes; 0 with --lam-cont 0: a regular GAN, Q fitted too [1]")
     add("--lam-cont", type=weight,
-        help="lambda of Eq. 6 for continuous codes (App. C) [MNIST .1, faces .2, chairs 10]")
+        help="lambda of Eq. 6 for continuous codes (App. C) [MNIST .1, chairs 10, else 1]")
     add("--warm-up", type=run.number(int, 0),
         help="steps in which lambda rises from 0, and as many after them for continuous codes [MNIST 1500]")
     add("--lr-D", type=positive, help="Adam's rate for D and Q (App. C) [2e-4]")
@@ -282,7 +295,7 @@ def settle(args):
 
 def build(args, name, net):
     """G, D with Q, their optimizers and the fused iteration of Eq. 6; lam = lam_cont = 0: the regular GAN."""
-    G, D = place(args, *networks(name, net.dz + sum(net.cats) + net.m, sum(net.cats) + 2 * net.m))
+    G, D = place(args, *networks(name, net.dz + sum(net.cats) + net.m, net.dq))
     opt_D = torch.optim.Adam(D.parameters(), net.lr_D, betas=(0.5, 0.999), fused=True)
     opt_G = torch.optim.Adam(G.parameters(), net.lr_G, betas=(0.5, 0.999), fused=True)
     amp = autocast(args)
@@ -314,6 +327,10 @@ def build(args, name, net):
 def judge(D, x, x_fake, net, detach=False):
     """(a_real, a_fake, q of the samples).  BatchNorm's statistics are each batch's own, or with net.together
     those of data and samples as one, so that D sees how they differ in brightness and contrast [dev 7]."""
+    if net.noise:                                           # [dev 8]
+        sigma = net.noise * (1 - D.t / net.noise_steps).clamp(min=0)
+        x_fake = x_fake + sigma * torch.randn_like(x_fake)
+        x = None if x is None else x + sigma * torch.randn_like(x)
     if net.together:
         a, q = D(torch.cat([x, x_fake]), detach)
         return a[:len(x)], a[len(x):], q[len(x):]

@@ -191,7 +191,7 @@ def test_the_regular_GAN_learns_nothing_from_Q_and_InfoGAN_does():
 
 def test_together_shares_the_batch_statistics():
     """[dev 7]: the samples' logits depend on the data only where both pass D as one batch."""
-    net = NETS["faces"]
+    net = replace(NETS["faces"], noise=0.0)
     torch.manual_seed(0)
     _, D = networks("faces", 133, 10)
     x_fake = torch.rand(8, 1, 32, 32)
@@ -199,6 +199,27 @@ def test_together_shares_the_batch_statistics():
         net = replace(net, together=together)
         a = [infogan.judge(D, x, x_fake, net)[1] for x in torch.rand(2, 8, 1, 32, 32)]
         assert torch.equal(*a) is not together
+
+
+def test_noise_on_what_D_sees_falls_to_zero():
+    """[dev 8]: the same pictures are judged differently each time until noise_steps updates, then alike."""
+    net, x = replace(NETS["faces"], noise=0.5, noise_steps=10), torch.rand(2, 8, 1, 32, 32)
+    _, D = networks("faces", 133, net.dq)
+    spread = []
+    for t in (0, 5, 10):
+        D.t.fill_(t)
+        a = torch.stack([infogan.judge(D, *x, net)[1] for _ in range(20)])
+        spread.append(a.std(0).mean().item())
+    assert spread[0] > spread[1] > 0 and spread[2] == 0
+
+
+def test_fixed_sigma_makes_Q_a_regression():
+    """[dev 9]: with sigma 1, L_I rises by half the squared error that Q loses."""
+    net = NETS["faces"]
+    u, mu = torch.rand(2, 40, 5) * 2 - 1
+    assert net.dq == 5 and torch.equal(split_q(mu, net)[1], mu)
+    gain = L_I_cont(u, torch.zeros_like(u), u) - L_I(mu, torch.zeros(40, 0).long(), u, net)[1]
+    assert gain.item() == pytest.approx(((u - mu) ** 2).sum(1).mean().item() / 2, abs=1e-6)
 
 
 def test_the_regular_GANs_Q_is_fitted_all_the_same():
