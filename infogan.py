@@ -15,11 +15,13 @@ Part of the input of G is a code c that its pictures must give away: a network Q
 
 Run
     python infogan.py --dataset mnist
-    python infogan.py --dataset faces
+    python infogan.py --dataset faces --steps 1800
 
 Expect
     ig-cls  7.47 % error (paper about 5)    after 5,000 steps: 88 minutes on one busy core of an AMD EPYC,
     ig-mi   2.297 nats (paper 2.30)         torch 2.15.0, float32, seed 0 alone
+    ig-faces  |rank correlation| with the code that found it: azimuth .91, lighting .91, elevation .73, width
+            .53, mean .77 (paper: pictures only), 1,800 steps, 39 minutes on one core, seed 0 alone
 
 Deviations
     [dev 1] The parameters of Q, and of the trunk that it shares with D, are in the optimizer of D: its step
@@ -33,10 +35,10 @@ Deviations
     [dev 6] Stride-1 upconvolutions of Table 6 are convolutions padded to the same size: the same linear maps.
     [dev 7] On faces D sees data and samples as one batch (the authors' code: two).  With statistics of their
             own, BatchNorm hides from D how bright and how contrasty samples are, and G draws grey noise.
-    [dev 8] On faces D's inputs carry Gaussian noise, .2 at first and none after 2,000 steps: without it D wins
-            early and a part of the samples stays a saturated pattern.
-    [dev 9] On faces sigma of the codes is 1 (as in the authors' code for MNIST) and lam 1 (Table 5: .1 to .2):
-            a learnt sigma lets codes hide in a texture that only Q sees.
+    [dev 8] On faces D's inputs carry Gaussian noise of std .1: without it D wins, and a tenth of the samples
+            turns into one saturated pattern.
+    [dev 9] On faces sigma of the codes is 1 (as in the authors' code for MNIST) and lam 1 (Table 5: .1 or
+            .2): a learnt sigma lets codes hide in a texture that only Q sees.
 """
 
 import math
@@ -71,8 +73,7 @@ class Net:
     warm_up: int = 0             # steps over which lam rises from 0, and after them lam_cont [dev 4]
     scale: tuple = (0.0, 1.0)    # values of the pictures: a sigmoid or a tanh ends G
     together: bool = False       # D sees data and samples as one batch [dev 7]
-    noise: float = 0.0           # noise on what D sees, falling to 0 over noise_steps [dev 8]
-    noise_steps: int = 1
+    noise: float = 0.0           # std of the noise on what D sees [dev 8]
     fix_sigma: bool = False      # sigma of Q's Gaussians is 1, else learnt
     gan_steps: int = 0           # steps of the regular GAN of Figs. 1 and 2b, trained beside
     sweep: float = 1.0           # the figures vary a continuous code from -sweep to sweep
@@ -88,8 +89,8 @@ NETS = {
                  warm_up=1500, gan_steps=1000, sweep=2.0),
     "svhn": Net(32, 3, (10,) * 4, 4, 124, scale=(-1.0, 1.0)),                  # Table 2
     "celeba": Net(32, 3, (10,) * 10, 0, 128, scale=(-1.0, 1.0)),               # Table 3
-    "faces": Net(32, 1, (), 5, 128, lr_G=5e-4, together=True,                  # Tables 4, 5 (azimuth), [dev 7]
-                 noise=0.2, noise_steps=2000, fix_sigma=True),                 # [dev 8], [dev 9]
+    "faces": Net(32, 1, (), 5, 128, lr_G=5e-4,                                 # Tables 4, 5 (azimuth)
+                 together=True, noise=0.1, fix_sigma=True),                    # [dev 7], [dev 8], [dev 9]
     "chairs": Net(64, 1, (20,) * 3, 1, 128, lam_cont=10.0),                    # Tables 6 and 7 (rotation)
 }
 FIGURE = {"mnist": "fig2", "faces": "fig3", "chairs": "fig4", "svhn": "fig5", "celeba": "fig6"}
@@ -328,9 +329,8 @@ def judge(D, x, x_fake, net, detach=False):
     """(a_real, a_fake, q of the samples).  BatchNorm's statistics are each batch's own, or with net.together
     those of data and samples as one, so that D sees how they differ in brightness and contrast [dev 7]."""
     if net.noise:                                           # [dev 8]
-        sigma = net.noise * (1 - D.t / net.noise_steps).clamp(min=0)
-        x_fake = x_fake + sigma * torch.randn_like(x_fake)
-        x = None if x is None else x + sigma * torch.randn_like(x)
+        x_fake = x_fake + net.noise * torch.randn_like(x_fake)
+        x = None if x is None else x + net.noise * torch.randn_like(x)
     if net.together:
         a, q = D(torch.cat([x, x_fake]), detach)
         return a[:len(x)], a[len(x):], q[len(x):]

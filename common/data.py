@@ -57,7 +57,8 @@ PLACE = {  # name -> what to place in the data folder where it cannot be downloa
     "imagenet": "imagenet/ILSVRC2012_devkit_t12.tar.gz and imagenet/ILSVRC2012_img_train.tar",
     "lsun": "lsun/bedroom_train_lmdb/",
     "coco": "coco/annotations/captions_train2014.json and coco/train2014/*.jpg"}
-BUILT_IN = ("mnist", "faces")
+RENDERED = ("faces", "shapes")
+BUILT_IN = ("mnist", *RENDERED)
 BOX = {"celeba": (15, 40, 163, 188), "lfw": (50, 50, 200, 200)}  # left, top, right, bottom, as VAE/GAN's code
 OWN_SIZE = {"celeba": 148, "lfw": 150, "stl10": 96}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
@@ -80,7 +81,7 @@ class Data:
 
 
 def load(name, data_dir="data", size=None, channels=None, download=True):
-    """The data set `name`: mnist, faces (rendered), a torchvision one, a folder of pictures or an .npz file.
+    """The data set `name`: mnist, faces or shapes (rendered), a torchvision one, a folder or an .npz file.
 
     `size`: pictures come out centre-cropped to a square and resized to size x size (bilinear, antialiased);
     `channels`: 1 (ITU-R 601 grey) or 3 (RGB).  None keeps the set's own.  Large sets and folders are prepared
@@ -94,12 +95,14 @@ def load(name, data_dir="data", size=None, channels=None, download=True):
         raise UserError(f"size is {size}: expected a number of pixels")
     if name == "mnist":
         arrays = mnist(root)
-    elif name == "faces":
+    elif name in RENDERED:
         arrays = rendered(name, root, size or 64, channels or 3)
     elif name in SMALL:
         arrays = small(name, root, download)
     elif name in PLACE:
         arrays = large(name, root, size, channels, download)
+    elif (path / "text_c10").is_dir():
+        arrays, name = captioned(path, root, size, channels), path.resolve().name
     elif path.is_dir():
         arrays, name = folder(path, root, size, channels), path.resolve().name
     elif path.suffix == ".npz" and path.is_file():
@@ -264,6 +267,51 @@ def folder(path, root, size, channels):
     return cached(root / "cache" / f"{label}-{size or 'own'}x{channels or 'own'}-{digest}", make)
 
 
+def captioned(path, root, size, channels):
+    """Pictures in images/ or jpg/, captions in text_c10/CLASS/NAME.txt, one a line: birds and flowers.
+
+    Whole classes are the test part: those of testclasses.txt or testids.txt, those not in trainvalclasses.txt
+    or trainvalids.txt (a class's name, or its number from 1, a line), or else the last quarter.
+    """
+    texts = {t.stem: t for t in sorted((path / "text_c10").glob("*/*.txt"))}
+    within = "jpg" if (path / "jpg").is_dir() else "images"
+    if not (path / within).is_dir():
+        raise UserError(f"{path} has text_c10/, but no images/ or jpg/: expected the pictures there")
+    arrays = folder(path / within, root, size, channels)
+    stems, images = [Path(f).stem for f in arrays["files"]], arrays["images"]
+    bare = next((f for f, stem in zip(arrays["files"], stems) if stem not in texts), None)
+    if bare:
+        raise UserError(f"{path / within / bare} has no captions: expected a file "
+                        f"text_c10/CLASS/{Path(bare).stem}.txt")
+    classes = sorted({t.parent.name for t in texts.values()})
+    said = {}
+    for stem in stems:
+        try:
+            said[stem] = [line.strip() for line in texts[stem].read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"{texts[stem]} cannot be read ({brief(e)})") from e
+        if not said[stem]:
+            raise UserError(f"{texts[stem]} is empty: expected a caption a line")
+    test = set(classes[-(len(classes) // 4):]) if len(classes) > 3 else set()
+    for file, is_test in (("trainvalids.txt", False), ("trainvalclasses.txt", False), ("testids.txt", True),
+                          ("testclasses.txt", True)):
+        if (path / file).is_file():
+            listed = set((path / file).read_text().split())
+            test = {c for i, c in enumerate(classes, 1) if bool({c, str(i)} & listed) == is_test}
+    y = torch.tensor([classes.index(texts[stem].parent.name) for stem in stems])
+    held = torch.tensor([classes[i] in test for i in y.tolist()])
+    if held.all():
+        raise UserError(f"{path} holds out all of its {len(classes)} classes: expected some to train on")
+    out = {"classes": classes}
+    for part, rows in (("", ~held), ("test_", held)):
+        if rows.any():
+            which = rows.nonzero()[:, 0]
+            out |= {f"{part}images": images[which], f"{part}labels": y[which],
+                    f"{part}captions": [said[stems[i]] for i in which.tolist()],
+                    f"{part}files": [arrays["files"][i] for i in which.tolist()]}
+    return out
+
+
 def large(name, root, size, channels, download):
     """The torchvision sets that are many files or much data; celeba and lfw are cut to the face."""
     size, channels = size or OWN_SIZE.get(name), channels or 3
@@ -339,15 +387,19 @@ def stl10(root, size, channels, download):
 
 
 def rendered(name, root, size, channels):
-    """Pictures that render.py draws, with the factors and attributes that they were drawn from."""
+    """Pictures that render.py draws, with all that they were drawn from; shapes always in colour."""
     from common import render
+    channels = 3 if name == "shapes" else channels
 
     def make():
         print(f"rendering {name} {size}x{size}, once", file=sys.stderr, flush=True)
-        rest = {key: v if isinstance(v, (str, list)) else plain(v, key)
-                for key, v in render.faces(size=size, channels=channels, plain=channels == 1).items()}
-        images = rest.pop("images").numpy()
-        return images.shape, [images], rest
+        drawn = render.shapes(size=size) if name == "shapes" else \
+            render.faces(size=size, channels=channels, plain=channels == 1)
+        rest = {key: v if isinstance(v, (str, list)) else plain(v, key) for key, v in drawn.items()}
+        parts = [rest.pop(key).numpy() for key in ("images", "test_images") if key in rest]
+        if len(parts) > 1:
+            rest["test_from"] = len(parts[0])
+        return (sum(map(len, parts)), *parts[0].shape[1:]), parts, rest
 
     code = hashlib.sha256(Path(render.__file__).read_bytes()).hexdigest()[:16]  # a changed one draws anew
     return cached(root / "cache" / f"{name}-{size}x{channels}-{code}", make)

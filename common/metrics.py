@@ -196,11 +196,11 @@ class Classifier(nn.Module):
 def classifier(images, labels, device, cache=None, name="", steps=None, seed=0):
     """Classifier of a data set, in eval mode: from the file `cache` if made alike, else trained and saved.
 
-    images uint8 (N, C, H, W); labels (N,) integers >= 0: softmax over classes; or labels (N, A) in [0, 1]: A
-    independent attributes, each a logit of its own.  Cross-entropy, Adam, one cycle, batch 128, shifts up to 2
-    pixels; `steps` None: 12 epochs, 100 to 1,500 steps, 99.2 % on MNIST's test pictures.  Same arguments, same
-    weights (to the bit on a CPU), and the caller's random state is left alone.  UserError: other shapes,
-    types, labels; a cache that is not one.
+    images uint8 (N, C, H, W); labels (N,) integers >= 0: softmax over classes; or labels (N, A) in [0, 1]:
+    A independent attributes, each a logit of its own.  Cross-entropy, Adam, one cycle, batch 128, shifts up
+    to 2 pixels; `steps` None: 12 epochs, 100 to 1,500 steps, 99.2 % on MNIST's test pictures.  Same
+    arguments, same weights (to the bit on a CPU), and the caller's random state is left alone.  UserError:
+    other shapes, types, labels; a cache that is not one.
     """
     fit = (images.dim() == 4 and images.dtype == torch.uint8 and labels.dim() in (1, 2)
            and len(labels) == len(images))
@@ -211,7 +211,7 @@ def classifier(images, labels, device, cache=None, name="", steps=None, seed=0):
     classes = int(labels.max()) + 1 if labels.dim() == 1 else labels.shape[1]
     steps = steps or min(1500, max(100, 12 * len(images) // 128))
     some = images[::-(-len(images) // 1000)]
-    made_from = [name, *images.shape, classes, int(some.sum()), int(labels.sum()), steps, seed] + ["attributes"] * (labels.dim() - 1)
+    made_from = [name, *images.shape, classes, int(some.sum()), int(labels.sum()), steps, seed, labels.dim()]
     # The CPU's generator alone draws the weights; torch.manual_seed would reset those of the GPUs too.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -362,7 +362,7 @@ def l2_svm(features, labels, C=1.0, tol=1e-4, max_iter=100):
 
 
 def _newton(X, Y, C, w, tol, max_iter):
-    """w (d, classes) of least f = |w|^2 / 2 + C |max(0, slack)|^2, slack = 1 - Y (X w), and its relative gap."""
+    """w (d, classes) of least f = |w|^2 / 2 + C |max(0, slack)|^2, slack = 1 - Y (X w); its relative gap."""
     for i in range(max_iter + 1):
         slack = 1 - Y * (X @ w)
         f = w.square().sum(0) / 2 + C * slack.clamp(min=0).square().sum(0)

@@ -1,8 +1,10 @@
 """Rendered data sets with known ground truth, made on first use: nothing to download, every label exact.
 
-`faces` are shaded 3-D heads from a linear morphable model: each part (head, hair, hat, ...) is a cloud of
-points whose positions, normals and colours are linear in a head's coefficients.  So a batch of pictures is
-three matrix products, one scatter (the z-buffer) and one gather; nothing runs once per picture.
+`shapes` are flat pictures of one or two objects, each with five English captions; an outline is a signed
+distance function, which says how much of a pixel it covers.  `faces` are shaded 3-D heads from a
+linear morphable model: each part (head, hair, hat, ...) is a cloud of points whose positions, normals and
+colours are linear in a head's coefficients.  So a batch of pictures is three matrix products, one scatter
+(the z-buffer) and one gather; nothing runs once per picture.
 """
 
 import math
@@ -350,3 +352,159 @@ def faces(n=20000, size=64, channels=3, seed=0, plain=False, device="cpu"):
     images = heads(factors, attributes, identity, tones, size, channels, plain, device)
     return {"images": images, "factors": factors.to(device), "factor_names": list(FACTORS),
             "attributes": attributes.to(device), "attribute_names": list(ATTRIBUTES)}
+
+
+# ---- Shapes: objects, words, pictures ----------------------------------------------------------------------
+
+OBJECT = {"size": ["small", "large"], "colour": ["red", "yellow", "green", "blue", "purple", "black"],
+          "shape": ["circle", "square", "triangle", "star", "cross"],
+          "texture": ["plain", "striped", "dotted"]}
+RELATIONS, BACKGROUNDS = ["alone", "above", "left of"], ["plain", "chequered", "barred", "shaded"]
+STYLE = ["x", "y", "slip", "shade", "red", "green", "blue"]  # what no caption tells
+HELD_OUT = ["red cross", "yellow star", "green circle", "blue triangle", "purple square"]
+RGB = [[.86, .13, .14], [.97, .80, .08], [.13, .62, .24], [.12, .33, .85], [.56, .20, .70], [.10, .10, .11]]
+RADIUS = [8, 13]  # pictures are 64 units wide
+SYNONYMS = {"small": ["small", "little", "tiny"], "large": ["large", "big"], "circle": ["circle", "disc"],
+            "square": ["square", "box"], "cross": ["cross", "plus sign"], "plain": ["", "plain", "solid"],
+            "striped": ["striped", "stripy"], "dotted": ["dotted", "spotted"], "above": ["above", "over"],
+            "below": ["below", "under"], "left of": ["left of", "to the left of"],
+            "right of": ["right of", "to the right of"], "chequered": ["chequered", "checked"],
+            "barred": ["barred"], "shaded": ["shaded"]}
+INVERSE = {"above": "below", "left of": "right of"}
+OPENINGS = ["", "", "there is ", "we see ", "this picture shows ", "a picture of "]
+GROUNDS = ["on a {} background", "against a {} background", "in front of a {} background"]
+
+
+def _distances(x, y):
+    """Signed distances of points from each outline of OBJECT["shape"], in radii; y is down."""
+    a, b = x.abs(), y.abs()
+    up = .32 - y
+    triangle = torch.maximum(-up, .866 * a + .5 * up) - .64
+    star, up = a, .08 - y
+    for cos, sin in ((.809017, -.587785), (-.809017, -.587785)):  # fold the plane into a tenth of it
+        beyond = 2 * (cos * star + sin * up).clamp(min=0)
+        star, up = star - beyond * cos, up - beyond * sin
+    star = .8047 * star.abs() + .5937 * (up - 1.12)  # the edge from a tip (0, 1.12) to a notch
+    return [(x * x + y * y).sqrt() - .96, torch.maximum(a, b) - .86, triangle, star,
+            torch.maximum(torch.maximum(a, b) - .98, torch.minimum(a, b) - .36)]
+
+
+def _caption(words, draw, whole):
+    """A sentence on a picture's attributes `words`, on all of them if `whole`; draw() makes its choices."""
+    def pick(of):
+        return of[int(draw() * len(of))]
+
+    def noun(size, colour, shape, texture):
+        size, texture, shape = (pick(SYNONYMS.get(w, [w])) for w in (size, texture, shape))
+        return " ".join(w for w in ("a", size, texture, colour, shape) if w)
+
+    text, relation, ground = noun(*words[:4]), *words[8:]
+    if relation != "alone":
+        nouns, swap = [text, noun(*words[4:8])], draw() < .5
+        text = f" {pick(SYNONYMS[INVERSE[relation] if swap else relation])} ".join(nouns[::-1 if swap else 1])
+    opening, place = pick(OPENINGS), draw()
+    if not whole and place < .4:
+        return opening + text
+    ground = pick(GROUNDS).format(pick(SYNONYMS[ground]) or "plain")
+    return f"{ground} there is {text}" if place > .8 else f"{opening}{text} {ground}"
+
+
+@torch.no_grad()
+def scenes(attributes, style, size=64):
+    """The renderer behind `shapes`: draw attributes (n, 10) and style (n, 7) -> uint8 (n, 3, size, size)."""
+    def cover(d):  # the share of a pixel whose middle is d units outside an edge
+        return (.5 - d * (size / 64)).clamp(0, 1)
+
+    centre = (torch.arange(size) + .5) * (64 / size) - 32
+    gy, gx = torch.meshgrid(centre, centre, indexing="ij")
+    checks = ((gx + 32) // 16 + (gy + 32) // 16) % 2
+    grounds = torch.stack([0 * gx, .17 * checks, .17 * ((gx + 32) // 8 % 2), (gy + 32) / 180])
+    images = torch.empty(len(style), 3, size, size, dtype=torch.uint8)
+    for start in range(0, len(style), 500):
+        a, s = (t[start:start + 500] for t in (attributes, style))
+        picture = s[:, 4:, None, None] * (1 - grounds[a[:, 9]])[:, None]
+        for i, side in ((0, -1), (1, 1)):
+            there = torch.ones(len(a), dtype=torch.bool) if i == 0 else a[:, 8] > 0
+            b, v = a[there, 4 * i:4 * i + 4], s[there]
+            pair, flat = (a[there, 8] > 0).float(), a[there, 8] == 2
+            along, across = (torch.where(flat, v[:, j], v[:, 1 - j]) for j in (0, 1))
+            along = torch.where(pair > 0, 15 * side + 3 * along, 14 * along)
+            across = torch.where(pair > 0, 12 * across + 4 * side * v[:, 2], 14 * across)
+            x = gx - torch.where(flat, along, across).view(-1, 1, 1)
+            y = gy - torch.where(flat, across, along).view(-1, 1, 1)
+            r = torch.tensor(RADIUS, dtype=torch.float32)[b[:, 0]].view(-1, 1, 1)
+            outlines = torch.stack(_distances(x / r, y / r), 1)
+            d = r * outlines[torch.arange(len(b)), b[:, 2]]
+            stripes = 6 * (((x + y) * .1179 % 1 - .5).abs() - .25)
+            dots = ((x / 6 + .5) % 1 - .5) ** 2 + ((y / 6 + .5) % 1 - .5) ** 2
+            light = torch.stack([0 * x, cover(stripes), cover(6 * dots.sqrt() - 1.8)], 1)
+            light = .72 * light[torch.arange(len(b)), b[:, 3]] * cover(d + 1.2)  # inside a rim of full colour
+            paint = (torch.tensor(RGB)[b[:, 1]] + .09 * v[:, 3:4]).clamp(0, 1)[..., None, None]
+            paint = paint + (1 - paint) * light[:, None]
+            picture[there] += cover(d)[:, None] * (paint - picture[there])
+        images[start:start + 500] = picture.clamp(0, 1).mul(255).add(.5).to(torch.uint8)
+    return images
+
+
+def _scene_draw(n, seed, first, other):
+    """-> attributes, style, and (n, 85) numbers in [0, 1) for the captions' choices.
+
+    first, other: (colour, shape) pairs that one object and the other may have; which is object 1 is drawn.
+    """
+    draw = torch.rand(n, 100, generator=torch.Generator().manual_seed(seed))
+
+    def pick(column, of):
+        return torch.tensor(of)[(draw[:, column] * len(of)).long()]
+
+    relation, counts = pick(0, range(len(RELATIONS))), [len(v) for v in OBJECT.values()]
+    objects = [torch.stack([pick(i, range(2)), *pick(i + 1, pairs).T, pick(i + 2, range(3))], 1)
+               for i, pairs in ((2, first), (5, other))]
+    swap = (draw[:, 1:2] < .5) & (relation[:, None] > 0)
+    one, two = (torch.where(swap, b, a) for a, b in (objects, objects[::-1]))
+    two = torch.where(relation[:, None] > 0, two, torch.tensor(counts))
+    attributes = torch.cat([one, two, relation[:, None], pick(8, range(len(BACKGROUNDS)))[:, None]], 1)
+    hue = 6 * ((draw[:, 13:14] + torch.tensor([0, 1 / 3, 2 / 3])) % 1)
+    pale = (.8 + .2 * draw[:, 14:15]) * (1 - .28 * ((hue - 3).abs() - 1).clamp(0, 1))
+    return attributes, torch.cat([2 * draw[:, 9:13] - 1, pale], 1), draw[:, 15:]
+
+
+def shapes(n=10000, size=64, seed=0):
+    """n pictures of one or two objects, and n / 5 for tests with combinations held out of them.
+
+    -> dict of
+    images            uint8 (n, 3, size, size); each of test_images has an object of HELD_OUT, five pairs of
+                        colour and shape that are in no training picture
+    attributes        int64 (n, 10), indices into attribute_values, and test_attributes: what captions tell
+    attribute_names   size 1, colour 1, shape 1, texture 1, the same of object 2, relation, background
+    attribute_values  list of the names of each one's values.  Object 1 is the upper or the left one, so a
+                        picture has one description; object 2 has "none" where object 1 is alone
+    captions          n lists of 5 sentences, and test_captions.  The first tells everything, others leave the
+                        background out at times; either object may come first ("above", "below")
+    style             float32 (n, 7), and test_style: what no caption tells, all independent but for the last
+                        three.  x, y (place), slip (one object against the other), shade, in [-1, 1]; red,
+                        green, blue of the background, a pale colour of any hue, in [0, 1]
+    style_names, held_out
+
+    Values are equally likely, pairs held out aside.  A seed gives the same pictures to the bit, and the first
+    ones do not depend on n.  Raises UserError, a ValueError: n < 5, size not in 16..256.
+    """
+    if n < 5:
+        raise UserError(f"expected n >= 5, found {n}")
+    if not 16 <= size <= 256:
+        raise UserError(f"expected size 16..256, found {size}")
+    pairs = [(i, j) for i in range(len(OBJECT["colour"])) for j in range(len(OBJECT["shape"]))]
+    held = [(i, j) for i, j in pairs if f"{OBJECT['colour'][i]} {OBJECT['shape'][j]}" in HELD_OUT]
+    seen = [pair for pair in pairs if pair not in held]
+    values = [*OBJECT.values(), *([*v, "none"] for v in OBJECT.values()), RELATIONS, BACKGROUNDS]
+    out = {"attribute_names": [*(f"{k} {i}" for i in (1, 2) for k in OBJECT), "relation", "background"],
+           "attribute_values": [list(v) for v in values], "style_names": list(STYLE),
+           "held_out": list(HELD_OUT)}
+    for part, m, first, other in (("", n, seen, seen), ("test_", n // 5, held, pairs)):
+        attributes, style, chances = _scene_draw(m, 2 * seed + bool(part), first, other)
+        captions = []
+        for row, chance in zip(attributes.tolist(), chances.tolist()):
+            words, draw = [v[k] for v, k in zip(values, row)], iter(chance).__next__
+            captions.append([_caption(words, draw, whole=i == 0) for i in range(5)])
+        out |= {f"{part}images": scenes(attributes, style, size), f"{part}attributes": attributes,
+                f"{part}style": style, f"{part}captions": captions}
+    return out

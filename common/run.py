@@ -72,9 +72,9 @@ def parser(file, doc, **defaults):
     return p
 
 
-def parse(p, argv=None):
+def parse(p, argv=None, free=()):
     """Parse `argv`.  With --resume RUN that run's flags are the defaults; another value for one of them is an
-    error."""
+    error, but for the flags named in `free`: what a trained run may be asked for."""
     args = p.parse_args(argv)
     if args.sample and not args.resume:
         p.error("--sample needs --resume RUN: the run whose networks draw")
@@ -92,7 +92,7 @@ def parse(p, argv=None):
         raise UserError(f"{args.resume} is a run of {found}.py, a run of {args.script}.py expected")
     p.set_defaults(**{k: v for k, v in saved.items() if k not in ("resume", "sample", "check")})
     args = p.parse_args(argv)
-    changed = [k for k, v in vars(args).items() if k not in FREE and k in saved and saved[k] != v]
+    changed = [k for k, v in vars(args).items() if k not in {*FREE, *free} and k in saved and saved[k] != v]
     if changed:
         k = changed[0]
         flag = "--" + k.replace("_", "-")

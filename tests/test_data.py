@@ -489,6 +489,88 @@ def test_faces_are_rendered_once(tmp_path, monkeypatch):
     assert len(calls) == 3  # a changed renderer draws anew
 
 
+def test_shapes_are_rendered_once_with_their_test_part(tmp_path, monkeypatch):
+    from common import render
+
+    sizes, shapes = [], render.shapes
+    monkeypatch.setattr(render, "shapes", lambda size: sizes.append(size) or shapes(10, size))
+    d, grey = load("shapes", tmp_path, 16), load("shapes", tmp_path, 16, 1)
+    assert sizes == [16] and d.images.shape == (10, 3, 16, 16) and d.test_images.shape == (2, 3, 16, 16)
+    assert grey.images.shape == (10, 1, 16, 16) and d.labels is None
+    few = shapes(10, 16)
+    assert torch.equal(d.images, few["images"]) and torch.equal(d.test_images, few["test_images"])
+    assert set(d.extra) == set(few) - {"images", "test_images"}
+    assert d.extra["captions"] == few["captions"] and d.extra["test_captions"] == few["test_captions"]
+    assert torch.equal(d.extra["attributes"], few["attributes"]) and d.extra["style"].dtype == torch.float32
+    assert d.extra["attribute_values"] == few["attribute_values"]
+
+
+# ---- birds and flowers: captions in text_c10 ---------------------------------------------------------------
+
+
+@pytest.fixture
+def birds(tmp_path):
+    """Four classes of three pictures, the i-th of a class with i captions."""
+    for c in ("001.Auk", "002.Bee", "003.Crow", "004.Duck"):
+        for i in (1, 2, 3):
+            picture = np.full((20, 30, 3), 60 * i, np.uint8)
+            save(tmp_path / "birds" / "images" / c / f"{c[4:]}_{i}.jpg", picture)
+            text = tmp_path / "birds" / "text_c10" / c / f"{c[4:]}_{i}.txt"
+            text.parent.mkdir(parents=True, exist_ok=True)
+            text.write_text("".join(f"{c[4:]} {i} said {k} \n\n" for k in range(i)))
+    return tmp_path / "birds"
+
+
+def test_birds_hold_out_the_last_quarter_of_classes(tmp_path, birds):
+    d = load(birds, tmp_path, size=8)
+    assert d.name == "birds" and d.classes == ["001.Auk", "002.Bee", "003.Crow", "004.Duck"]
+    assert d.images.shape == (9, 3, 8, 8) and d.test_images.shape == (3, 3, 8, 8)
+    assert d.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and d.test_labels.tolist() == [3, 3, 3]
+    assert (d.images[:, 0, 0, 0].int() - torch.tensor([60, 120, 180] * 3)).abs().max() <= 2
+    assert d.extra["captions"][1] == ["Auk 2 said 0", "Auk 2 said 1"]
+    assert d.extra["test_captions"][0] == ["Duck 1 said 0"]
+    assert d.extra["test_files"][2] == "004.Duck/Duck_3.jpg"
+
+
+@pytest.mark.parametrize("file, lines, held", [
+    ("testclasses.txt", ["002.Bee", "099.Not_here"], [1]), ("testids.txt", ["1", "4"], [0, 3]),
+    ("trainvalclasses.txt", ["001.Auk", "002.Bee", "003.Crow", "004.Duck"], []),
+    ("trainvalids.txt", ["2", "3", "4"], [0])])
+def test_lists_of_classes_decide_the_split(tmp_path, birds, file, lines, held):
+    (birds / file).write_text("\n".join(lines) + "\n")
+    d = load(birds, tmp_path, size=8)
+    assert sorted(set(d.labels.tolist())) == [i for i in range(4) if i not in held]
+    if held:
+        assert sorted(set(d.test_labels.tolist())) == held
+    else:
+        assert d.test_images is None and "test_captions" not in d.extra
+
+
+def test_flowers_layout(tmp_path):
+    for i, c in ((1, "class_00002"), (2, "class_00001"), (3, "class_00002")):
+        save(tmp_path / "flowers" / "jpg" / f"image_{i:05}.jpg", np.full((20, 30, 3), 60 * i, np.uint8))
+        text = tmp_path / "flowers" / "text_c10" / c / f"image_{i:05}.txt"
+        text.parent.mkdir(parents=True, exist_ok=True)
+        text.write_text(f"flower {i}\n")
+    d = load(tmp_path / "flowers", tmp_path, size=8)
+    assert d.labels.tolist() == [1, 0, 1] and d.extra["captions"][1:] == [["flower 2"], ["flower 3"]]
+
+
+def test_bad_captions_are_named(tmp_path, birds):
+    text = birds / "text_c10" / "002.Bee" / "Bee_2.txt"
+    text.write_text("\n")
+    one_line(lambda: load(birds, tmp_path, size=8), text, "empty")
+    text.write_bytes(b"\xff\xfe")
+    one_line(lambda: load(birds, tmp_path, size=8), text, "cannot be read")
+    text.unlink()
+    one_line(lambda: load(birds, tmp_path, size=8), "Bee_2.jpg", "no captions", "text_c10/CLASS/Bee_2.txt")
+    text.write_text("a bee\n")
+    (birds / "testids.txt").write_text("1 2 3 4")
+    one_line(lambda: load(birds, tmp_path, size=8), "all of its 4 classes")
+    (birds / "images").rename(birds / "pictures")
+    one_line(lambda: load(birds, tmp_path, size=8), "no images/ or jpg/")
+
+
 def md5(path):
     return hashlib.md5(path.read_bytes()).hexdigest()
 

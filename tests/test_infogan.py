@@ -201,16 +201,14 @@ def test_together_shares_the_batch_statistics():
         assert torch.equal(*a) is not together
 
 
-def test_noise_on_what_D_sees_falls_to_zero():
-    """[dev 8]: the same pictures are judged differently each time until noise_steps updates, then alike."""
-    net, x = replace(NETS["faces"], noise=0.5, noise_steps=10), torch.rand(2, 8, 1, 32, 32)
-    _, D = networks("faces", 133, net.dq)
-    spread = []
-    for t in (0, 5, 10):
-        D.t.fill_(t)
-        a = torch.stack([infogan.judge(D, *x, net)[1] for _ in range(20)])
-        spread.append(a.std(0).mean().item())
-    assert spread[0] > spread[1] > 0 and spread[2] == 0
+def test_noise_on_what_D_sees():
+    """[dev 8]: with noise the same pictures are judged differently each time, without it alike."""
+    _, D = networks("faces", 133, NETS["faces"].dq)
+    x = torch.rand(2, 8, 1, 32, 32)
+    for noise in (0.1, 0.0):
+        net = replace(NETS["faces"], noise=noise)
+        a = [infogan.judge(D, *x, net) for _ in range(2)]
+        assert all(torch.equal(*pair) is (noise == 0) for pair in zip(*a))
 
 
 def test_fixed_sigma_makes_Q_a_regression():

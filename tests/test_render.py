@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 
 from common import render
-from common.render import ATTRIBUTES, faces, heads
+from common.render import ATTRIBUTES, faces, heads, shapes
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +177,151 @@ def test_surfaces_have_no_cracks():
 def test_errors_say_what_was_expected_and_found(arguments, words):
     with pytest.raises(ValueError, match=words):
         faces(**arguments)
+
+
+# ---- Shapes ------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def captioned():
+    return shapes(400, size=32)
+
+
+def attributes_of(words):
+    """The row of attributes that a caption tells, and whether it tells the background."""
+    canonical = {s: k for k, synonyms in render.SYNONYMS.items() for s in synonyms if s}
+    for synonym, name in sorted(canonical.items(), key=lambda pair: -len(pair[0])):
+        words = words.replace(synonym, name.replace(" ", "_"))
+    inverse = {v.replace(" ", "_"): k.replace(" ", "_") for k, v in render.INVERSE.items()}
+    words = words.split()
+    ground = next((words[i - 1] for i, w in enumerate(words) if w == "background"), None)
+    objects, relation = [], "alone"
+    for i, w in enumerate(words):
+        if w in render.OBJECT["shape"]:
+            texture = words[i - 2] if words[i - 2] in render.OBJECT["texture"] else "plain"
+            size = words[i - 2] if words[i - 2] in render.OBJECT["size"] else words[i - 3]
+            objects.append([size, words[i - 1], w, texture])
+        elif w in inverse or w in inverse.values():
+            relation = w
+    if relation in inverse:
+        objects, relation = objects[::-1], inverse[relation]
+    objects += [["none"] * 4] * (2 - len(objects))
+    return [*objects[0], *objects[1], relation.replace("_", " ")], ground
+
+
+def test_shapes_are_what_the_docstring_says(captioned):
+    d = captioned
+    for part, n in (("", 400), ("test_", 80)):
+        assert d[f"{part}images"].shape == (n, 3, 32, 32) and d[f"{part}images"].dtype == torch.uint8
+        assert d[f"{part}attributes"].shape == (n, 10) and d[f"{part}attributes"].dtype == torch.int64
+        assert d[f"{part}style"].shape == (n, 7) and d[f"{part}style"].dtype == torch.float32
+        assert [len(five) for five in d[f"{part}captions"]] == [5] * n
+    a, style = d["attributes"], d["style"]
+    assert [len(v) for v in d["attribute_values"]] == [2, 6, 5, 3, 3, 7, 6, 4, 3, 4]
+    assert (a.amax(0) + 1).tolist() == [2, 6, 5, 3, 3, 7, 6, 4, 3, 4] and a.min() == 0
+    assert len(d["attribute_names"]) == 10 and len(d["style_names"]) == 7
+    alone = a[:, 8] == 0
+    assert torch.equal(a[:, 4:8] == torch.tensor([2, 6, 5, 3]), alone[:, None].expand(-1, 4))
+    assert style[:, :4].abs().max() <= 1 and style[:, 4:].min() >= 0 and style[:, 4:].max() <= 1
+
+
+def test_captions_tell_the_attributes(captioned):
+    d, told = captioned, 0
+    for part in ("", "test_"):
+        for row, five in zip(d[f"{part}attributes"].tolist(), d[f"{part}captions"]):
+            names = [values[k] for values, k in zip(d["attribute_values"], row)]
+            for i, caption in enumerate(five):
+                found, ground = attributes_of(caption)
+                assert found == names[:9], caption
+                assert ground in ((names[9],) if i == 0 else (names[9], None)), caption
+                told += ground is not None
+    assert .6 < told / 2400 < .85
+    assert len({c for five in d["captions"] for c in five}) > 1500
+
+
+def test_held_out_pairs_are_in_every_test_picture_and_in_no_other(captioned):
+    d = captioned
+
+    def pairs(part):
+        values = d["attribute_values"]
+        return [{f"{values[1][row[i + 1]]} {values[2][row[i + 2]]}" for i in (0, 4) if row[i] < 2}
+                for row in d[f"{part}attributes"].tolist()]
+
+    held = set(d["held_out"])
+    assert len(held) == 5 and not any(held & p for p in pairs("")) and all(held & p for p in pairs("test_"))
+    assert len(set.union(*pairs(""))) == 25 and len(set.union(*pairs("test_"))) > 25
+
+
+def test_shapes_are_the_same_for_a_seed_and_do_not_depend_on_n(captioned):
+    few = shapes(10, size=32)
+    for part, n in (("", 10), ("test_", 2)):
+        assert few[f"{part}captions"] == captioned[f"{part}captions"][:n]
+        for key in ("images", "attributes", "style"):
+            assert torch.equal(few[part + key], captioned[part + key][:n])
+    assert not torch.equal(shapes(10, size=32, seed=1)["images"], few["images"])
+
+
+def scene(relation, one, two=(2, 6, 5, 3), ground=0, style=(0, 0, 0, 0, .9, .9, .9), size=64):
+    a = torch.tensor([[*one, *two, relation, ground]])
+    return render.scenes(a, torch.tensor([style], dtype=torch.float32), size)[0].float()
+
+
+def ink(x, level=60):
+    """Where a picture on a plain light background (.9) is something else."""
+    return (x - 230).abs().amax(0) > level
+
+
+def middle(mask):
+    rows, columns = mask.nonzero().float().mean(0)
+    return rows.item() - 31.5, columns.item() - 31.5
+
+
+def test_outlines_have_their_areas_and_reach():
+    r = 13
+    areas = [math.pi * (.96 * r) ** 2, (1.72 * r) ** 2, 3 * math.sqrt(3) * (.64 * r) ** 2, None,
+             (2 * 1.96 * .72 - .72 ** 2) * r ** 2]
+    for kind, area in enumerate(areas):
+        grey = (230 - scene(0, (1, 5, kind, 0))[0]) / (230 - 26)
+        if area:
+            assert grey.sum() == pytest.approx(area, rel=.02)
+        assert ink(scene(0, (0, 5, kind, 0))).sum() < .5 * ink(scene(0, (1, 5, kind, 0))).sum()
+        assert not ink(scene(0, (1, 5, kind, 0)))[:16].any()
+    star = ink(scene(0, (1, 5, 3, 0)))
+    assert (star ^ star.flip(1)).sum() <= 6 and star[:20].any()                 # upright, a tip at the top
+    assert star.sum() < areas[0]
+
+
+def test_edges_are_smooth_at_every_size():
+    small, large = (scene(0, (1, 5, 0, 0), size=s) for s in (32, 128))
+    shrunk = torch.nn.functional.avg_pool2d(large[None], 4)[0]
+    assert (small - shrunk).abs().max() < 25 and (small - shrunk).abs().mean() < 1
+
+
+def test_relations_and_style_place_objects():
+    red, blue = (1, 0, 1, 0), (0, 3, 1, 0)
+    for relation, axis in ((1, 0), (2, 1)):
+        x = scene(relation, red, blue)
+        reds, blues = middle((x[0] > 180) & (x[1] < 80)), middle((x[2] > 180) & (x[0] < 80))
+        assert blues[axis] - reds[axis] == pytest.approx(30, abs=1) and abs(blues[1 - axis]) < 1
+    y, x = middle(ink(scene(0, red, style=(.5, -1, 0, 0, .9, .9, .9))))
+    assert (y, x) == (pytest.approx(-14, abs=.6), pytest.approx(7, abs=.6))
+
+
+def test_texture_shade_and_background():
+    plain, striped, dotted = (scene(0, (1, 0, 1, k)) for k in range(3))
+    inner = (slice(23, 41), slice(23, 41))
+    assert plain[1][inner].std() < 1 and striped[1][inner].std() > 40 and dotted[1][inner].std() > 40
+    assert (striped - dotted).abs().mean() > 3
+    dark, light = (scene(0, (1, 0, 1, 0), style=(0, 0, 0, s, .9, .9, .9))[:, 32, 32].mean() for s in (-1, 1))
+    assert light > dark + 20
+    grounds = [scene(0, (0, 0, 0, 0), ground=k)[0] for k in range(4)]
+    assert grounds[0][:16].std() == 0 and grounds[1][0, 0] != grounds[1][0, 20]
+    assert grounds[2][0, 4] != grounds[2][0, 12] and (grounds[2][0] == grounds[2][-1]).all()
+    assert (grounds[3][:, 0].diff() <= 0).all() and grounds[3][0, 0] > grounds[3][-1, 0] + 40
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ({"n": 4}, "n >= 5, found 4"), ({"n": 9, "size": 15}, "size 16..256, found 15"),
+    ({"n": 9, "size": 257}, "size 16..256, found 257")])
+def test_bad_shapes(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        shapes(**arguments)

@@ -1,0 +1,408 @@
+"""dcgan.py: equations against closed forms, networks against the paper's sizes, who moves, latent arithmetic,
+features and their SVM, guided backpropagation, figures and numbers."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import script
+from PIL import Image
+from torch import nn
+
+import dcgan
+from common import UserError, render
+from common.fuse import descend
+from dcgan import NETS, V, combine, exemplars, log_D, log_p, networks, sample_z, turn, walk
+
+
+def args(*words):
+    a = dcgan.parse_args(["--device", "cpu", *map(str, words)])
+    a.amp = a.compile = a.graph = False
+    return a
+
+
+def sigmoid(a):
+    return 1 / (1 + np.exp(-a))
+
+
+# ---------------------------------------------------------------------------------------------- equations
+
+
+def test_V_and_log_D_at_one_half():
+    assert V(torch.zeros(5), torch.zeros(5)).item() == pytest.approx(-math.log(4))
+    assert log_D(torch.zeros(5)).item() == pytest.approx(-math.log(2))
+
+
+def test_objectives_against_numpy():
+    a, b = np.random.default_rng(0).normal(size=(2, 50)) * 3
+    expected = np.log(sigmoid(a)).mean() + np.log(1 - sigmoid(b)).mean()
+    assert V(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(expected, abs=1e-5)
+    assert log_D(torch.tensor(b)).item() == pytest.approx(np.log(sigmoid(b)).mean(), abs=1e-5)
+    assert math.isfinite(V(torch.tensor([200.0]), torch.tensor([200.0])).item())
+
+
+def test_log_p_of_a_concept():
+    names = ["smile", "beard", "hat"]
+    assert log_p(torch.zeros(2, 3), "smile -beard", names).tolist() == pytest.approx([-2 * math.log(2)] * 2)
+    a = np.random.default_rng(1).normal(size=(20, 3))
+    expected = np.log(sigmoid(a[:, 2])) + np.log(1 - sigmoid(a[:, 0]))
+    np.testing.assert_allclose(log_p(torch.tensor(a), "hat -smile", names).numpy(), expected, atol=1e-6)
+    both = 100 * ((a[:, 2] > 0) & (a[:, 0] < 0)).mean()
+    assert dcgan.share(torch.tensor(a), "hat -smile", names) == pytest.approx(both)
+
+
+def test_combine_is_A_minus_B_plus_C_of_means():
+    v = torch.randn(30, 4)
+    picks = [torch.randint(30, (5, 3)) for _ in range(3)]
+    expected = np.stack([v[a].numpy().mean(0) - v[b].numpy().mean(0) + v[c].numpy().mean(0)
+                         for a, b, c in zip(*picks)])
+    np.testing.assert_allclose(combine(v, picks).numpy(), expected, atol=1e-6)
+    torch.testing.assert_close(combine(v, [picks[0], picks[1], picks[1]]), v[picks[0]].mean(1))
+    assert combine(torch.rand(30, 3, 8, 8), picks).shape == (5, 3, 8, 8)
+
+
+def test_turn_goes_along_the_difference_of_means():
+    z, left, right = torch.randn(2, 6), torch.randn(4, 6), torch.randn(4, 6)
+    path = turn(z, left, right, columns=5)
+    assert path.shape == (2, 5, 6) and torch.equal(path[:, 2], z)
+    torch.testing.assert_close(path[:, 4] - path[:, 2], (right.mean(0) - left.mean(0)).expand(2, -1))
+
+
+def test_walk_passes_through_every_z():
+    z = torch.randn(4, 6)
+    path = walk(z, columns=7).view(3, 7, 6)
+    torch.testing.assert_close(path[:, 0], z[:-1])
+    torch.testing.assert_close(path[:, -1], z[1:])
+    torch.testing.assert_close(path[:, 3], (z[:-1] + z[1:]) / 2)
+
+
+def test_exemplars_are_among_the_best():
+    score = torch.randperm(500).float()
+    picks = exemplars(score, 40, 3)
+    assert picks.shape == (40, 3) and score[picks[0]].tolist() == [499, 498, 497]
+    assert score[picks].min() >= 470 and all(len(set(row)) == 3 for row in picks.tolist())
+    assert len({tuple(sorted(row)) for row in picks.tolist()}) > 30
+
+
+# ------------------------------------------------------------------------------------- latents and networks
+
+
+def test_latents_are_as_the_paper_has_them():
+    torch.manual_seed(0)
+    z = {name: sample_z(2000, net) for name, net in NETS.items()}
+    assert [z[name].shape[1] for name in ("64", "imagenet", "svhn")] == [100, 256, 100]
+    assert z["64"].abs().max() <= 1 and abs(z["imagenet"].var().item() - 1 / 3) < 0.01
+    assert z["svhn"].abs().max() > 3 and abs(z["svhn"].var().item() - 1) < 0.02
+
+
+def bn(*maps):
+    return 2 * sum(maps)
+
+
+@pytest.mark.parametrize("name, g, d", [
+    ("64", 100 * 16384 + bn(16384) + 25 * (1024 * 512 + 512 * 256 + 256 * 128 + 128 * 3) + bn(512, 256, 128),
+     25 * (3 * 128 + 128 * 256 + 256 * 512 + 512 * 1024) + bn(256, 512, 1024) + 16384),
+    ("imagenet", 256 * 8192 + bn(8192) + bn(512, 256, 256, 128, 128)
+     + 9 * (512 * 512 + 512 * 256 + 256 * 256 + 256 * 128 + 128 * 128 + 128 * 3),
+     9 * (3 * 128 + 128 * 128 + 128 * 256 + 256 * 256 + 256 * 512 + 512 * 512) + 8192
+     + bn(128, 256, 256, 512, 512)),
+    ("svhn", 100 * 4096 + bn(4096) + 25 * (256 * 128 + 128 * 64 + 64 * 3) + bn(128, 64),
+     25 * (3 * 64 + 64 * 128 + 128 * 256) + bn(128, 256) + 4096),
+])
+def test_parameter_counts_of_the_papers_networks(name, g, d):
+    assert [sum(p.numel() for p in net.parameters()) for net in networks(NETS[name], 3)] == [g, d]
+
+
+@pytest.mark.parametrize("name, grids", [
+    ("64", [32, 16, 8, 4]), ("imagenet", [32, 16, 16, 8, 8, 4]), ("svhn", [16, 8, 4])])
+def test_shapes_of_every_convolution(name, grids):
+    net = NETS[name]
+    for channels, width in ((3, 0.0625), (1, 0.125)):
+        G, D = networks(net, channels, width)
+        x = G(sample_z(2, net))
+        assert x.shape == (2, channels, net.size, net.size) and -1 <= x.min() and x.max() <= 1
+        assert D(x).shape == (2,)
+        h, sides = x, []
+        for convolution, maps in zip(D[0], net.maps):
+            h = convolution(h)
+            sides.append(h.shape[-1])
+            assert h.shape[1] == max(8, round(width * maps))
+        assert sides == grids
+        h, sides = G[0](sample_z(2, net)), []
+        for row in G[1:]:
+            sides.append(h.shape[-1])
+            h = row(h)
+        assert sides == grids[::-1]
+
+
+def test_where_batchnorm_is_and_how_weights_start():
+    torch.manual_seed(0)
+    G, D = networks(NETS["64"], 3, 0.25)
+    kinds = [[type(m) for m in row] for row in (*D[0], *G)]
+    assert [nn.BatchNorm2d in k or nn.BatchNorm1d in k for k in kinds] == [False, *[True] * 7, False]
+    assert not any(name.endswith("bias") and p.any() for net in (G, D) for name, p in net.named_parameters())
+    weight = D[0][3][0].weight
+    assert abs(weight.std().item() - 0.02) < 1e-3 and D[0][0][-1].negative_slope == 0.2
+    assert {m.eps for net in (G, D) for m in net.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-5}
+
+
+@pytest.mark.parametrize("dataset, name", [
+    ("faces", "64"), ("lsun", "64"), ("some/folder", "64"), ("svhn", "svhn"), ("mnist", "svhn"),
+    ("cifar10", "imagenet"), ("imagenet", "imagenet")])
+def test_every_data_set_has_its_networks(dataset, name):
+    a = args("--dataset", dataset)
+    assert dcgan.settle(a) is NETS[name] and a.batch_size == NETS[name].batch and a.steps == NETS[name].steps
+
+
+def test_an_npz_file_gets_networks_by_its_pictures(tmp_path, digits):
+    assert dcgan.settle(args("--dataset", digits)) is NETS["svhn"]
+    for size, name in ((32, "imagenet"), (40, "64")):
+        np.savez(tmp_path / "x.npz", images=np.zeros((2, 3, size, size), np.uint8))
+        assert dcgan.settle(args("--dataset", tmp_path / "x.npz")) is NETS[name]
+
+
+# ---------------------------------------------------------------------------------------- who moves, where to
+
+
+def built(*words):
+    torch.manual_seed(0)
+    return dcgan.build(args("--width", 0.125, *words), NETS["svhn"], 3)
+
+
+@pytest.mark.parametrize("flags", [(), ("--together",)])
+def test_each_descent_moves_its_own_network(monkeypatch, flags):
+    G, D, _, _, step = built(*flags)
+    moved = []
+
+    def watched(loss, opt):
+        before = [[p.detach().clone() for p in net.parameters()] for net in (D, G)]
+        descend(loss, opt)
+        moved.append([[not torch.equal(*pair) for pair in zip(b, net.parameters())]
+                      for b, net in zip(before, (D, G))])
+
+    monkeypatch.setattr(dcgan, "descend", watched)
+    scalars = step(torch.rand(8, 3, 32, 32) * 2 - 1)
+    (first_D, first_G), (second_D, second_G) = moved
+    assert all(first_D) and not any(first_G) and all(second_G) and not any(second_D)
+    assert set(scalars) == {"V", "D(x)", "D(G(z))"} and all(v.ndim == 0 for v in scalars.values())
+
+
+def test_adam_is_the_papers():
+    _, _, opt_D, opt_G, _ = built()
+    for opt, lr in ((opt_D, 5e-4), (opt_G, 5e-4), (built("--lr", "1e-3")[2], 1e-3)):
+        group = opt.param_groups[0]
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (lr, (0.5, 0.999), 1e-5)
+
+
+def test_one_step_of_G_raises_log_D():
+    G, D, _, _, _ = built()
+    z = sample_z(32, NETS["svhn"])
+    before = log_D(D(G(z)))
+    descend(-before, torch.optim.SGD(G.parameters(), lr=1e-3))
+    assert log_D(D(G(z))) > before
+
+
+def test_one_step_of_D_raises_V():
+    G, D, _, _, _ = built()
+    x, x_fake = torch.rand(32, 3, 32, 32), G(sample_z(32, NETS["svhn"])).detach()
+    before = V(D(x), D(x_fake))
+    descend(-before, torch.optim.SGD(D.parameters(), lr=1e-3))
+    assert V(D(x), D(x_fake)) > before
+
+
+def test_together_shares_the_batch_statistics():
+    """[dev 4]: the samples' logits depend on the data only where both pass D as one batch."""
+    _, D, _, _, _ = built()
+    x_fake = torch.rand(8, 3, 32, 32)
+    for together in (True, False):
+        a = [dcgan.judge(D, x, x_fake, together)[1] for x in torch.rand(2, 8, 3, 32, 32)]
+        assert torch.equal(*a) is not together
+
+
+def test_a_picture_is_a_function_of_its_z_alone():
+    """[dev 1]: BatchNorm's running averages, which drawing leaves as they are."""
+    G, _, _, _, _ = built()
+    z, buffers = sample_z(6, NETS["svhn"]), [b.clone() for b in G.buffers()]
+    torch.testing.assert_close(dcgan.decode(G, z)[:2], dcgan.decode(G, z[:2]))
+    assert all(torch.equal(*pair) for pair in zip(buffers, G.buffers())) and G.training
+
+
+# ------------------------------------------------------------------------------------ Sec. 5: features, SVM
+
+
+@pytest.mark.parametrize("name, d", [("imagenet", 28672), ("svhn", 7168)])
+def test_features_have_the_papers_size(name, d):
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    D = networks(NETS[name], 3)[1].eval()
+    assert dcgan.activations(D, images, "cpu").shape == (2, d)
+
+
+def test_features_are_every_convolutions_largest_in_each_of_16_cells():
+    images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
+    D = networks(NETS["svhn"], 3, 0.125)[1].eval()
+    f = dcgan.activations(D, images, "cpu").float().numpy()
+    h, start = dcgan.scaled(images, "cpu"), 0
+    for convolution in D[0]:
+        h = convolution(h).detach()
+        n, maps, side, _ = h.shape
+        cells = h.numpy().reshape(n, maps, 4, side // 4, 4, side // 4).max((3, 5)).reshape(n, -1)
+        np.testing.assert_allclose(f[:, start:start + 16 * maps], cells, rtol=1e-3, atol=1e-4)
+        start += 16 * maps
+    assert start == f.shape[1]
+
+
+def test_batchnorm_gets_the_mean_of_all_minibatches():
+    images = torch.randint(256, (256, 3, 32, 32), dtype=torch.uint8)
+    D = dcgan.average(networks(NETS["svhn"], 3, 0.125)[1], images, "cpu")
+    with torch.no_grad():
+        h = [D[0][1][0](D[0][0](dcgan.scaled(x, "cpu"))) for x in images.split(128)]
+    layer = D[0][1][1]
+    assert not D.training
+    torch.testing.assert_close(layer.running_mean, torch.stack([x.mean((0, 2, 3)) for x in h]).mean(0))
+    torch.testing.assert_close(layer.running_var, torch.stack([x.var((0, 2, 3)) for x in h]).mean(0))
+
+
+def test_balanced_draws_as_many_of_each_label():
+    y, rows = torch.arange(90) % 3, torch.arange(60)
+    picked = dcgan.balanced(y, rows, 7)
+    assert torch.bincount(y[picked]).tolist() == [7, 7, 7]
+    assert picked.max() < 60 and len(picked.unique()) == 21
+    assert torch.equal(dcgan.balanced(y, rows, None), rows)
+
+
+def test_svm_tells_clusters_apart_and_chooses_C_by_validation():
+    torch.manual_seed(0)
+    centres = torch.randn(3, 20) * 2
+    y, y_test = torch.arange(240) % 3, torch.arange(60) % 3
+    X, X_test = centres[y] + torch.randn(240, 20), centres[y_test] + torch.randn(60, 20)
+    errors, C = dcgan.svm(X, y, X_test, y_test)
+    assert errors.shape == (1,) and errors.item() < 5 and C in dcgan.CS
+    errors, _ = dcgan.svm(X, y, X_test, y_test, per_class=4, draws=3, tries=2)
+    assert errors.shape == (3,) and errors.mean() < 10
+    _, C = dcgan.svm(X, y, X_test, y_test, Cs=(1e-9, 1e-2))    # 1e-9: all weights are about 0
+    assert C == 1e-2
+
+
+# ---------------------------------------------------------------------------------- Sec. 6: figures measured
+
+
+def test_guided_keeps_positive_gradients_at_positive_inputs():
+    x = torch.tensor([-2.0, -1.0, 1.0, 2.0], requires_grad=True)
+    y = dcgan.Guided.apply(x)
+    torch.testing.assert_close(y, nn.functional.leaky_relu(x, 0.2))
+    y.backward(torch.tensor([1.0, -1.0, 1.0, -1.0]))
+    assert x.grad.tolist() == [0, 0, 1, 0]
+
+
+def test_guided_backpropagation_stays_within_the_units_field_of_view():
+    torch.manual_seed(0)
+    D = networks(NETS["svhn"], 3, 0.125)[1].eval()
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    g = dcgan.guided(D, x, 2)
+    with torch.no_grad():
+        at = divmod(D[0](x)[0, 2].argmax().item(), 4)
+    assert g.abs().max() > 0
+    for i, rows in zip(at, (g.abs().amax((0, 1, 3)), g.abs().amax((0, 1, 2)))):
+        seen = rows.nonzero().flatten()
+        assert seen.min() >= 8 * i - 14 and seen.max() <= 8 * i + 14
+
+
+def test_forget_drops_the_maps_that_make_it(monkeypatch):
+    """[dev 3]: pictures are bright where map 0 is on; a "predictor" calls the bright ones."""
+    class Bright(nn.Module):
+        def forward(self, h):
+            return h[:, :1].repeat(1, 1, 4, 4)
+
+    monkeypatch.setattr(dcgan.metrics, "logits", lambda clf, x: x.mean((1, 2, 3))[:, None] - 0.75)
+    z = torch.rand(200, 48)
+    G = nn.Sequential(nn.Unflatten(1, (3, 4, 4)), nn.ReLU(), Bright(), nn.Identity())
+    a = (z[:, :16].mean(1)[:, None] + 1) / 2 - 0.75
+    result, rows = dcgan.forget(G, z, None, ["glasses"], a)
+    assert result["value"] == 0 and 1 <= result["maps"] <= 3 and rows.shape == (30, 1, 16, 16)
+
+
+def test_exemplars_by_eye(tmp_path):
+    path = tmp_path / "picks.json"
+    path.write_text('{"left": [0, 1, 2, 3], "right": [4, 5, 6, 1999]}')
+    picks = dcgan.by_eye(path)
+    assert set(picks) == {"left", "right"} and picks["right"].tolist() == [[4, 5, 6, 1999]]
+    for bad in ('{"left": [0, 1, 2, 3]}', '{"A": [1, 2, 3], "B": [1, 2, 3], "C": [1, 2]}', "[1]", "{", "{}",
+                '{"left": [0, 1, 2, 2000], "right": [0, 1, 2, 3]}',
+                '{"left": "0123", "right": [0, 1, 2, 3]}'):
+        path.write_text(bad)
+        with pytest.raises(UserError, match="picks.json"):
+            dcgan.by_eye(path)
+
+
+# ---------------------------------------------------------------------------------------------------- a run
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory):
+    """A finished run of twenty steps on a few rendered heads: its folder, and the process's result."""
+    path = tmp_path_factory.mktemp("dcgan")
+    drawn = {k: v.numpy() if torch.is_tensor(v) else v for k, v in render.faces(n=160, size=32).items()}
+    np.savez(path / "heads.npz", **drawn)
+    (path / "picks.json").write_text('{"A": [0, 1, 2], "B": [3, 4, 5], "C": [6, 7, 8]}')
+    result = script("dcgan.py", "--dataset", path / "heads.npz", "--net", "svhn", "--width", 0.125,
+                    "--steps", 20, "--batch-size", 40, "--lr", 0.003, "--exemplars", path / "picks.json",
+                    "--device", "cpu", "--out", path, "--data-dir", path)
+    return path / "dcgan-heads", result
+
+
+def test_a_run_draws_figures_and_writes_numbers(heads):
+    folder, result = heads
+    assert result.returncode == 0, result.stderr
+    for figure in ("samples", "fig2", "fig3", "fig4", "fig5", "fig7a", "fig7b", "fig8"):
+        assert len(np.unique(np.asarray(Image.open(folder / f"{figure}.png")))) > 3, figure
+    results = json.loads((folder / "results.json").read_text())["results"]
+    assert {"predictor", "dcgan-arith", "dcgan-arith-2", "dcgan-turn", "frechet"} <= set(results)
+    assert all(0 <= results["dcgan-arith"][k] <= 100 for k in ("value", "pixels", "samples"))
+    assert -1 <= results["dcgan-turn"]["value"] <= 1
+
+
+def test_features_of_a_run_on_other_data(heads, tmp_path, monkeypatch):
+    folder, _ = heads
+    before = (folder / "results.json").read_text()
+    rng = np.random.default_rng(0)
+    y = np.arange(120) % 3
+    images = (rng.integers(0, 100, (120, 3, 20, 20)) + 50 * y[:, None, None, None]).astype(np.uint8)
+    np.savez(tmp_path / "cifar10.npz", images=images, labels=y)
+    dcgan.main(["--resume", str(folder), "--features", str(tmp_path / "cifar10.npz")])
+    results = json.loads((folder / "features-cifar10" / "results.json").read_text())["results"]
+    assert {"dcgan-cifar", "dcgan-cifar-400"} == set(results)
+    assert results["dcgan-cifar"]["paper"] == 82.8 and results["dcgan-cifar"]["value"] > 80
+    assert results["dcgan-cifar-400"]["draws"] == 5 and (folder / "results.json").read_text() == before
+    with pytest.raises(UserError, match="no labels"):
+        dcgan.main(["--resume", str(folder), "--features", str(folder.parent / "heads.npz")])
+
+
+def test_exemplars_by_eye_are_counted_as_sample_draws(heads):
+    folder, _ = heads
+    dcgan.main(["--resume", str(folder), "--sample", "9"])
+    picture = np.asarray(Image.open(folder / "fig7.png")).astype(int)
+    for i in range(9):    # the grid of Fig. 7 begins with the exemplars, 3 a row, 2 pixels between
+        y, x = 2 + 34 * (i // 3), 2 + 34 * (i % 3)
+        sample = np.asarray(Image.open(folder / "samples" / f"{i:05d}.png")).astype(int)
+        assert np.abs(picture[y:y + 32, x:x + 32] - sample).max() <= 1
+    dcgan.parse_args(["--resume", str(folder), "--exemplars", "others.json"])
+
+
+def test_features_need_a_run():
+    with pytest.raises(SystemExit) as stop:
+        dcgan.parse_args(["--features", "cifar10"])
+    assert stop.value.code == 2
+
+
+def test_two_and_two_steps_are_four(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(dcgan, "figures", lambda *_: None)
+    monkeypatch.setattr(dcgan, "evaluate", lambda *_: {})
+    words = ["--dataset", digits, "--width", 0.125, "--batch-size", 16, "--device", "cpu", "--out", tmp_path]
+    dcgan.main([*map(str, words), "--steps", "4", "--name", "four"])
+    dcgan.main([*map(str, words), "--steps", "2", "--name", "two"])
+    dcgan.main(["--resume", str(tmp_path / "dcgan-digits-two"), "--steps", "4"])
+    one, two = (torch.load(tmp_path / f"dcgan-digits-{name}" / "checkpoint.pt", weights_only=True)["parts"]
+                for name in ("four", "two"))
+    assert all(torch.equal(one[net][k], two[net][k]) for net in ("G", "D") for k in one[net])
