@@ -1,0 +1,465 @@
+"""aae.py: samplers and equations against closed forms, label draws and cluster labels, who moves in each
+phase, figures and numbers."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import script
+from PIL import Image
+
+import aae
+from aae import TASKS, V, kl, log_mixture, log_normal, mixture, networks, reconstruction, swiss_roll
+from common import UserError
+from common.fuse import descend
+
+MEAN, STD = torch.zeros(1, 28, 28), torch.ones(1, 28, 28)
+
+
+def args(*words):
+    a = aae.parse_args(["--device", "cpu", *words])
+    a.amp = a.compile = a.graph = False
+    return a
+
+
+# ---------------------------------------------------------------------------------------------- equations
+
+
+def test_V_is_minus_log_4_at_one_half():
+    assert V(torch.zeros(5, 1), torch.zeros(5, 1)).item() == pytest.approx(-math.log(4))
+
+
+def test_V_against_numpy():
+    a, b = np.random.default_rng(0).normal(size=(2, 50)) * 3
+    expected = np.log(1 / (1 + np.exp(-a))).mean() + np.log(1 - 1 / (1 + np.exp(-b))).mean()
+    assert V(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_reconstruction_is_half_the_squared_error_of_a_picture_not_of_a_pixel():
+    black, white = torch.zeros(7, 1, 28, 28), torch.ones(7, 1, 28, 28)
+    assert reconstruction(black, white).item() == 392
+    assert reconstruction(black, white, 2 * STD).item() == 98
+
+
+def test_kl_of_the_gaussian_encoder_against_its_closed_form():
+    assert log_normal(torch.zeros(3, 4)).tolist() == pytest.approx([-0.9189 * 4] * 3, abs=1e-3)
+    torch.manual_seed(0)
+    Q, _, _ = networks(replace(TASKS["prior"], width=8, k=1), args("--encoder", "gaussian"), MEAN, STD)
+    Q.z.weight.data.zero_(), Q.z.bias.data.copy_(torch.tensor([0.7, math.log(0.5)]))
+    z, _, log_q = Q(torch.zeros(1, 1, 28, 28).expand(50000, -1, -1, -1))
+    assert z.mean().item() == pytest.approx(0.7, abs=0.01) and z.std().item() == pytest.approx(0.5, abs=0.01)
+    assert kl(log_q, log_normal(z)).item() == pytest.approx(0.5 * (0.25 + 0.49 - 1) - math.log(0.5), abs=0.02)
+    assert kl(log_q, log_q) == 0
+
+
+
+def test_disagreement_is_2_between_sure_and_different_answers_and_moves_only_its_first():
+    a, b = torch.tensor([[50.0, 0.0]], requires_grad=True), torch.tensor([[0.0, 50.0]], requires_grad=True)
+    assert aae.disagreement(a, b).item() == pytest.approx(2) and aae.disagreement(a, a).item() == 0
+    assert torch.autograd.grad(aae.disagreement(a, b), b, allow_unused=True) == (None,)
+
+
+def test_weights_start_as_published_for_SGD():
+    for optimizer in ("sgd", "adam"):
+        w = networks(TASKS["prior"], args("--optimizer", optimizer), MEAN, STD)[0].trunk[2].weight
+        assert (abs(w.std().item() - 0.01) < 1e-3) is (optimizer == "sgd")
+
+
+def test_repulsion_only_between_heads_nearer_than_eta():
+    W_C = torch.tensor([[0.0, 0.0], [3.0, 4.0], [50.0, 0.0]])
+    assert aae.repulsion(W_C, 6.0).item() == pytest.approx(1.0)
+    for m in (2, 10, 20):
+        W_C = aae.heads(m, 2)
+        assert W_C.norm(dim=1).sub(10).abs().max() < 1e-5
+        assert aae.repulsion(W_C, aae.spacing(m)).item() == pytest.approx(0, abs=1e-3)
+
+
+def test_sliced_wasserstein_of_a_shifted_sample():
+    torch.manual_seed(0)
+    a = torch.randn(2000, 2)
+    assert aae.sliced_wasserstein(a, a[torch.randperm(2000)]) == pytest.approx(0, abs=1e-6)
+    found = aae.sliced_wasserstein(a, a + torch.tensor([3.0, 4.0]), directions=4000)
+    assert found == pytest.approx(2 * 5 / math.pi, rel=0.03)
+
+
+# ------------------------------------------------------------------------------------------------- priors
+
+
+def test_each_component_of_the_mixture_lies_along_its_ray():
+    torch.manual_seed(0)
+    for c in (0, 3, 9):
+        z = mixture(torch.full((20000,), c))
+        t = 2 * math.pi * c / 10
+        z = z @ torch.tensor([[math.cos(t), -math.sin(t)], [math.sin(t), math.cos(t)]])
+        assert z.mean(0).tolist() == pytest.approx([1.4, 0], abs=0.02)
+        assert z.std(0).tolist() == pytest.approx([0.5, 0.1], abs=0.01)
+    assert mixture(torch.zeros(1), torch.zeros(1), torch.zeros(1)).tolist()[0] == pytest.approx([1.4, 0])
+
+
+def test_log_mixture_is_a_density_and_the_mean_of_ten():
+    g = torch.linspace(-5, 5, 1001, dtype=torch.float64)
+    z = torch.stack(torch.meshgrid(g, g, indexing="ij"), 2).flatten(0, 1)
+    assert log_mixture(z.float()).double().exp().sum().item() * 0.01**2 == pytest.approx(1, abs=1e-3)
+    z, total = np.array([0.9, -0.4]), 0
+    for c in range(10):
+        t = 2 * np.pi * c / 10
+        along, across = z @ [np.cos(t), np.sin(t)], z @ [-np.sin(t), np.cos(t)]
+        total += 0.1 * np.exp(-0.5 * (((along - 1.4) / 0.5) ** 2 + (across / 0.1) ** 2)) / (2 * np.pi * 0.05)
+    assert log_mixture(torch.tensor(z[None]).float()).item() == pytest.approx(math.log(total), abs=1e-4)
+
+
+def test_the_swiss_roll_runs_from_the_centre_outwards_label_by_label():
+    assert swiss_roll(torch.tensor([0.0]), torch.tensor([0.0])).norm() == 0
+    assert swiss_roll(torch.tensor([9.0]), torch.tensor([1.0])).tolist()[0] == pytest.approx([3, 0], abs=1e-4)
+    torch.manual_seed(0)
+    c = torch.arange(10).repeat_interleave(500)
+    s = (swiss_roll(c).norm(dim=1) / 3) ** 2 * 10
+    assert (s >= c - 1e-4).all() and (s <= c + 1 + 1e-4).all()
+
+
+def test_without_a_label_z_comes_from_all_of_the_prior():
+    torch.manual_seed(0)
+    for prior in ("mixture", "swiss-roll"):
+        c = torch.cat([torch.full((3000,), 10), torch.full((3000,), 4)])
+        z = aae.sample_z(c, args("--prior", prior), TASKS["prior"])
+        centre = mixture(torch.arange(10), torch.zeros(10), torch.zeros(10)) if prior == "mixture" else \
+            swiss_roll(torch.arange(10), torch.full((10,), 0.5))
+        near = torch.cdist(z, centre).argmin(1)
+        assert torch.bincount(near[:3000], minlength=10).min() > 100
+        assert (near[3000:] == 4).float().mean() > 0.6
+    z = aae.sample_z(torch.full((5000,), 10), args("--task", "likelihood"), TASKS["likelihood"])
+    assert z.shape == (5000, 8) and abs(z.std().item() - 5) < 0.1
+
+
+def test_y_is_one_hot_and_balanced():
+    torch.manual_seed(0)
+    y = aae.sample_y(10000, TASKS["cluster"])
+    assert y.shape == (10000, 16) and y.sum(1).eq(1).all() and y.max() == 1
+    assert y.sum(0).sub(625).abs().max() < 120
+    assert aae.sample_y(5, TASKS["prior"]) is None
+
+
+# ------------------------------------------------------------------------------------- labels and clusters
+
+
+def test_label_draws_are_balanced_repeatable_and_differ_between_seeds():
+    labels = torch.randint(10, (3000,), generator=torch.Generator().manual_seed(0))
+    a, b, c = (aae.draw_labels(labels, 100, seed) for seed in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c) and len(a.unique()) == 100
+    assert torch.bincount(labels[a]).tolist() == [10] * 10
+    labels[::2] = -1                                   # pictures without a label are never drawn
+    assert labels[aae.draw_labels(labels, 100, 0)].min() >= 0
+    for n in (105, 100000):
+        with pytest.raises(UserError, match=f"--labels {n}"):
+            aae.draw_labels(labels, n, 0)
+
+
+def test_a_cluster_takes_the_label_of_its_surest_validation_picture_not_of_the_majority():
+    y = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.9, 0.1], [0.2, 0.8]])
+    labels = torch.tensor([5, 5, 7, 3])
+    assert aae.head_labels(y, labels).tolist() == [7, 3]
+
+
+def test_error_counts_categories_or_their_labels():
+    class Fixed(torch.nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :2], torch.eye(3)[x[:, 0, 0, 0].mul(255).round().long()], None
+
+    images = torch.zeros(4, 1, 28, 28, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.tensor([0, 1, 2, 2])
+    sets = {"test": (images, torch.tensor([0, 1, 2, 1]))}
+    assert aae.error(Fixed(), sets, "cpu") == 25
+    assert aae.error(Fixed(), sets, "cpu", torch.tensor([0, 1, 1])) == 25
+    assert aae.error(Fixed(), sets, "cpu", torch.tensor([1, 0, 0])) == 100
+
+
+# ----------------------------------------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_networks_have_the_papers_sizes(task):
+    net = replace(TASKS[task], bn=False)
+    Q, P, D = networks(net, args(), MEAN, STD)
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    w, inferred = net.width, net.m if not net.given else 0
+    into = lambda i, o: i * w + w + w * w + w + w * o + o
+    assert count(Q) == into(784, net.k + inferred)
+    assert count(P) == (into(net.k, 784) + net.m * net.k if net.heads else into(net.k + net.m, 784))
+    assert [count(d) for d in D] == [into(i, 1) for i in ([net.k, inferred] if inferred else [net.k])]
+    z, a, log_q = Q(torch.rand(3, 1, 28, 28))
+    assert z.shape == (3, net.k) and log_q is None
+    assert a is None if not inferred else a.shape == (3, net.m)
+    x = P(z, torch.eye(net.m)[:3] if net.m else None)
+    assert x.shape == (3, 1, 28, 28) and 0 <= x.min() and x.max() <= 1
+
+
+def test_svhn_has_its_own_settings():
+    net = aae.settle(args("--task", "semi", "--dataset", "svhn", "--labels", "1000"))
+    assert net.sgd == (1e-4, 0.01, 0.1) and TASKS["semi"].sgd == (0.01, 0.1, 0.1)
+    assert (net.k, net.dropout, net.bn, net.standard, net.size, net.channels) == (20, 0.2, True, True, 32, 3)
+    mean, std = torch.rand(3, 32, 32), torch.full((3, 32, 32), 0.2)
+    Q, P, _ = networks(replace(net, width=32), args(), mean, std)
+    bn = [m for part in (Q, P) for m in part.modules() if isinstance(m, torch.nn.BatchNorm1d)]
+    assert len(bn) == 4 and {m.eps for m in bn} == {1e-5}
+    z, a, _ = Q(torch.rand(6, 3, 32, 32))
+    assert z.shape == (6, 20) and a.shape == (6, 10) and P(z, a.softmax(1)).shape == (6, 3, 32, 32)
+
+
+def test_the_three_encoders():
+    x = torch.rand(4, 1, 28, 28)
+    for kind in ("deterministic", "gaussian", "universal"):
+        torch.manual_seed(0)
+        Q, _, _ = networks(replace(TASKS["prior"], width=32), args("--encoder", kind), MEAN, STD)
+        for p in Q.parameters():
+            p.data.mul_(20)
+        Q.eval()
+        (z, _, log_q), (again, _, _) = Q(x), Q(x)
+        assert z.shape == (4, 2) and torch.equal(z, again) is (kind == "deterministic")
+        assert (log_q is not None) is (kind == "gaussian")
+
+
+def test_inputs_are_corrupted_in_training_only():
+    Q, _, _ = networks(replace(TASKS["semi"], width=32), args(), MEAN, STD)
+    x = torch.rand(4, 1, 28, 28)
+    assert not torch.equal(Q(x)[0], Q(x)[0])
+    Q.eval()
+    assert torch.equal(Q(x)[0], Q(x)[0])
+
+
+def test_what_the_discriminators_see():
+    z, y, c = torch.randn(3, 2), torch.eye(10)[:3], torch.tensor([4, 10, 0])
+    assert aae.seen(z, y, c, TASKS["semi"]) == [z, y] and aae.seen(z, y, c, TASKS["style"]) == [z]
+    (joined,) = aae.seen(z, None, c, replace(TASKS["prior"], one_hot=11))
+    assert joined.shape == (3, 13) and joined[:, 2:].argmax(1).tolist() == [4, 10, 0]
+
+
+def test_the_code_of_dimensionality_reduction_is_the_head_plus_z():
+    _, P, _ = networks(replace(TASKS["reduce"], width=32), args(), MEAN, STD)
+    z, y = torch.randn(3, 2), torch.eye(10)[[2, 2, 7]]
+    torch.testing.assert_close(P.code(z, y), P.W_C[[2, 2, 7]] + z)
+    for held in (0.0, 1.0):
+        P.fixed.fill_(held)
+        (g,) = torch.autograd.grad(P.code(z, y).sum(), P.W_C)
+        assert (g.abs().sum() == 0) == bool(held)
+
+
+# ---------------------------------------------------------------------------------------- who moves, where to
+
+
+def built(*words, labelled=False, **changes):
+    torch.manual_seed(0)
+    a = args(*words, "--width", ".05")
+    net = replace(aae.settle(a), **changes)
+    return (net, *aae.build(a, net, MEAN, STD, labelled))
+
+
+def weights(*nets):
+    return [p.detach().clone() for net in nets for p in net.parameters()]
+
+
+def moved(before, *nets):
+    return [not torch.equal(p, q) for p, q in zip(before, weights(*nets), strict=True)]
+
+
+def still(parts, *names):
+    """Rates 0, and no momentum, for the optimizers `names`."""
+    for name in names:
+        parts[name].param_groups[0]["lr"].fill_(0.0)
+
+
+BATCH = torch.rand(20, 1, 28, 28, generator=torch.Generator().manual_seed(0)), torch.full((20,), 10)
+PAIR = torch.rand(20, 1, 28, 28, generator=torch.Generator().manual_seed(1)), torch.arange(20) % 10
+
+
+def test_each_phase_moves_its_own_networks():
+    who = {"opt_R": "QP", "opt_D": "D", "opt_Q": "Q", "opt_S": "Q"}
+    for phase, names in who.items():
+        _, parts, step = built("--task", "semi", labelled=True)
+        nets = {"Q": [parts["Q"]], "P": [parts["P"]], "D": [parts["D0"], parts["D1"]]}
+        still(parts, *who.keys() - {phase})
+        before = {k: weights(*v) for k, v in nets.items()}
+        step(*BATCH, *PAIR)
+        for k, v in nets.items():
+            assert any(moved(before[k], *v)) is (k in names), (phase, k)
+
+
+def test_the_semi_supervised_phase_leaves_z_alone():
+    _, parts, step = built("--task", "semi", labelled=True)
+    still(parts, "opt_R", "opt_D", "opt_Q")
+    before = weights(parts["Q"].z), weights(parts["Q"].y)
+    step(*BATCH, *PAIR)
+    assert not any(moved(before[0], parts["Q"].z)) and any(moved(before[1], parts["Q"].y))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_step_of_every_task_moves_everything(task):
+    labelled = task in ("semi", "reduce")
+    _, parts, step = built("--task", task, labelled=labelled, **({"one_hot": 11} if task == "prior" else {}))
+    parts["P"].fixed.fill_(0.0)
+    nets = [parts[k] for k in ("Q", "P", "D0", "Q_bar", "P_bar")]
+    before = [weights(net) for net in nets]
+    scalars = step(BATCH[0], PAIR[1], *(PAIR if labelled else ()))
+    assert all(any(moved(b, net)) for b, net in zip(before, nets))
+    assert {"reconstruction", "V"} <= set(scalars)
+    assert all(v.ndim == 0 and v.isfinite() for v in scalars.values())
+
+
+def test_regularisation_brings_the_codes_to_the_prior():
+    """Direction: Q, through a D that knows where p(z) is, moves its codes there."""
+    torch.manual_seed(0)
+    Q, _, _ = networks(replace(TASKS["prior"], width=64), args(), MEAN, STD)
+    x = torch.rand(50, 1, 28, 28)
+    D = lambda z: -(z - 3).square().sum(1, keepdim=True)
+    log_D = lambda: torch.nn.functional.logsigmoid(D(Q(x)[0])).mean()
+    before = log_D()
+    descend(-before, torch.optim.SGD(Q.parameters(), 1e-2))
+    assert log_D() > before
+
+
+def test_the_average_follows_the_weights():
+    _, parts, step = built("--task", "prior", "--average", "0")
+    step(*BATCH)
+    assert all(torch.equal(p, q) for p, q in zip(parts["Q"].parameters(), parts["Q_bar"].parameters()))
+    _, parts, step = built("--task", "prior")
+    first = weights(parts["Q"])
+    step(*BATCH)
+    for p, q, bar in zip(first, parts["Q"].parameters(), parts["Q_bar"].parameters()):
+        torch.testing.assert_close(bar, 0.1 * p + 0.9 * q, atol=1e-6, rtol=1e-4)
+
+
+def test_rates_fall_at_one_half_and_four_fifths():
+    _, parts, _ = built("--task", "prior")
+    found = []
+    for done in (0.0, 0.49, 0.5, 0.79, 0.8, 0.99):
+        aae.anneal([parts["opt_R"]], [0.01], done)
+        found.append(parts["opt_R"].param_groups[0]["lr"].item())
+    assert found == pytest.approx([0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001])
+
+
+def test_a_vae_step_descends_the_bound():
+    torch.manual_seed(0)
+    for prior in ("gaussian", "mixture"):
+        a = args("--model", "vae", "--prior", prior, "--width", ".05")
+        _, step = aae.build_vae(a, aae.settle(a), MEAN, STD)
+        bounds = [sum(step(*BATCH).values()).item() for _ in range(40)]
+        assert bounds[-1] < bounds[0] - 3
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_checkpoint_goes_on_to_the_bit(optimizer):
+    def run(parts, step, n):
+        for _ in range(n):
+            step(*BATCH, *PAIR)
+        return weights(*(parts[k] for k in ("Q", "P", "D0", "D1", "Q_bar")))
+
+    _, parts, step = built("--task", "semi", "--optimizer", optimizer, labelled=True)
+    torch.manual_seed(1)
+    whole = run(parts, step, 4)
+    _, parts, step = built("--task", "semi", "--optimizer", optimizer, labelled=True)
+    torch.manual_seed(1)
+    run(parts, step, 2)
+    state, random = {k: part.state_dict() for k, part in parts.items()}, torch.get_rng_state()
+    _, parts, step = built("--task", "semi", "--optimizer", optimizer, "--rates", *"111", labelled=True)
+    for k, part in parts.items():
+        part.load_state_dict(state[k])
+    torch.set_rng_state(random)
+    assert all(torch.equal(p, q) for p, q in zip(whole, run(parts, step, 2), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------- figures
+
+
+def test_manifolds_cover_the_priors():
+    u = aae.manifold(args("--prior", "gaussian"), TASKS["prior"])
+    assert u.shape == (400, 2) and torch.equal(u[:20, 0], u[20:40, 0]) and (u[:20, 1] == u[0, 1]).all()
+    assert u[0, 0] < 0 < u[0, 1] and u.std().item() == pytest.approx(5, rel=0.1)
+    c = torch.arange(10).repeat_interleave(20)
+    z = aae.manifold(args(), TASKS["prior"])
+    centres = mixture(torch.arange(10), torch.full((10,), 0.5), torch.zeros(10))
+    assert z.shape == (200, 2) and (torch.cdist(z[10::20], centres).argmin(1) == torch.arange(10)).all()
+    z = aae.manifold(args("--prior", "swiss-roll"), TASKS["prior"])
+    assert (((z.norm(dim=1) / 3) ** 2 * 10).floor().long() == c).all()
+
+
+def test_a_row_of_styles_has_one_z_and_every_category():
+    class Recorder(torch.nn.Module):
+        mean = MEAN
+
+        def forward(self, z, y):
+            return torch.cat([z, y], 1)
+
+    s = aae.styles(Recorder(), TASKS["style"], rows=3).view(3, 10, 25)
+    assert (s[:, :, :15] == s[:, :1, :15]).all() and torch.equal(s[1, :, 15:], torch.eye(10))
+    assert not torch.equal(s[0, 0, :15], s[1, 0, :15])
+
+
+# ---------------------------------------------------------------------------------------------------- runs
+
+
+RUNS = [
+    (("--task", "prior"), ("fig4a", "fig4b"), {"aae-prior-4"}),
+    (("--task", "semi", "--nn-steps", "20"), ("styles",), {"aae-mnist100", "aae-semi-base"}),
+]
+TINY = "--batch-size", "16", "--width", ".1", "--device", "cpu"
+
+
+@pytest.mark.parametrize("words, figures, ids", RUNS)
+def test_a_run_on_digits_draws_figures_and_writes_numbers(digits, tmp_path, words, figures, ids):
+    folders = "--dataset", digits, "--out", tmp_path, "--data-dir", tmp_path / "data"
+    result = script("aae.py", *words, *TINY, *folders, "--steps", "40")
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "aae-digits"
+    for figure in (*figures, "samples"):
+        assert len(np.unique(np.asarray(Image.open(folder / f"{figure}.png")))) > 3, figure
+    results = json.loads((folder / "results.json").read_text())["results"]
+    assert ids <= set(results) and all(math.isfinite(v["value"]) for v in results.values())
+
+
+@pytest.mark.parametrize(
+    "words, figure, name",
+    [
+        (("--task", "likelihood"), "samples", "aae-mnist-ll"),
+        (("--task", "style"), "fig6", "aae-style"),
+        (("--task", "cluster", "--clusters", "12"), "fig9", "aae-clu12"),
+        (("--task", "reduce"), "fig10", "aae-dim-2d-100"),
+        (("--task", "reduce", "--labels", "0", "--z-dim", "10"), "fig10", "aae-dim-10d-0"),
+        (("--model", "vae", "--prior", "gaussian"), "fig2c", "aae-prior-2"),
+    ],
+)
+def test_the_other_experiments_are_judged_too(digits, tmp_path, words, figure, name, monkeypatch):
+    monkeypatch.setattr(aae.metrics, "classifier", lambda *a, **k: None)
+    monkeypatch.setattr(aae.metrics, "label_agreement", lambda *a: 0.5)
+    aae.main([*words, *TINY, "--dataset", str(digits), "--out", str(tmp_path), "--steps", "2"])
+    folder = tmp_path / "aae-digits"
+    assert len(np.unique(np.asarray(Image.open(folder / f"{figure}.png")))) > 2
+    assert name in json.loads((folder / "results.json").read_text())["results"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--model vae --prior swiss-roll",
+        "--model vae --task semi",
+        "--model vae --labels 100",
+        "--task semi --labels 0",
+        "--task cluster --labels 100",
+        "--prior gaussian --labels 100",
+        "--z-dim 3",
+        "--task semi --clusters 16",
+        "--labels some",
+        "--average 2",
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        aae.parse_args(words.split())
+    assert stop.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_data_without_labels_is_refused_in_one_line(tmp_path):
+    np.savez(tmp_path / "plain.npz", images=np.zeros((60, 1, 28, 28), np.uint8))
+    with pytest.raises(UserError, match="no labels"):
+        aae.main(["--dataset", str(tmp_path / "plain.npz"), "--out", str(tmp_path), "--device", "cpu"])

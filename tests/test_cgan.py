@@ -1,0 +1,421 @@
+"""cgan.py: equations against closed forms, networks against both papers, who moves, labels, tags, figures."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, script
+from PIL import Image
+from torch.nn import functional as F
+
+import cgan
+from cgan import NETS, V, beside, networks, nn_error, objective_G
+from common import data
+from common.fuse import descend
+
+
+def args(*words):
+    a = cgan.parse_args(["--device", "cpu", *words])
+    a.amp = a.compile = a.graph = False
+    a.steps = a.steps or 10
+    return a
+
+
+def nets(name, K=10, width=0.1, **more):
+    torch.manual_seed(0)
+    mean = torch.full((1, 28, 28), 0.1)
+    return networks(name, K, mean if name == "mlp" else None, width, **more)
+
+
+def batch(name, K=10, n=16, d=200):
+    """x and y of one minibatch, of random numbers."""
+    net = NETS[name]
+    x = torch.randn(n, d) if name == "tags" else torch.rand(n, net["channels"], net["size"], net["size"])
+    y = torch.randn(n, K) if name == "tags" else F.one_hot(torch.arange(n) % K, K).float()
+    return x, y
+
+
+def sigmoid(a):
+    return 1 / (1 + np.exp(-a))
+
+
+# ---------------------------------------------------------------------------------------------- equations
+
+
+def test_V_and_the_objective_of_G_against_numpy():
+    assert V(torch.zeros(5), torch.zeros(5)).item() == pytest.approx(-math.log(4))
+    assert objective_G(torch.zeros(5)).item() == pytest.approx(-math.log(2))
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=50) * 3, rng.normal(size=50) * 3
+    expected = np.log(sigmoid(a)).mean() + np.log(1 - sigmoid(b)).mean()
+    assert V(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(expected, abs=1e-5)
+    assert objective_G(torch.tensor(b)).item() == pytest.approx(np.log(sigmoid(b)).mean(), abs=1e-5)
+
+
+def test_the_rate_and_the_momentum_follow_the_papers():
+    assert cgan.rate("mlp", 0.1, 0, 9) == 0.1
+    assert cgan.rate("mlp", 0.1, 1000, 9) == pytest.approx(0.1 * math.exp(-1000 * math.log(1.00004)))
+    assert cgan.rate("tags", 0.1, 10**6, 9) == 1e-6
+    assert [cgan.rate("dcgan28", 2e-4, step, 100) for step in (0, 50, 75, 100)] == pytest.approx(
+        [2e-4, 2e-4, 1e-4, 0]
+    )
+    assert cgan.momentum(0, 500) == 0.5 and cgan.momentum(249 * 500, 500) == pytest.approx(0.7)
+    assert cgan.momentum(10**6, 500) == 0.7
+
+
+@pytest.mark.parametrize("name", ["mlp", "dcgan28"])
+def test_annealing_reaches_the_optimizers(name):
+    a = args("--steps", "100")
+    opts = cgan.build(a, name, *nets(name), lambda x, y: (x, y))[:2]
+    cgan.anneal(a, name, opts, 76, steps_per_epoch=1)
+    for opt in opts:
+        group = opt.param_groups[0]
+        expected = cgan.rate(name, NETS[name]["lr"], 75, 100)
+        assert group["lr"].item() == pytest.approx(expected, rel=1e-6)
+        if name == "mlp":
+            assert group["momentum"].item() == pytest.approx(0.5 + 0.2 * 75 / 249, rel=1e-6)
+    assert opts[0].param_groups[0]["lr"] is not opts[1].param_groups[0]["lr"]
+
+
+# ----------------------------------------------------------------------------------------------- networks
+
+
+def test_parameter_counts_of_both_papers():
+    count = lambda net: sum(p.numel() for p in net.parameters())
+    full = lambda i, o: i * o + o
+    G, D = nets("mlp", width=1.0)
+    assert count(G) == full(100, 200) + full(10, 1000) + full(1200, 1200) + full(1200, 784)
+    assert count(D) == full(784, 240 * 5) + full(10, 50 * 5) + full(290, 240 * 4) + full(240, 1)
+    G, D = nets("tags", K=4096, width=1.0)
+    assert count(G) == full(100, 500) + full(4096, 2000) + full(2500, 200)
+    assert count(D) == full(200, 500) + full(4096, 1200) + full(1700, 3000) + full(1000, 1)
+    G, D = nets("dcgan28", width=1.0)    # no biases, BatchNorm without parameters, labels at every layer
+    assert count(G) == 110 * 1024 + 1034 * 6272 + 138 * 64 * 25 + 74 * 25
+    assert count(D) == 11 * 64 * 25 + 74 * 128 * 25 + 6282 * 1024 + 1034
+    G, D = nets("dcgan32", K=100, width=1.0)
+    assert count(G) == 200 * 4096 + 356 * 128 * 25 + 228 * 64 * 25 + 164 * 3 * 25
+    assert count(D) == 103 * 64 * 25 + 164 * 128 * 25 + 228 * 256 * 25 + 4196
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_shapes_and_ranges(name):
+    G, D = nets(name, d=12)
+    x, y = batch(name, d=12)
+    with torch.no_grad():
+        x_fake = G(cgan.sample_z(16, name), y)
+        assert x_fake.shape == x.shape and D(x, y).shape == D(x_fake, y).shape == (16,)
+    low, high = NETS[name]["scale"]
+    assert name == "tags" or low <= x_fake.min() and x_fake.max() <= high
+
+
+def test_labels_become_constant_maps_beside_the_layers_own():
+    h, y = torch.randn(2, 3, 4, 5), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    got = beside(h, y)
+    assert got.shape == (2, 5, 4, 5) and torch.equal(got[:, :3], h)
+    assert (got[0, 3] == 0).all() and (got[0, 4] == 1).all() and (got[1, 3] == 1).all()
+    assert torch.equal(beside(h[:, :, 0, 0], y), torch.cat([h[:, :, 0, 0], y], 1))
+
+
+@pytest.mark.parametrize("name", ["dcgan28", "dcgan32"])
+def test_every_layer_sees_the_label(name):
+    """Where every other layer's label weights are 0, the label still changes what the network gives."""
+    for net, u in zip(nets(name), (cgan.sample_z(16, name), batch(name)[0])):
+        net.eval()
+        weights = [next(layer.parameters()) for layer in net]
+        upward = [isinstance(m, torch.nn.ConvTranspose2d) for layer in net for m in layer.modules()
+                  if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d))]
+        for k in range(len(weights)):
+            changed = torch.nn.Sequential()
+            torch.manual_seed(1)
+            old = [w.detach().clone() for w in weights]
+            for i, w in enumerate(weights):
+                labels = w.data[-10:] if upward[i] else w.data[:, -10:]
+                labels.mul_(10.0 if i == k else 0.0)
+            y = F.one_hot(torch.arange(16) % 10, 10).float()
+            with torch.no_grad():
+                changed = (net(u, y) - net(u, y.roll(1, 0))).abs().max()
+            for w, o in zip(weights, old):
+                w.data.copy_(o)
+            assert changed > 1e-6, (name, k)
+
+
+def test_noise_is_as_the_papers_have_it():
+    torch.manual_seed(0)
+    cube, ball, tags = (cgan.sample_z(5000, name) for name in ("mlp", "dcgan28", "tags"))
+    assert cube.shape == (5000, 100) and abs(cube.var().item() - 1) < 0.02
+    assert 1.73 < cube.abs().max() <= math.sqrt(3)
+    assert -1 <= ball.min() < -0.99 and 0.99 < ball.max() <= 1
+    assert abs(tags.var().item() - 1) < 0.02 and tags.abs().max() > 3
+
+
+def test_the_digits_G_starts_at_the_training_mean():
+    mean = torch.linspace(0, 1, 784).view(1, 28, 28)
+    G, _ = networks("mlp", 10, mean, 0.1)
+    expected = mean.flatten().clamp(1e-7, 1 - 1e-7)
+    torch.testing.assert_close(G.both[4].bias.sigmoid(), expected, atol=1e-6, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------- who moves, where to
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_step_moves_both_networks(name):
+    G, D = nets(name, d=12)
+    x, y = batch(name, d=12)
+    _, _, step = cgan.build(args(), name, G, D, lambda: (x, y))
+    before = [p.detach().clone() for net in (G, D) for p in net.parameters() if p.ndim > 1]
+    scalars = step()
+    after = [p for net in (G, D) for p in net.parameters() if p.ndim > 1]
+    assert all(not torch.equal(p, q) for p, q in zip(before, after, strict=True))
+    assert set(scalars) == {"V", "D(x)", "D(G(z))"} and all(v.ndim == 0 for v in scalars.values())
+
+
+@pytest.mark.parametrize("name, flags, new", [("mlp", (), False), ("mlp", ("--alternate",), True),
+                                              ("dcgan28", (), True)])
+def test_which_D_teaches_G(name, flags, new):
+    """[dev 1], [dev 3]: G's step goes through the D from before D's own step, or through the new one."""
+    moved, pair = [], batch(name)
+    for lr in (0.0, 0.5):
+        G, D = nets(name)
+        opt_D, _, step = cgan.build(args(*flags), name, G, D, lambda: pair)
+        opt_D.param_groups[0]["lr"].fill_(lr)
+        torch.manual_seed(1)
+        step()
+        moved.append([p.detach().clone() for p in G.parameters()])
+    assert new is not all(torch.equal(p, q) for p, q in zip(*moved))
+
+
+@pytest.mark.parametrize("name, lr", [("mlp", 0.1), ("dcgan28", 30.0)])
+def test_one_step_of_G_raises_log_D(name, lr):
+    G, D = nets(name)
+    G.eval(), D.eval()
+    y, z = batch(name, n=64)[1], cgan.sample_z(64, name)
+    if name == "mlp":
+        cgan.uniform(D, 0.2)
+    before = objective_G(D(G(z, y), y))
+    still = [p.detach().clone() for p in D.parameters()]
+    descend(-before, torch.optim.SGD(G.parameters(), lr=lr))
+    assert objective_G(D(G(z, y), y)) > before
+    assert all(torch.equal(p, q) for p, q in zip(D.parameters(), still))
+
+
+def test_weight_decay_and_rates_of_dcgan():
+    opt_D, opt_G, _ = cgan.build(args(), "dcgan28", *nets("dcgan28"), None)
+    for opt in (opt_D, opt_G):
+        group = opt.param_groups[0]
+        assert group["weight_decay"] == 2.5e-5 and group["betas"] == (0.5, 0.999)
+        assert group["lr"].item() == pytest.approx(2e-4)
+
+
+def test_it_learns_which_mode_a_label_asks_for():
+    """Eq. 2 on two Gaussians: with label k, samples lie at the k-th mean."""
+    torch.manual_seed(0)
+    a, means = args("--lr", "2e-3"), torch.tensor([[-2.0, 0.0], [2.0, 1.0]])
+    layer = torch.nn.Linear
+    G = cgan.Joint(layer(100, 16), layer(2, 16), torch.nn.Sequential(torch.nn.Tanh(), layer(32, 2)))
+    D = cgan.Joint(layer(2, 32), layer(2, 32), torch.nn.Sequential(
+        torch.nn.ReLU(), layer(64, 32), torch.nn.ReLU(), layer(32, 1), torch.nn.Flatten(0)))
+
+    def minibatch():
+        k = torch.randint(2, (128,))
+        return means[k] + 0.3 * torch.randn(128, 2), F.one_hot(k, 2).float()
+
+    _, _, step = cgan.build(a, "dcgan28", G, D, minibatch)
+    for _ in range(600):
+        step()
+    with torch.no_grad():
+        for k in range(2):
+            x = G(cgan.sample_z(500, "dcgan28"), F.one_hot(torch.full((500,), k), 2).float())
+            assert (x.mean(0) - means[k]).norm() < 0.7, x.mean(0)
+
+
+# --------------------------------------------------------------------------------- labels, pictures, numbers
+
+
+class Echo(torch.nn.Module):
+    """A G whose pictures tell what it was given: z's first number and the label vector's place."""
+
+    def forward(self, z, y):
+        x = torch.zeros(len(z), 1, 28, 28)
+        x[:, 0, 0, 0], x[:, 0, 0, 1] = z[:, 0], y @ torch.arange(1.0, y.shape[1] + 1)
+        return x
+
+
+def test_rows_have_one_label_and_shared_columns_one_z():
+    x = cgan.rows(Echo(), "dcgan28", 10, 7, "cpu", shared=True)[:, 0, 0].unflatten(0, (10, 7))
+    assert (x[:, :, 1] == torch.arange(1.0, 11)[:, None]).all()
+    assert (x[:, :, 0] == x[:1, :, 0]).all() and len(x[0, :, 0].unique()) == 7
+    x = cgan.rows(Echo(), "dcgan28", 10, 7, "cpu")[:, 0, 0].unflatten(0, (10, 7))
+    assert len(x[:, :, 0].unique()) == 70
+    x = cgan.rows(Echo(), "dcgan28", 100, 2, "cpu")[:, 0, 0].unflatten(0, (10, 2))
+    assert x[0, 0, 1] == 1 and x[-1, 0, 1] == 100 and len(x[:, 0, 1].unique()) == 10
+
+
+def test_draw_takes_labels_or_vectors_and_maps_to_the_unit_interval():
+    z = torch.zeros(3, 100)
+    x = cgan.draw(Echo(), "dcgan32", torch.tensor([0, 4, 9]), 10, z)
+    assert x[:, 0, 0, 1].tolist() == [1.0, 3.0, 5.5] and (x[:, 0, 0, 0] == 0.5).all()
+    assert (cgan.draw(Echo(), "mlp", torch.zeros(3, 10), 10, z) == 0).all()
+
+
+def test_sampling_uses_no_dropout_and_leaves_batchnorm_alone():
+    y, z = torch.arange(8), cgan.sample_z(8, "mlp")
+    G, _ = nets("mlp")
+    assert torch.equal(cgan.draw(G, "mlp", y, 10, z), cgan.draw(G, "mlp", y, 10, z)) and G.training
+    G, _ = nets("dcgan28")
+    before = [b.clone() for b in G.buffers()]
+    cgan.draw(G, "dcgan28", y, 10)
+    assert all(torch.equal(b, c) for b, c in zip(G.buffers(), before))
+
+
+def test_nn_error_against_numpy_and_the_real_digits_own():
+    mnist = data.load("mnist", ROOT / "data")
+    x, test = (t.float() / 255 for t in (mnist.images[:5000], mnist.test_images[:300]))
+    y, labels = mnist.labels[:5000], mnist.test_labels[:300]
+    found = nn_error(zip(x.split(700), y.split(700)), test, labels)
+    a, b = x.flatten(1).double().numpy(), test.flatten(1).double().numpy()
+    d2 = (b**2).sum(1)[:, None] - 2 * b @ a.T + (a**2).sum(1)
+    assert found == pytest.approx(100 * (y.numpy()[d2.argmin(1)] != labels.numpy()).mean(), abs=1e-4)
+    assert found < 10
+    assert nn_error([(test, labels)], test, labels) == 0
+
+
+def test_labels_from_binary_attributes():
+    a = torch.tensor([[0.0, 1.0, 0.3], [1.0, 1.0, 0.9], [1.0, 0.0, 0.1]])
+    x = torch.zeros(3, 1, 28, 28, dtype=torch.uint8)
+    extra = {"attributes": a, "attribute_names": ["smile", "hat", "skin"]}
+    pictures = data.Data("heads", x, extra=extra)
+    assert cgan.combine(pictures, "hat,smile").tolist() == [1, 3, 2]
+    assert cgan.combine(pictures, "hat,smile", "test_") is None
+    with pytest.raises(cgan.UserError, match="out of smile, hat, skin: beard found"):
+        cgan.combine(pictures, "beard")
+    with pytest.raises(cgan.UserError, match="out of none: nothing found"):
+        cgan.combine(data.Data("bare", x), "")
+
+
+# ------------------------------------------------------------------------------------------------------- tags
+
+
+def test_word_vectors_follow_from_co_occurrence():
+    tags = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]).float()
+    v = cgan.word_vectors(tags)
+    torch.testing.assert_close(v.norm(dim=1), torch.full((4,), 2.0))
+    cosine = (v @ v.T / 4).abs()
+    assert cosine[0, 1] == pytest.approx(1, abs=1e-5)    # always together
+    assert cosine[0, 2:].max() < 1e-5 and cosine[2, 3] < 1e-5    # never, or by chance
+    assert cgan.word_vectors(tags, d=2).shape == (4, 2)
+
+
+def test_word_vectors_against_numpy():
+    tags = (np.random.default_rng(0).random((50, 6)) < 0.4).astype(np.float64)
+    p = np.array([[(tags[:, i] * tags[:, j]).mean() for j in range(6)] for i in range(6)])
+    ppmi = np.array([[max(0, math.log(p[i, j] / (p[i, i] * p[j, j]))) if p[i, j] else 0.0
+                      for j in range(6)] for i in range(6)])
+    U, S, _ = np.linalg.svd(ppmi)
+    v = U * np.sqrt(S)
+    v /= np.linalg.norm(v, axis=1, keepdims=True)
+    got = cgan.word_vectors(torch.tensor(tags)).numpy()
+    np.testing.assert_allclose(got @ got.T / 6, v @ v.T, atol=1e-5)
+
+
+def test_the_ten_words_most_often_among_the_nearest():
+    """A G that draws word f or its neighbour, by the sign of z: these two lead."""
+    words = torch.eye(24)
+
+    class Two(torch.nn.Module):
+        def forward(self, z, f):
+            k = f[:, 0].long()
+            k = torch.where(z[:, 0] > 1.0, k + 1, k)
+            return 3 * words[k] + 1e-3 * torch.arange(24.0) / 24
+
+    torch.manual_seed(0)
+    found = cgan.tag(Two(), torch.tensor([[3.0], [10.0]]), words)
+    assert found.shape == (2, 10)
+    assert found[0, 0] == 23 or found[0, 0] == 3
+    assert {3, 4} <= set(found[0].tolist()) and {10, 11} <= set(found[1].tolist())
+
+
+def test_neighbours_vote_for_their_tags():
+    tags = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 1]]).float()
+    f = torch.tensor([[0.0], [1.0], [9.0]])
+    found = cgan.neighbours_tags(torch.tensor([[0.4], [8.0]]), f, tags, k=2, keep=1)
+    assert found[0].tolist() == [0] and cgan.neighbours_tags(f[2:], f, tags, k=1, keep=1)[0].tolist() == [2]
+
+
+def test_precision_and_recall():
+    tags = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 1]]).float()
+    precision, recall = cgan.precision_recall(torch.tensor([[0, 2], [3, 1]]), tags)
+    assert precision == pytest.approx(0.5) and recall == pytest.approx(0.75)
+
+
+def test_tags_of_values_of_attributes_and_of_arrays():
+    x = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    extra = {"attributes": torch.tensor([[0, 1], [1, 2]]), "attribute_names": ["colour 1", "colour 2"],
+             "attribute_values": [["red", "blue"], ["blue", "red", "none"]]}
+    tags, words = cgan.tags_of(data.Data("a", x, extra=extra))
+    assert words == ["red", "blue"] and tags.tolist() == [[1, 0], [0, 1]]
+    assert cgan.tags_of(data.Data("a", x, extra=extra), "test_")[0] is None
+    own = {"tags": torch.ones(2, 2), "words": ["a", "b"]}
+    assert cgan.tags_of(data.Data("b", x, extra=own))[1] == ["a", "b"]
+    with pytest.raises(cgan.UserError, match="has no tags"):
+        cgan.tags_of(data.Data("c", x))
+
+
+# ------------------------------------------------------------------------------------------------------- runs
+
+
+def test_runs_on_digits_draw_write_numbers_and_resume_to_the_bit(digits, tmp_path):
+    shared = ["--data-dir", str(tmp_path / "data"), "--device", "cpu"]
+    words = ["--dataset", str(digits), "--out", str(tmp_path), "--batch-size", "16", "--nn-samples", "500",
+             "--width", "0.1", "--net", "mlp"]
+    cgan.main([*words, *shared, "--name", "whole", "--steps", "4"])
+    cgan.main([*words, *shared, "--name", "half", "--steps", "2"])
+    cgan.main(["--resume", str(tmp_path / "cgan-digits-half"), "--steps", "4", *shared])
+    a, b = (torch.load(tmp_path / f"cgan-digits-{name}" / "checkpoint.pt", weights_only=True)["parts"]
+            for name in ("whole", "half"))
+    for net in ("G", "D"):
+        assert all(torch.equal(a[net][k], b[net][k]) for k in a[net]), net
+    folder = tmp_path / "cgan-digits-whole"
+    for figure in ("fig2", "noise_and_label", "label_only", "noise_only", "samples"):
+        assert np.asarray(Image.open(folder / f"{figure}.png")).std() > 5, figure
+    results = json.loads((folder / "results.json").read_text())["results"]
+    assert results["cgan-mnist-ll"]["paper"] == 132 and math.isfinite(results["cgan-mnist-ll"]["value"])
+    assert 0 <= results["dcgan-mnist-1nn-base"]["value"] <= 100 and {"agreement", "frechet"} <= set(results)
+
+
+def test_a_convolutional_run_on_attributes(tmp_path):
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 2, (60, 3)).astype(np.float32)
+    images = rng.integers(0, 256, (60, 3, 16, 16), dtype=np.uint8)
+    np.savez(tmp_path / "heads.npz", images=images, attributes=a, attribute_names=["hat", "smile", "beard"])
+    result = script("cgan.py", "--dataset", tmp_path / "heads.npz", "--attributes", "hat,smile", "--out",
+                    tmp_path, "--data-dir", tmp_path / "data", "--device", "cpu", "--batch-size", 16,
+                    "--steps", 3, "--width", 0.1)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "cgan-heads"
+    for figure in ("fig2", "noise_and_label", "label_only"):    # without labels all is grey at first
+        assert np.asarray(Image.open(folder / f"{figure}.png")).std() > 5, figure
+    assert set(json.loads((folder / "results.json").read_text())["results"]) == {"agreement", "frechet"}
+
+
+def test_a_tagging_run(tmp_path, monkeypatch):
+    def untrained(images, labels, device, cache):
+        return cgan.metrics.Classifier(images.shape[1:], labels.shape[1]).eval().requires_grad_(False)
+
+    monkeypatch.setattr(cgan.metrics, "classifier", untrained)
+    rng = np.random.default_rng(0)
+    tags = (rng.random((80, 24)) < 0.3).astype(np.uint8)
+    images = rng.integers(0, 256, (80, 3, 16, 16), dtype=np.uint8)
+    np.savez(tmp_path / "tagged.npz", images=images, tags=tags, words=[f"w{i}" for i in range(24)])
+    words = ["--net", "tags", "--dataset", str(tmp_path / "tagged.npz"), "--out", str(tmp_path), "--data-dir",
+             str(tmp_path / "data"), "--device", "cpu", "--width", "0.1"]
+    cgan.main([*words, "--steps", "4"])
+    with pytest.raises(cgan.UserError, match="table2.md"):
+        cgan.main(["--resume", str(tmp_path / "cgan-tagged"), "--sample", "3", *words])
+    folder = tmp_path / "cgan-tagged"
+    results = json.loads((folder / "results.json").read_text())["results"]
+    for name in ("cgan-flickr", "cgan-flickr-neighbours"):
+        assert 0 <= results[name]["value"] <= 100 and 0 <= results[name]["recall"] <= 100
+    assert (folder / "table2.md").read_text().count("w1") > 1

@@ -1,0 +1,449 @@
+"""text2image.py: sentences, equations against closed forms, who moves in which phase, figures, numbers."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import script
+from PIL import Image
+from torch import nn
+
+import text2image
+from common import UserError, render
+from common.fuse import descend
+from text2image import ALPHABET, L_D, L_G, L_joint, L_style, V, encode, networks, remark
+
+NARROW = ["--width", ".03", "--device", "cpu", "--no-views"]
+
+
+def sigmoid(a):
+    return 1 / (1 + np.exp(-a))
+
+
+# -------------------------------------------------------------------------------------------------- sentences
+
+
+def test_alphabet_and_symbols():
+    assert len(ALPHABET) == 70 and len(set(ALPHABET)) == 69
+    t = encode(["Ab- z", "é", "a" * 300])
+    assert t.shape == (3, 201) and t.dtype == torch.uint8
+    assert t[0, :5].tolist() == [1, 2, ALPHABET.rindex("-") + 1, 70, 26] and not t[0, 5:].any()
+    assert t[1].eq(0).all() and t[2].eq(1).all()
+
+
+def test_what_is_not_kept_of_a_sentence_is_said():
+    assert remark("A red circle, 2 blue boxes!") == ""
+    assert remark("a café\n") == "read with blanks in place of \né (not in the alphabet)"
+    assert remark("a" * 201 + "bcd") == "cut before 'bcd', after 201 characters"
+    assert " and " in remark("é" * 202)
+
+
+def test_all_captions_of_shapes_can_be_read():
+    d = render.shapes(500, size=16)
+    said = [c for part in ("captions", "test_captions") for five in d[part] for c in five]
+    assert not any(map(remark, said)) and max(map(len, said)) <= 201
+
+
+def test_one_text_or_the_mean_of_several():
+    torch.manual_seed(0)
+    h = torch.randn(6, 5, 3)
+    one = text2image.some(h, 1)
+    assert ((one[:, None] - h).abs().sum(2).amin(1) == 0).all()
+    assert all(torch.allclose(text2image.some(h, m), h.mean(1)) for m in (5, 9))
+    pairs = torch.stack([(h[:, i] + h[:, j]) / 2 for i in range(5) for j in range(i)], 1)
+    assert ((text2image.some(h, 2)[:, None] - pairs).abs().sum(2).amin(1) < 1e-6).all()
+
+
+def test_mismatching_texts_have_other_content():
+    torch.manual_seed(0)
+    content = torch.tensor([0, 0, 1, 2, 2, 2])
+    drawn = torch.stack([text2image.mismatched(content) for _ in range(200)])
+    assert (content[drawn] != content).all()
+    for i in range(6):
+        assert set(drawn[:, i].tolist()) == set((content != content[i]).nonzero()[:, 0].tolist())
+    assert text2image.mismatched(torch.zeros(3)).shape == (3,)
+
+
+def test_interpolants():
+    h = torch.arange(10.0)[:, None].expand(-1, 4)
+    assert text2image.interpolate(h)[:, 0].tolist() == [2.5, 3.5, 4.5, 5.5, 6.5]
+    assert torch.equal(text2image.interpolate(h, 1.0), h[:5])
+    assert torch.equal(text2image.interpolate(h, 0.0), h[5:])
+    assert text2image.interpolate(h[:7]).shape == (3, 4)
+
+
+def test_views_are_parts_or_their_mirror_images():
+    torch.manual_seed(0)
+    x = torch.rand(24, 3, 67, 67)
+    v = text2image.view(x)
+    parts = x.unfold(2, 64, 1).unfold(3, 64, 1).flatten(2, 3).transpose(1, 2)            # (24, 16, 3, 64, 64)
+    straight, mirrored = ((parts == y[:, None]).flatten(2).all(2).sum(1) for y in (v, v.flip(3)))
+    assert (straight + mirrored == 1).all() and 4 < straight.sum() < 20
+    assert text2image.view(x[..., :64, :64]).shape == (24, 3, 64, 64)
+    assert torch.equal(text2image.view(x[..., 1:65, 2:66]), x[..., 1:65, 2:66])
+    images = torch.arange(76, dtype=torch.uint8).expand(1, 3, 76, 76)
+    middle = text2image.middle(images)
+    assert middle.shape == (1, 3, 64, 64) and middle[0, 0, 0, 0] == pytest.approx(6 / 127.5 - 1)
+
+
+# -------------------------------------------------------------------------------------------------- equations
+
+
+def test_L_joint_against_a_double_loop():
+    rng = np.random.default_rng(0)
+    v, h, y = rng.normal(size=(7, 5)), rng.normal(size=(7, 5)), np.array([0, 1, 1, 2, 3, 4, 0])
+    terms = [max(0, 1 + v[i] @ h[j] - v[i] @ h[i]) + max(0, 1 + v[j] @ h[i] - v[i] @ h[i])
+             for i in range(7) for j in range(7) if y[i] != y[j]]
+    assert L_joint(*map(torch.tensor, (v, h, y))).item() == pytest.approx(np.mean(terms), abs=1e-5)
+    assert L_joint(torch.zeros(4, 3), torch.randn(4, 3), torch.arange(4)).item() == 2
+    assert L_joint(9 * torch.eye(4), torch.eye(4), torch.arange(4)).item() == 0
+    assert L_joint(torch.randn(4, 3), torch.randn(4, 3), torch.zeros(4)).item() == 0    # nothing mismatches
+
+
+def test_scores_at_one_half():
+    a = torch.zeros(5)
+    assert V(a, a).item() == L_D(a, a, a).item() == pytest.approx(-math.log(4))
+    assert L_G(a).item() == pytest.approx(-math.log(2))
+
+
+def test_algorithm_1_against_numpy():
+    rng = np.random.default_rng(1)
+    r, w, f = rng.normal(size=(3, 40)) * 3
+    s_r, s_w, s_f = map(sigmoid, (r, w, f))
+    expected = (np.log(s_r) + (np.log(1 - s_w) + np.log(1 - s_f)) / 2).mean()
+    r, w, f = map(torch.tensor, (r, w, f))
+    assert L_D(r, w, f).item() == pytest.approx(expected, abs=1e-5)
+    assert V(r, f).item() == pytest.approx((np.log(s_r) + np.log(1 - s_f)).mean(), abs=1e-5)
+    assert L_G(f).item() == pytest.approx(np.log(s_f).mean(), abs=1e-5)
+    big = torch.full((2,), 200.0)
+    assert math.isfinite(L_D(-big, big, big).item()) and math.isfinite(L_G(-big).item())
+
+
+def test_L_style_is_the_squared_distance():
+    torch.manual_seed(0)
+    z = torch.randn(4000, 100)
+    assert L_style(z, z).item() == 0
+    assert L_style(z, torch.zeros(4000, 100)).item() == pytest.approx(100, abs=1)
+    assert L_style(torch.zeros(2, 3), torch.ones(2, 3)).item() == 3
+
+
+# --------------------------------------------------------------------------------------------------- networks
+
+
+def count(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+def test_networks_have_the_sizes_of_the_authors_code():
+    nets = networks()
+    bn = lambda n: 2 * n
+    residual = lambda o, i: o * i + 9 * i * i + 9 * i * o + 2 * bn(i) + bn(o)
+    text = 1024 * 128 + 128
+    assert count(nets["G"]) == (text + 228 * 1024 * 16 + bn(1024) + residual(1024, 256) + 1024 * 512 * 16
+                                + bn(512) + residual(512, 128) + 512 * 256 * 16 + bn(256) + 256 * 128 * 16
+                                + bn(128) + 128 * 3 * 16)
+    trunk = 3 * 64 * 16 + 64 * 128 * 16 + bn(128) + 128 * 256 * 16 + bn(256) + 256 * 512 * 16 + bn(512)
+    assert count(nets["D"]) == (trunk + residual(512, 128) + text + bn(128) + 640 * 512 + bn(512) + 512 * 16)
+    assert count(nets["S"]) == trunk + 512 * 16 * 100 + 100
+    assert count(nets["phi_v"]) == trunk + 512 * 16 * 1024 + 1024
+    assert count(nets["phi_t"]) == (70 * 384 * 4 + 384 + 384 * 512 * 4 + 512 + 512 * 256 * 4 + 256
+                                    + 2 * (256 * 256 + 256) + 256 * 1024 + 1024)
+
+
+def test_shapes_and_ranges():
+    nets = networks(0.03)
+    t = encode(["a red circle", "a blue box"])
+    h, z = nets["phi_t"](t), torch.randn(2, 100)
+    assert h.shape == (2, 1024) and nets["phi_t"].convs(torch.zeros(2, 70, 201)).shape[2] == 8
+    x = nets["G"](z, h)
+    assert x.shape == (2, 3, 64, 64) and x.abs().max() <= 1
+    assert nets["S"](x).shape == (2, 100) and nets["phi_v"](x).shape == (2, 1024)
+    D = nets["D"].eval()
+    a, b, c = D(x, h), D(x, h.flip(0)), D(x, h, h.flip(0)[:1])
+    assert a.shape == (2,) and torch.allclose(c, torch.cat([a, b[:1]]), atol=1e-6)
+    eps = {m.eps for net in nets.values() for m in net.modules() if isinstance(m, nn.BatchNorm2d)}
+    assert eps == {1e-5}
+
+
+def test_the_text_network_reads_letters_and_their_order():
+    phi_t = networks(0.1)["phi_t"]
+    h = phi_t(encode(["red above blue", "blue above red", "red above blue."]))
+    assert (h[0] - h[1]).abs().max() > 1e-4 and (h[0] - h[2]).abs().max() > 1e-5
+    assert torch.allclose(h[:1], phi_t(encode(["Red above blue"])), atol=1e-6)
+
+
+def test_googlenets_features_are_frozen(monkeypatch):
+    from torchvision import models
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.fc = nn.Conv2d(3, 1024, 1), nn.BatchNorm2d(1024), nn.Linear(1024, 9)
+
+        def forward(self, x):
+            assert x.shape[2:] == (224, 224)
+            return self.fc(self.bn(self.conv(x.mean((2, 3), keepdim=True))).flatten(1))
+
+    monkeypatch.setattr(models, "googlenet", lambda **_: Net())
+    phi_v = networks(0.03, "googlenet")["phi_v"].train()
+    assert phi_v(torch.zeros(2, 3, 64, 64)).shape == (2, 1024)
+    assert not phi_v.net.bn.training and not any(p.requires_grad for p in phi_v.parameters())
+
+    def offline(**_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(models, "googlenet", offline)
+    with pytest.raises(UserError, match="no network.*leave out --image-features"):
+        networks(0.03, "googlenet")
+
+
+def test_residual_adds_its_branch():
+    block = text2image.Residual(4, 8, nn.ReLU())
+    block.branch[-1].weight.data.zero_()
+    x = torch.randn(2, 4, 5, 5)
+    assert torch.equal(block(x), x.relu())
+
+
+# ---------------------------------------------------------------------------------------- who moves, where to
+
+
+def part(n=12):
+    d = render.shapes(n)
+    t = torch.stack([encode(five) for five in d["captions"]])
+    return text2image.Part(d["images"], d["captions"], t, torch.arange(n), d["attributes"], d["style"])
+
+
+def built(*words):
+    torch.manual_seed(0)
+    a = text2image.parse_args([*NARROW, *words])
+    a.device, a.amp, a.compile, a.graph = "cpu", False, False, False
+    return text2image.build(a, part())
+
+
+def moved(step, nets):
+    def state():
+        return {f"{name}.{k}": v.clone() for name, net in nets.items() for k, v in net.state_dict().items()}
+
+    before = state()
+    x = torch.rand(12, 3, 64, 64) * 2 - 1
+    scalars = step(x, torch.arange(12))
+    assert all(v.ndim == 0 and v.isfinite() for v in scalars.values())
+    after = state()
+    return {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}, scalars
+
+
+def test_each_phase_moves_its_own_networks():
+    nets, _, (encoder_step, gan_step, style_step), learn = built()
+    assert moved(encoder_step, nets)[0] == {"phi_t", "phi_v"}
+    learn()
+    assert moved(gan_step, nets)[0] == {"G", "D"}
+    assert moved(style_step, nets)[0] == {"S"}                                  # not G's averages either
+    assert [int(nets[k].t) for k in ("phi_t", "G", "S")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("variant, texts, keys", [
+    ("gan", 12, {"V", "L_G", "s_r", "s_f"}), ("cls", 12, {"L_D", "L_G", "s_r", "s_f", "s_w"}),
+    ("int", 18, {"V", "L_G", "s_r", "s_f"}), ("int-cls", 18, {"L_D", "L_G", "s_r", "s_f", "s_w"})])
+def test_variants(variant, texts, keys):
+    nets, _, (_, gan_step, _), learn = built("--variant", variant)
+    learn()
+    asked, judged = [], []
+    nets["G"].register_forward_pre_hook(lambda net, given: asked.append(len(given[1])))
+    nets["D"].register_forward_pre_hook(
+        lambda net, given: judged.append([0 if h is None else len(h) for h in given]))
+    assert set(moved(gan_step, nets)[1]) == keys
+    wrong = 12 if "cls" in variant else 0
+    assert asked == [texts] and judged == [[24, 24, wrong], [12 + texts, 12 + texts]]
+
+
+def test_one_step_of_G_raises_what_it_ascends():
+    nets, _, _, _ = built()
+    G, D = nets["G"], nets["D"]
+    z, h = torch.randn(16, 100), torch.randn(16, 1024)
+    before = L_G(D(G(z, h), h))
+    descend(-before, torch.optim.SGD(G.parameters(), lr=1e-3))
+    assert L_G(D(G(z, h), h)) > before
+
+
+def test_the_encoders_learn_to_match():
+    _, _, (encoder_step, _, _), _ = built("--width", ".1")
+    train = part()
+    x = text2image.middle(train.images)
+    loss = [encoder_step(x, torch.arange(12))["L_joint"].item() for _ in range(40)]
+    assert np.mean(loss[-5:]) < 0.7 * np.mean(loss[:5])
+
+
+# ---------------------------------------------------------------------------------------------------- numbers
+
+
+def test_classify_is_eq_3():
+    y = torch.tensor([5, 5, 2, 2, 9])
+    one_hot = nn.functional.one_hot(y).float()
+    assert text2image.classify(one_hot, one_hot, y) == 1
+    v = one_hot.clone()
+    v[0] = v[2]                                                                 # one of five is taken for a 2
+    assert text2image.classify(v, one_hot, y) == pytest.approx(0.8)
+    h = torch.tensor([[1.0, 0], [0, 3], [1, 1], [1, 1], [-1, -1]])              # means (.5, 1.5), (1, 1) ...
+    assert text2image.classify(torch.tensor([[0.0, 1]] * 5), h, y) == pytest.approx(0.4)
+
+
+def test_agreement_of_each_kind():
+    attributes, counts = torch.tensor([[0, 1, 2], [1, 0, 0]]), [2, 2, 3]
+    a = torch.cat([nn.functional.one_hot(c, k) for c, k in zip(attributes.T, counts)], 1).float()
+    names = ["size 1", "size 2", "shape 1"]
+    perfect = text2image.agreement(a, attributes, counts, names)
+    assert perfect == {"value": 100, "size": 100, "shape": 100, "all": 100}
+    a[0, :2] = a[0, :2].flip(0)                                                 # one of four sizes wrong
+    assert text2image.agreement(a, attributes, counts, names) == {
+        "value": 87.5, "size": 75, "shape": 100, "all": 50}
+
+
+def test_area_under_the_curve():
+    assert text2image.auc(torch.tensor([2.0, 3]), torch.tensor([0.0, 1])) == 1
+    assert text2image.auc(torch.tensor([0.0]), torch.tensor([0.0, 1])) == 0.25
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=30).round(1), rng.normal(size=50).round(1)
+    expected = np.mean((a[:, None] > b) + (a[:, None] == b) / 2)
+    assert text2image.auc(torch.tensor(a), torch.tensor(b)) == pytest.approx(expected)
+
+
+def test_style_verification():
+    torch.manual_seed(0)
+    angle = torch.rand(400) * 2 * math.pi
+    style = torch.stack([angle.cos(), angle.sin()], 1)
+    assert text2image.verify(style, style) > 0.97
+    assert abs(text2image.verify(torch.randn(400, 9), style) - 0.5) < 0.05
+    y = text2image.clusters(torch.tensor([[0.0], [0.1], [5], [5.1], [5.2]]), 2)
+    assert y[0] == y[1] != y[2] == y[3] == y[4]
+
+
+def test_lines_between():
+    a, b = torch.zeros(2, 3), torch.ones(2, 3)
+    line = text2image.between(a, b, 5)
+    assert line.shape == (2, 5, 3) and line[0, :, 0].tolist() == [0, 0.25, 0.5, 0.75, 1]
+
+
+# ------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """An .npz of captioned shapes with attributes and style."""
+    d = render.shapes(200)
+    path = tmp_path_factory.mktemp("tiny") / "tiny.npz"
+    del d["attribute_values"]
+    np.savez(path, **{k: v.numpy() if torch.is_tensor(v) else np.array(v) for k, v in d.items()})
+    return path
+
+
+def test_parts(tiny, tmp_path):
+    a = text2image.parse_args([*NARROW, "--dataset", str(tiny)])
+    _, train, test = text2image.parts_of(a)
+    assert train.images.shape == (200, 3, 64, 64) and test.t.shape == (40, 5, 201) and test.t.max() <= 70
+    assert (train.content[:, None] == train.content).sum() >= 200
+    same = (train.content[:, None] == train.content)
+    assert torch.equal(same, (train.attributes[:, None] == train.attributes).all(2))
+    d = np.load(tiny)
+    np.savez(tmp_path / "plain.npz", images=d["images"][:30], captions=d["captions"][:30])
+    a.dataset = str(tmp_path / "plain.npz")
+    _, train, test = text2image.parts_of(a)                                     # the last tenth is held out
+    assert len(train.images) == 27 and len(test.captions) == 3 and train.content.tolist() == list(range(27))
+    np.savez(tmp_path / "bare.npz", images=d["images"][:30])
+    a.dataset = str(tmp_path / "bare.npz")
+    with pytest.raises(UserError, match="no captions: expected shapes, coco"):
+        text2image.parts_of(a)
+
+
+def test_no_held_out_class_is_trained_on(tmp_path):
+    rng = np.random.default_rng(0)
+    for c in ("a", "b", "c", "d"):
+        for i in range(3):
+            for folder, end in (("images", "png"), ("text_c10", "txt")):
+                (tmp_path / "birds" / folder / c).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (80, 90, 3), dtype=np.uint8)).save(
+                tmp_path / "birds" / "images" / c / f"{c}{i}.png")
+            (tmp_path / "birds" / "text_c10" / c / f"{c}{i}.txt").write_text("a bird\n" * (i + 1))
+    a = text2image.parse_args(["--dataset", str(tmp_path / "birds"), "--data-dir", str(tmp_path)])
+    _, train, test = text2image.parts_of(a)
+    assert set(train.content.tolist()) == {0, 1, 2} and set(test.content.tolist()) == {3}
+    assert train.images.shape == (9, 3, 76, 76) and train.t.shape == (9, 3, 201)
+
+
+# ------------------------------------------------------------------------------------------------------ a run
+
+
+@pytest.fixture(scope="module")
+def folder(tiny):
+    """A run of a few steps: its folder."""
+    words = [*NARROW, "--dataset", tiny, "--out", tiny.parent, "--data-dir", tiny.parent, "--batch-size", 8]
+    steps = ["--encoder-steps", 2, "--steps", 4, "--style-steps", 2, "--log-every", 1]
+    result = script("text2image.py", *words, *steps)
+    assert result.returncode == 0, result.stderr
+    return tiny.parent / "text2image-tiny"
+
+
+def test_a_run_draws_figures_and_writes_numbers(folder):
+    for figure in ("fig3", "fig6", "fig8a", "fig8b", "samples"):
+        assert len(np.unique(np.asarray(Image.open(folder / f"{figure}.png")))) > 30, figure
+    results = json.loads((folder / "results.json").read_text())["results"]
+    assert {"retrieval", "t2i-agreement", "frechet", "t2i-pose-roc", "t2i-bg-roc"} == set(results)
+    agreement = results["t2i-agreement"]
+    assert {"size", "colour", "shape", "texture", "relation", "background", "all"} < set(agreement)
+    assert agreement["ceiling"]["background"] > agreement["background"]
+    assert results["t2i-bg-roc"]["paper"] == 0.915 and 0 <= results["t2i-bg-roc"]["value"] <= 1
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [next(k for k in line if k.startswith("L_")) for line in lines] == \
+        ["L_joint"] * 2 + ["L_D"] * 4 + ["L_style"] * 2
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)["parts"]
+    fresh = networks(0.03)
+    assert all(not torch.equal(state[name]["out.weight" if name == "phi_t" else k], v)
+               for name, k in (("G", "text.0.weight"), ("D", "text.0.weight"), ("S", "0.weight"))
+               for v in [fresh[name].state_dict()[k]])
+
+
+def test_prompts(folder, tmp_path, capsys):
+    more = tmp_path / "prompts.txt"
+    more.write_text("a small green star\n\nüber\n")
+    before = (folder / "checkpoint.pt").read_bytes()
+    text2image.main(["--resume", str(folder), "--prompt", "a red circle above a blue box", "--n", "3",
+                     "--prompts", str(more)])
+    out = capsys.readouterr().out
+    assert "prompt 3 is read with blanks in place of ü (not in the alphabet)" in out
+    assert "3 rows of 3 pictures" in out and "prompt 1" not in out
+    assert Image.open(folder / "prompts.png").size[0] == 3 * 66 + 2
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    with pytest.raises(UserError, match="cannot be read"):
+        text2image.main(["--resume", str(folder), "--prompts", str(tmp_path / "none.txt")])
+    with pytest.raises(SystemExit):
+        text2image.main(["--prompt", "a red circle"])
+
+
+def test_another_runs_encoder_and_generator(folder, tiny, tmp_path, capsys):
+    words = [*NARROW, "--dataset", str(tiny), "--out", str(tmp_path), "--data-dir", str(tiny.parent)]
+    small = ["--batch-size", "8", "--steps", "1", "--style-steps", "0", "--variant", "gan"]
+    text2image.main([*words, *small, "--encoder", str(folder)])
+    run = tmp_path / "text2image-tiny"
+    a, b = (torch.load(f / "checkpoint.pt", weights_only=True)["parts"] for f in (folder, run))
+    assert all(torch.equal(v, b["phi_t"][k]) for k, v in a["phi_t"].items())
+    assert not (run / "fig6.png").exists() and (run / "fig3.png").exists()
+    text2image.main(["--resume", str(folder), "--beside", str(run)])
+    assert str(run) in capsys.readouterr().out
+    assert Image.open(folder / "beside.png").size[0] == 5 * 66 + 2
+    with pytest.raises(UserError, match="the same --width"):
+        text2image.main([*words[2:], "--width", ".1", "--name", "x", "--encoder", str(folder)])
+    with pytest.raises(UserError, match="not found"):
+        text2image.main([*words, "--name", "y", "--encoder", str(tmp_path / "none")])
+
+
+def test_resumed_steps_equal_uninterrupted_ones(tiny, tmp_path):
+    common = [*NARROW, "--dataset", str(tiny), "--out", str(tmp_path), "--data-dir", str(tiny.parent),
+              "--batch-size", "8", "--encoder-steps", "2", "--style-steps", "0"]
+    text2image.main([*common, "--name", "a", "--steps", "4"])
+    text2image.main([*common, "--name", "b", "--steps", "2"])
+    text2image.main(["--resume", str(tmp_path / "text2image-tiny-b"), "--steps", "4"])
+    a, b = (torch.load(tmp_path / f"text2image-tiny-{k}" / "checkpoint.pt", weights_only=True) for k in "ab")
+    assert a["step"] == b["step"] == 6 and int(b["parts"]["G"]["t"]) == 4
+    for name in ("phi_t", "phi_v", "G", "D", "S"):
+        assert all(torch.equal(v, b["parts"][name][k]) for k, v in a["parts"][name].items()), name

@@ -1,0 +1,759 @@
+"""Generative Adversarial Text to Image Synthesis
+Scott Reed, Zeynep Akata, Xinchen Yan, Lajanugen Logeswaran, Bernt Schiele, Honglak Lee, 2016.
+arXiv:1605.05396
+
+A network phi_t reads a sentence letter by letter; G draws what it says, and D judges picture and sentence
+together.  Three phases, one run: the encoders phi_t and phi_v, then G and D, then the style encoder S.
+
+    Eq. 1    V(D, G) = E_x[log D(x, h)] + E_z[log(1 - D(G(z, h), h))], h = phi_t(t)      -> V()
+    Eq. 2    f_v and f_t should classify: min (1/N) sum_n Delta(y_n, f_v(v_n)) + Delta(y_n, f_t(t_n)),
+             as a hinge on compatibilities of matching and mismatching pairs             -> L_joint()
+    Eq. 3, 4 f_v(v) = argmax_y E_{t ~ T(y)}[phi_v(v) . phi_t(t)], f_t(t) likewise        -> classify()
+    Alg. 1   GAN-CLS: scores s_r (real picture, its text), s_w (real picture, wrong text),
+             s_f (fake picture, its text)                                                -> gan_step()
+             L_D = log s_r + (log(1 - s_w) + log(1 - s_f)) / 2                           -> L_D()
+             L_G = log s_f                                                               -> L_G()
+    Eq. 5    GAN-INT: G also draws beta h_1 + (1 - beta) h_2                             -> interpolate()
+    Eq. 6    L_style = E_{t, z} |z - S(G(z, phi_t(t)))|^2                                -> L_style()
+    Figs. 3, 4, 7  captions never trained on: the true picture, then samples             -> draw_captions()
+    Fig. 5   does S tell pictures of one style from others: ROC                          -> verify()
+    Fig. 6   style transfer: s = S(x), then G(s, phi_t(t))                               -> transfer()
+    Fig. 8   between two sentences, and between two z                                    -> between()
+
+Run
+    python text2image.py                    (built-in shapes; full width wants a GPU)
+    python text2image.py --width .25        (narrow networks, for a CPU)
+    python text2image.py --dataset data/birds --captions 4
+    python text2image.py --resume runs/text2image-shapes --prompt "a large red circle above a blue box" --n 8
+
+Expect
+    (to be recorded)
+
+Deviations
+    [dev 1] phi_v is a convolutional network trained with phi_t (paper: features of a frozen GoogLeNet, which
+            --image-features googlenet takes from torchvision).
+    [dev 2] The encoders train with Adam on the GAN's minibatches, in which a picture and another one's text
+            of the same class or content are no pair (authors' code: RMSprop, a batch of 40 classes).
+    [dev 3] L_D and L_G are ascended: Algorithm 1 prints a descent, a slip of the sign.
+    [dev 4] For the interpolated texts too G ascends log D in place of descending log(1 - D) of Eq. 5; they
+            are a third of G's batch.  Both as in the authors' code.
+    [dev 5] One pass of G serves both updates, and G climbs D as just updated.
+    [dev 6] Rates are halved every 100 epochs, as in the authors' code; the paper has them constant.
+    [dev 7] S, of which the paper says only that it is a convolutional network, is D's convolutions and one
+            linear layer.
+    [dev 8] Shapes are neither cropped nor mirrored: captions tell left from right, and place is style.
+    [dev 9] D sees data, mismatches and samples as one batch (authors' code: three).  With statistics of their
+            own, BatchNorm hides from D how bright and how contrasty samples are.
+"""
+
+import argparse
+import pickle
+import textwrap
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.nn import functional as F
+
+from common import UserError, data, log, metrics, run
+from common.fuse import autocast, descend, frozen, fuse, place, sampling
+
+# Authors' code: 70 symbols, "-" twice, of which the last counts.
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "
+SYMBOLS = {s: i for i, s in enumerate(ALPHABET, 1)}
+LENGTH = 201                 # symbols of a sentence
+NZ, NT, NH = 100, 128, 1024  # sizes of z, of the projected text and of h = phi_t(t)
+VARIANTS = ("gan", "cls", "int", "int-cls")
+# Fig. 5's areas under the curve, read off the plot, +- .02: style verification on birds.
+PAPER = {"t2i-pose-roc": dict(zip((*VARIANTS, "text"), (0.54, 0.52, 0.61, 0.66, 0.54))),
+         "t2i-bg-roc": dict(zip((*VARIANTS, "text"), (0.79, 0.82, 0.95, 0.915, 0.545)))}
+
+
+# --------------------------------------------------------------------------------------------------- networks
+
+class Text(nn.Module):
+    """phi_t, the char-CNN-RNN: symbols (n, 201), 0 for a blank, -> h (n, 1024)."""
+
+    def __init__(self, ch):
+        super().__init__()
+        c1, c2, c3, self.units = ch(384), ch(512), ch(256), ch(256)
+        self.convs = nn.Sequential(
+            nn.Conv1d(len(ALPHABET), c1, 4), nn.ReLU(), nn.MaxPool1d(3, 3),     # 384 x 66
+            nn.Conv1d(c1, c2, 4), nn.ReLU(), nn.MaxPool1d(3, 3),                # 512 x 21
+            nn.Conv1d(c2, c3, 4), nn.ReLU(), nn.MaxPool1d(3, 2))                # 256 x 8
+        self.into, self.on = nn.Linear(c3, self.units), nn.Linear(self.units, self.units)
+        self.out = nn.Linear(self.units, NH)
+        for name, p in self.named_parameters():                                 # sums keep their spread
+            bound = 0.08 if name.startswith("convs.0") else 0.08 * (384 / c1) ** 0.5
+            nn.init.uniform_(p, -bound, bound)
+
+    def forward(self, t):
+        one_hot = F.one_hot(t.long(), len(ALPHABET) + 1)[..., 1:].float()
+        steps = self.into(self.convs(one_hot.transpose(1, 2)).transpose(1, 2)).unbind(1)
+        states = [F.relu(steps[0])]
+        for step in steps[1:]:
+            states.append(F.relu(step + self.on(states[-1])))
+        return self.out(torch.stack(states).mean(0))
+
+
+class GoogLeNet(nn.Module):
+    """phi_v of the paper: torchvision's GoogLeNet, frozen, x (n, 3, 64, 64) in [-1, 1] -> (n, 1024)."""
+
+    def __init__(self):
+        super().__init__()
+        from torchvision import models  # not at the top: it takes seconds, and most runs need none of it
+        try:
+            self.net = models.googlenet(weights=models.GoogLeNet_Weights.IMAGENET1K_V1, transform_input=False)
+        except OSError as e:
+            raise UserError(f"GoogLeNet's weights are not there ({data.brief(e)}): put them in "
+                            f"{torch.hub.get_dir()}/checkpoints/, or leave out --image-features") from None
+        self.net.fc = nn.Identity()
+        self.requires_grad_(False)
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def forward(self, x):
+        return self.net(F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True))
+
+
+class Residual(nn.Module):
+    """act(x + branch(x)), the branch 1x1 to `inner` maps, 3x3, 3x3 back to `outer`."""
+
+    def __init__(self, outer, inner, act):
+        super().__init__()
+        self.act = act
+        self.branch = nn.Sequential(
+            nn.Conv2d(outer, inner, 1, bias=False), nn.BatchNorm2d(inner), act,
+            nn.Conv2d(inner, inner, 3, padding=1, bias=False), nn.BatchNorm2d(inner), act,
+            nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer))
+
+    def forward(self, x):
+        return self.act(x + self.branch(x))
+
+
+class Generator(nn.Module):
+    """G: z (n, 100), h (n, 1024) -> x (n, 3, 64, 64) in [-1, 1]."""
+
+    def __init__(self, ch):
+        super().__init__()
+        relu = nn.ReLU()
+        c0, c1, c2, c3 = ch(1024), ch(512), ch(256), ch(128)
+        self.text = nn.Sequential(nn.Linear(NH, NT), nn.LeakyReLU(0.2))
+        self.net = nn.Sequential(
+            nn.Unflatten(1, (NZ + NT, 1, 1)),
+            nn.ConvTranspose2d(NZ + NT, c0, 4, bias=False), nn.BatchNorm2d(c0),         # 1024 x 4 x 4
+            Residual(c0, ch(256), relu),
+            up(c0, c1), nn.BatchNorm2d(c1),                                             # 512 x 8 x 8
+            Residual(c1, ch(128), relu),
+            up(c1, c2), nn.BatchNorm2d(c2), relu,                                       # 256 x 16 x 16
+            up(c2, c3), nn.BatchNorm2d(c3), relu,                                       # 128 x 32 x 32
+            up(c3, 3), nn.Tanh())                                                       # 3 x 64 x 64
+
+    def forward(self, z, h):
+        return self.net(torch.cat([z, self.text(h)], 1))
+
+
+class Discriminator(nn.Module):
+    """D: x (n, 3, 64, 64), h (n, 1024) -> logits a (n,).
+
+    With texts `wrong` (m, 1024) for the first m pictures, their logits follow: (n + m,).
+    """
+
+    def __init__(self, ch):
+        super().__init__()
+        lrelu = nn.LeakyReLU(0.2)
+        c3, c4 = ch(256), ch(512)
+        self.trunk = nn.Sequential(
+            *down(3, ch(64), bn=False), lrelu,                                          # 64 x 32 x 32
+            *down(ch(64), ch(128)), lrelu,                                              # 128 x 16 x 16
+            # Nothing between the third BatchNorm and the fourth convolution, as in the authors' code.
+            *down(ch(128), c3),                                                         # 256 x 8 x 8
+            *down(c3, c4),                                                              # 512 x 4 x 4
+            Residual(c4, ch(128), lrelu))
+        self.text = nn.Sequential(nn.Linear(NH, NT), nn.BatchNorm1d(NT), lrelu)
+        self.head = nn.Sequential(
+            nn.Conv2d(c4 + NT, c4, 1, bias=False), nn.BatchNorm2d(c4), lrelu,           # 512 x 4 x 4
+            nn.Conv2d(c4, 1, 4, bias=False), nn.Flatten(0))                             # 1
+
+    def forward(self, x, h, wrong=None):
+        f = self.trunk(x)
+        if wrong is not None:
+            f, h = torch.cat([f, f[:len(wrong)]]), torch.cat([h, wrong])
+        return self.head(torch.cat([f, self.text(h)[:, :, None, None].expand(-1, -1, 4, 4)], 1))
+
+
+def up(i, o):
+    return nn.ConvTranspose2d(i, o, 4, 2, 1, bias=False)
+
+
+def down(i, o, bn=True):
+    return nn.Conv2d(i, o, 4, 2, 1, bias=False), *([nn.BatchNorm2d(o)] if bn else [])
+
+
+def convolutions(ch, o):
+    """S and phi_v: D's convolutions and one linear layer, x (n, 3, 64, 64) -> (n, o) [dev 1], [dev 7]."""
+    maps, rows = [3, ch(64), ch(128), ch(256), ch(512)], []
+    for i, (a, b) in enumerate(pairwise(maps)):
+        rows += [*down(a, b, bn=i > 0), nn.LeakyReLU(0.2)]                              # down to 512 x 4 x 4
+    return nn.Sequential(*rows, nn.Flatten(), nn.Linear(16 * maps[-1], o))
+
+
+def networks(width=1.0, image_features="own"):
+    """{"phi_t", "phi_v", "G", "D", "S"} of the authors' code with `width` times its feature maps."""
+    def ch(n):
+        return max(8, round(n * width))
+
+    phi_v = GoogLeNet() if image_features == "googlenet" else convolutions(ch, NH).apply(init)
+    nets = {"phi_t": Text(ch), "phi_v": phi_v, "G": Generator(ch).apply(init),
+            "D": Discriminator(ch).apply(init), "S": convolutions(ch, NZ).apply(init)}
+    for name in ("phi_t", "G", "S"):
+        nets[name].register_buffer("t", torch.zeros((), dtype=torch.long))      # updates so far
+    for last in (nets["G"].net[-2], nets["D"].head[-2]):    # no BatchNorm follows: as spread as the full ones
+        last.weight.data.div_(width ** 0.5)
+    return nets
+
+
+def init(module):
+    """Weights N(0, .02), BatchNorm's scale N(1, .02), shifts and biases 0 (authors' code)."""
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+    if getattr(module, "bias", None) is not None:
+        nn.init.zeros_(module.bias)
+
+
+# --------------------------------------------------------------------------------- sentences, texts, pictures
+
+@dataclass
+class Part:
+    """Captioned pictures: those trained on, or those held out."""
+
+    images: torch.Tensor         # uint8 (N, 3, H, W)
+    captions: list               # N lists of sentences
+    t: torch.Tensor              # uint8 (N, K, 201), their symbols; with fewer than K they repeat
+    content: torch.Tensor        # int64 (N,), equal where a caption of one picture is true of the other
+    attributes: torch.Tensor | None
+    style: torch.Tensor | None
+
+
+def encode(sentences):
+    """Symbols uint8 (n, 201): 1 to 70, and 0, a blank, for what is not in the alphabet and to fill the end.
+
+    Capitals are read as small letters.  ["ab"]: 1, 2, 0, 0, ...
+    """
+    rows = (bytes(SYMBOLS.get(s, 0) for s in sentence.lower()[:LENGTH]) for sentence in sentences)
+    return torch.frombuffer(bytearray(b"".join(row.ljust(LENGTH, b"\0") for row in rows)),
+                            dtype=torch.uint8).view(-1, LENGTH)
+
+
+def remark(sentence):
+    """What encode() cannot keep of a sentence, as one line; empty if all of it."""
+    strange = "".join(sorted(set(sentence.lower()[:LENGTH]) - set(ALPHABET)))
+    blank = f"read with blanks in place of {strange} (not in the alphabet)" * bool(strange)
+    cut = f"cut before {sentence[LENGTH:][:20]!r}, after {LENGTH} characters" * (len(sentence) > LENGTH)
+    return " and ".join(filter(None, (blank, cut)))
+
+
+def parts_of(args):
+    """The data set as loaded, what is trained on, and what is held out: other combinations or classes."""
+    views = args.dataset != "shapes" if args.views is None else args.views               # [dev 8]
+    pictures = data.load(args.dataset, args.data_dir, 76 if views else 64, 3)
+    extra, n, keys = pictures.extra, len(pictures.images), ("captions", "attributes", "style")
+    if "captions" not in extra:
+        raise UserError(f"{args.dataset} has no captions: expected shapes, coco, an .npz file with captions, "
+                        "or a folder with images/CLASS/ and text_c10/CLASS/")
+    if len(extra["captions"]) != n:
+        raise UserError(f"{args.dataset} has captions of {len(extra['captions'])} pictures, of {n} expected")
+
+    def part(images, labels, captions, attributes, style):
+        k = min(10, max(map(len, captions)))
+        t = encode(c[i % len(c)] for c in captions for i in range(k)).unflatten(0, (-1, k))
+        content = labels if labels is not None else torch.arange(len(images))
+        if attributes is not None:
+            content = attributes.unique(dim=0, return_inverse=True)[1]
+        return Part(images, captions, t, content, attributes, style)
+
+    train = [pictures.images, pictures.labels, *(extra.get(k) for k in keys)]
+    test = [pictures.test_images, pictures.test_labels, *(extra.get(f"test_{k}") for k in keys)]
+    if test[0] is None or test[2] is None:                  # hold out the last tenth
+        cut = n - max(2, n // 10)
+        train, test = ([a if a is None else a[rows] for a in train] for rows in (slice(cut), slice(cut, n)))
+    return pictures, part(*train), part(*test)
+
+
+def view(x):
+    """A random 64 x 64 part of each picture (n, 3, H, H), mirrored half the time (Sec. 5); 64 x 64 stays."""
+    n, _, size, _ = x.shape
+    if size == 64:
+        return x
+    rows, columns = torch.randint(size - 63, (2, n, 1), device=x.device) + torch.arange(64, device=x.device)
+    columns = torch.where(torch.rand(n, 1, device=x.device) < 0.5, columns.flip(1), columns)
+    picture = torch.arange(n, device=x.device).view(n, 1, 1)
+    return x[picture, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+
+
+def middle(images):
+    """The middle 64 x 64 of uint8 pictures, in [-1, 1]."""
+    edge = (images.shape[-1] - 64) // 2
+    return images[..., edge:edge + 64, edge:edge + 64].float() / 127.5 - 1
+
+
+def mismatched(content):
+    """For each row of content (n,) a random row with other content, (n,); a batch of one content: any row."""
+    other = content[:, None] != content
+    return (torch.rand(other.shape, device=content.device) * other).argmax(1)
+
+
+def interpolate(h, beta=0.5):
+    """Eq. 5: beta h_1 + (1 - beta) h_2 (n / 2, 1024) of the first and the second half of h (n, 1024)."""
+    h_1, h_2 = h[:2 * (len(h) // 2)].chunk(2)
+    return beta * h_1 + (1 - beta) * h_2
+
+
+def some(h, m):
+    """The mean of m of each picture's K texts, drawn at random: h (n, K, d) -> (n, d)."""
+    which = torch.rand(h.shape[:2], device=h.device).topk(min(m, h.shape[1]), 1).indices
+    return h.gather(1, which[..., None].expand(-1, -1, h.shape[2])).mean(1)
+
+
+# -------------------------------------------------------------------------------------------------- objective
+
+def L_joint(v, h, content):
+    """Eq. 2's surrogate: the mean over mismatching pairs i, j of the hinges max(0, 1 + v_i.h_j - v_i.h_i) +
+    max(0, 1 + v_j.h_i - v_i.h_i).  v, h (n, 1024), content (n,).  2 where all v = 0."""
+    s = v.float() @ h.float().T
+    matching, other = s.diagonal()[:, None], (content[:, None] != content).float()
+    hinges = (1 + s - matching).clamp(min=0) + (1 + s.T - matching).clamp(min=0)
+    return (other * hinges).sum() / other.sum().clamp(min=1)
+
+
+def V(a_r, a_f):
+    """Eq. 1: E[log s_r] + E[log(1 - s_f)], s = sigmoid(a), a (n,).  -log 4 where D = 1/2 everywhere."""
+    return F.logsigmoid(a_r.float()).mean() + F.logsigmoid(-a_f.float()).mean()
+
+
+def L_D(a_r, a_w, a_f):
+    """Alg. 1 line 10: E[log s_r] + (E[log(1 - s_w)] + E[log(1 - s_f)]) / 2.  -log 4 where D = 1/2
+    everywhere."""
+    wrong = F.logsigmoid(-a_w.float()).mean() + F.logsigmoid(-a_f.float()).mean()
+    return F.logsigmoid(a_r.float()).mean() + wrong / 2
+
+
+def L_G(a_f):
+    """Alg. 1 line 12: E[log s_f].  -log 2 where D = 1/2 everywhere."""
+    return F.logsigmoid(a_f.float()).mean()
+
+
+def L_style(z, z_hat):
+    """Eq. 6: E|z - z_hat|^2, both (n, 100).  100 for z ~ N(0, I) and z_hat = 0."""
+    return (z - z_hat.float()).square().sum(1).mean()
+
+
+# ------------------------------------------------------------------------------------------------------ flags
+
+def parse_args(argv=None):
+    p = run.parser(__file__, __doc__, dataset="shapes", steps=20000, batch_size=64)
+    add = p.add_argument_group("text to image; --steps are the GAN's").add_argument
+    positive = run.number(float, 0, open_low=True)
+    add("--variant", choices=VARIANTS, default="int-cls",
+        help="matching-aware D (cls, Alg. 1), interpolated texts (int, Eq. 5), or both [%(default)s]")
+    add("--width", type=positive, default=1.0, help="feature maps as a share of the paper's [%(default)s]")
+    add("--beta", type=run.number(float, 0, 1), default=0.5, help="beta of Eq. 5 [%(default)s]")
+    add("--captions", type=run.number(int, 1), default=1,
+        help="texts of a picture whose mean is h, the authors' code: 4 [%(default)s]")
+    add("--views", action=argparse.BooleanOptionalAction, help="random crops and mirroring [all but shapes]")
+    add("--lr", type=positive, default=2e-4, help="Adam's rate for G, D and S, Sec. 5 [%(default)s]")
+    add("--halve-every", type=run.number(int, 0), default=100, metavar="EPOCHS",
+        help="epochs after which it is halved, 0: never [%(default)s]")
+    add("--image-features", choices=("own", "googlenet"), default="own",
+        help="phi_v: a network trained with phi_t, or torchvision's GoogLeNet [%(default)s]")
+    add("--encoder-steps", type=run.number(int, 1), default=3000,
+        help="steps of phi_t and phi_v, before the GAN's [%(default)s]")
+    add("--encoder", metavar="RUN", help="take phi_t and phi_v from this run in place of training them")
+    add("--style-steps", type=run.number(int, 0), default=2000,
+        help="steps of S, after the GAN's [%(default)s]")
+    add("--prompt", action="append", metavar="TEXT", help="with --resume: draw this; can be repeated")
+    add("--prompts", metavar="FILE", help="with --resume: draw each line of this file")
+    add("--n", type=run.number(int, 1, 1000), default=8, help="pictures of each prompt [%(default)s]")
+    add("--beside", metavar="RUN", nargs="+",
+        help="with --resume: Fig. 3 with two samples each of this run and of these")
+    args = run.parse(p, argv, free=("prompt", "prompts", "n", "beside"))
+    if (args.prompt or args.prompts or args.beside) and not args.resume:
+        p.error("--prompt, --prompts and --beside need --resume RUN: the run whose G draws")
+    return args
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+def adam(args, lr, *nets):
+    """Adam, beta_1 .5, its rate a tensor: halved in place, it takes effect in a captured step too."""
+    params = [p for net in nets for p in net.parameters() if p.requires_grad]
+    return torch.optim.Adam(params, torch.tensor(lr, device=args.device), betas=(0.5, 0.999), fused=True)
+
+
+def build(args, train):
+    """The networks, their optimizers, and the fused iterations of the three phases; `learn` makes the texts h
+    of the second and third from the phi_t of the first."""
+    nets = networks(args.width, args.image_features)
+    nets = dict(zip(nets, place(args, *nets.values())))
+    phi_t, phi_v, G, D, S = nets.values()
+    opts = {"opt_phi": adam(args, 7e-4, phi_t, phi_v), "opt_G": adam(args, args.lr, G),
+            "opt_D": adam(args, args.lr, D), "opt_S": adam(args, args.lr, S)}
+    amp, beta, cls, int_ = autocast(args), args.beta, "cls" in args.variant, "int" in args.variant
+    t, content = train.t.to(args.device), train.content.to(args.device)
+    h_all = torch.zeros(*t.shape[:2], NH, device=args.device)
+
+    @fuse(args)
+    def encoder_step(x, i):                                 # x (n, 3, H, W) in [-1, 1], i (n,) their numbers
+        k = torch.randint(t.shape[1], i.shape, device=x.device)
+        with amp:
+            v, h = phi_v(view(x)), phi_t(t[i, k])
+        loss = L_joint(v, h, content[i])                    # [dev 2]
+        descend(loss, opts["opt_phi"])
+        phi_t.t.add_(1)
+        return {"L_joint": loss}
+
+    @fuse(args)
+    def gan_step(x, i):
+        x, h = view(x), some(h_all[i], args.captions)       # Alg. 1 line 3
+        h_fake = torch.cat([h, interpolate(h, beta)]) if int_ else h
+        z = torch.randn(len(h_fake), NZ, device=x.device)   # line 5
+        h_wrong = h[mismatched(content[i])] if cls else None                    # line 4
+        with amp:
+            x_fake = G(z, h_fake)                           # line 6
+            both = torch.cat([x, x_fake[:len(x)].detach()])
+            a_r, a_f, *a_w = D(both, torch.cat([h, h]), h_wrong).split(len(x))  # lines 7-9 [dev 9]
+        value = L_D(a_r, *a_w, a_f) if cls else V(a_r, a_f)
+        descend(-value, opts["opt_D"])                      # lines 10, 11 [dev 3]
+        with amp, frozen(D):
+            a_f = D(torch.cat([x, x_fake]), torch.cat([h, h_fake]))[len(x):]    # [dev 5], [dev 9]
+        log_s = L_G(a_f)                                    # of interpolated texts too: [dev 4]
+        descend(-log_s, opts["opt_G"])                      # lines 12, 13 [dev 3]
+        G.t.add_(1)
+        scores = {"s_r": a_r, "s_f": a_f} | ({"s_w": a_w[0]} if cls else {})
+        return {"L_D" if cls else "V": value, "L_G": log_s,
+                **{k: a.float().sigmoid().mean() for k, a in scores.items()}}
+
+    @fuse(args)
+    def style_step(x, i):
+        h = some(h_all[i], args.captions)
+        z = torch.randn(len(h), NZ, device=h.device)
+        with amp:
+            with sampling(G):
+                x_fake = G(z, h)
+            z_hat = S(x_fake)
+        loss = L_style(z, z_hat)
+        descend(loss, opts["opt_S"])
+        S.t.add_(1)
+        return {"L_style": loss}
+
+    def learn():
+        h_all.copy_(texts_of(phi_t, train.t, args.device))
+
+    return nets, opts, (encoder_step, gan_step, style_step), learn
+
+
+def texts_of(phi_t, t, device):
+    """h = phi_t(t) for symbols t (..., 201): (..., 1024) float32 on the device."""
+    with sampling(phi_t):
+        return torch.cat([phi_t(part.to(device)) for part in t.flatten(0, -2).split(500)]).unflatten(
+            0, t.shape[:-1])
+
+
+def draw(G, h):
+    """A picture (n, 3, 64, 64) in [-1, 1] for each text h (n, 1024), each with a z of its own."""
+    z = torch.randn(len(h), NZ, device=h.device)
+    with sampling(G):
+        return torch.cat([G(*pair).float() for pair in zip(z.split(250), h.split(250))])
+
+
+def see(net, images, device):
+    """phi_v or S of uint8 pictures' middles: (N, 1024) or (N, 100)."""
+    with sampling(net):
+        return torch.cat([net(middle(x.to(device))).float() for x in images.split(250)])
+
+
+def fetch(where, device, **nets):
+    """Fill `nets` from the checkpoint of another run: its folder or the file."""
+    path = Path(where) / "checkpoint.pt" if Path(where).is_dir() else Path(where)
+    try:
+        parts = torch.load(path, map_location=device, weights_only=True)["parts"]
+        for name, net in nets.items():
+            net.load_state_dict(parts[name])
+    except OSError:
+        raise UserError(f"{path} not found: expected the folder of a text2image run that was saved") from None
+    except (LookupError, RuntimeError, ValueError, pickle.UnpicklingError):
+        raise UserError(f"{path} does not hold {', '.join(nets)} of these sizes: expected a text2image run "
+                        "with the same --width and --image-features") from None
+
+
+# ---------------------------------------------------------------------------------------------------- figures
+
+def sheet(rows, sentences):
+    """Rows of pictures, each (m, 3, 64, 64) in [-1, 1], each under its sentence: uint8 (3, H, W)."""
+    picture = []
+    for x, sentence in zip(rows, sentences):
+        row = log.grid(x, len(x), (-1.0, 1.0))
+        lines = textwrap.wrap(sentence, max(12, row.shape[2] * 2 // 11))
+        strip = Image.new("RGB", (row.shape[2], 4 + 14 * len(lines)), "white")
+        for i, line in enumerate(lines):
+            ImageDraw.Draw(strip).text((3, 2 + 14 * i), line, fill="black", font_size=11)
+        picture += [torch.from_numpy(np.array(strip)).permute(2, 0, 1), row]
+    return torch.cat(picture, 1)
+
+
+def picked(test, n):
+    """n pictures held out, spread over the set: their numbers and first sentences."""
+    i = torch.linspace(0, len(test.images) - 1, min(n, len(test.images))).long()
+    return i, [test.captions[j][0] for j in i.tolist()]
+
+
+def read(phi_t, sentences, device):
+    """h (n, 1024) of sentences."""
+    return texts_of(phi_t, encode(sentences), device)
+
+
+def draw_captions(test, gs, device, samples=7):
+    """Figs. 3, 4, 7: each row a held-out caption's true picture, then `samples` of each (G, phi_t) of gs."""
+    i, sentences = picked(test, 7)
+    columns = [middle(test.images[i]).to(device)[:, None]]
+    for G, phi_t in gs:
+        h = read(phi_t, sentences, device)
+        columns.append(draw(G, h.repeat_interleave(samples, 0)).unflatten(0, (len(h), samples)))
+    return sheet(torch.cat(columns, 1), sentences)
+
+
+def transfer(S, G, x, h):
+    """Fig. 6: s = S(x) of styles x (m, 3, 64, 64), drawn with each text h (k, 1024): (k, m, 3, 64, 64)."""
+    with sampling(S, G):
+        s = S(x).float()
+        return torch.stack([G(s, one.expand(len(s), -1)).float() for one in h])
+
+
+def between(a, b, n=8):
+    """n points on the straight line from a to b (k, d): (k, n, d), the ends included."""
+    w = torch.linspace(0, 1, n, device=a.device).view(1, -1, 1)
+    return (1 - w) * a[:, None] + w * b[:, None]
+
+
+def figures(r, nets, test):
+    """Draw the paper's figures into the run's folder."""
+    args, (phi_t, _, G, _, S) = r.args, nets.values()
+    name = {"flowers-102": "fig4", "coco": "fig7"}.get(Path(args.dataset).stem, "fig3")
+    with r.aside():
+        r.show(name, draw_captions(test, [(G, phi_t)], args.device))
+        i, sentences = picked(test, 9)
+        h = read(phi_t, sentences, args.device)
+        if args.style_steps:
+            x = middle(test.images[i[1:]]).to(args.device)
+            rows = transfer(S, G, x, h[:4])
+            r.show("fig6", sheet([x, *rows], ["styles", *sentences[:4]]))
+        a, b = h[0:-1:2], h[1::2]
+        z = torch.randn(2, len(a), NZ, device=args.device)
+        lines = between(a, b), between(z[0], z[1])
+        with sampling(G):
+            by_text = [G(z[0, j].expand(8, -1), lines[0][j]).float() for j in range(len(a))]
+            by_z = [G(lines[1][j], a[j].expand(8, -1)).float() for j in range(len(a))]
+        titles = [f"{a}   TO   {b}" for a, b in zip(sentences[0:-1:2], sentences[1::2])]
+        r.show("fig8a", sheet(by_text, titles))
+        r.show("fig8b", sheet(by_z, sentences[0:-1:2]))
+
+
+def trained(args, where):
+    """G and phi_t of the run or checkpoint `where`, with this run's --width."""
+    nets = networks(args.width)
+    G, phi_t = place(args, nets["G"], nets["phi_t"])
+    fetch(where, args.device, G=G, phi_t=phi_t)
+    return G, phi_t
+
+
+def draw_prompts(r, sentences):
+    """--prompt: a row of pictures for each sentence, as prompts.png."""
+    args, (G, phi_t) = r.args, trained(r.args, r.args.resume)
+    for i, sentence in enumerate(sentences, 1):
+        if remark(sentence):
+            print(f"prompt {i} is {remark(sentence)}")
+    h = read(phi_t, sentences, args.device).repeat_interleave(args.n, 0)
+    log.save_png(r.folder / "prompts.png", sheet(draw(G, h).split(args.n), sentences))
+    print(f"{len(sentences)} rows of {args.n} pictures in {r.folder / 'prompts.png'}")
+
+
+# ---------------------------------------------------------------------------------------------------- numbers
+
+def classify(v, h, y):
+    """Eq. 3: share of v (N, d) whose best class is their own in y (N,); a class is the mean of its h (N, d).
+
+    With v and h exchanged Eq. 4.  1 where v and h are one-hot in y.
+    """
+    classes, y = y.unique(return_inverse=True)
+    total = torch.zeros(len(classes), h.shape[1], device=h.device).index_add_(0, y, h)
+    mean = total / y.bincount()[:, None]
+    return ((v @ mean.T).argmax(1) == y).float().mean().item()
+
+
+def agreement(a, attributes, counts, names):
+    """% of pictures in which an attribute's largest logit is the right one, a (N, sum of counts).
+
+    "value" is the mean over kinds of attribute, which are the first words of the names; "all": all at once.
+    """
+    right = torch.stack([a_i.argmax(1) == y for a_i, y in zip(a.split(counts, 1), attributes.T)], 1).double()
+    kinds = [name.split()[0] for name in names]
+    share = {kind: 100 * right[:, [k == kind for k in kinds]].mean().item() for kind in dict.fromkeys(kinds)}
+    return {"value": sum(share.values()) / len(share), **share, "all": 100 * right.amin(1).mean().item()}
+
+
+def clusters(x, k, steps=30):
+    """K-means: the cluster (N,) of each x (N, d), from k of them drawn at random."""
+    centre = x[torch.randperm(len(x))[:k]]
+    for _ in range(steps):
+        y = torch.cdist(x, centre).argmin(1)
+        count = y.bincount(minlength=k)[:, None]
+        mean = torch.zeros_like(centre).index_add_(0, y, x) / count.clamp(min=1)
+        centre = torch.where(count > 0, mean, centre)
+    return y
+
+
+def auc(same, other):
+    """Area under the ROC: the chance that a score of `same` (n,) exceeds one of `other` (m,), ties a half."""
+    other = other.sort().values
+    below = torch.searchsorted(other, same) + torch.searchsorted(other, same, right=True)
+    return below.double().mean().item() / (2 * len(other))
+
+
+def verify(f, style):
+    """Sec. 5.2: AU-ROC of the cosine of f (N, d) for pairs in one cluster of `style` (N, s) against others.
+
+    The mean over 5 folds; 100 clusters, or one for 20 pictures where there are fewer.  1/2 by chance.
+    """
+    f, y = F.normalize(f.cpu().float()), clusters(style.float(), max(2, min(100, len(style) // 20)))
+    areas = []
+    for i in torch.randperm(len(f)).chunk(5):
+        pair = torch.ones(len(i), len(i), dtype=torch.bool).triu(1)
+        score, same = (f[i] @ f[i].T)[pair], (y[i, None] == y[i])[pair]
+        if same.any() and not same.all():
+            areas.append(auc(score[same], score[~same]))
+    return sum(areas) / max(1, len(areas))
+
+
+def evaluate(r, nets, pictures, train, test):
+    """The numbers on what is held out: experiment id -> dict with "value", and the paper's if it has one."""
+    args, extra, (phi_t, phi_v, G, _, S) = r.args, pictures.extra, nets.values()
+    h, v = texts_of(phi_t, test.t, args.device), see(phi_v, test.images, args.device)
+    h_1 = h[:, :args.captions].mean(1)
+    y, unit = test.content.to(args.device), "% right by Eq. 3 (f_t: by Eq. 4)"
+    by_class = pictures.labels is not None and test.attributes is None
+    groups = torch.arange(len(v), device=args.device).split(len(v) if by_class else 100)
+    both = torch.tensor([[classify(v[i], h.mean(1)[i], y[i]), classify(h_1[i], v[i], y[i])] for i in groups])
+    f_v, f_t = (100 * both.mean(0)).tolist()
+    results = {"retrieval": {"value": f_v, "f_t": f_t, "unit": f"{unit} among {min(100, len(v))} pictures"}}
+    if by_class:
+        unit = f"{unit} of {len(y.unique())} classes (paper: of 50)"
+        results = {"t2i-enc-zs": {"value": f_v, "f_t": f_t, "unit": unit, "paper": 54.0}}
+    if test.attributes is not None:
+        counts = (torch.cat([train.attributes, test.attributes]).amax(0) + 1).tolist()
+        names = extra.get("attribute_names") or [f"attribute{i}" for i in range(len(counts))]
+        # Half of what is held out, thrice, teaches the judge too: it would not name a pair that it never saw.
+        half = len(test.images) // 2
+        images = torch.cat([train.images, *3 * [test.images[:half]]])
+        shown = torch.cat([train.attributes, *3 * [test.attributes[:half]]])
+        one_hot = torch.cat([F.one_hot(c, k) for c, k in zip(shown.T, counts)], 1).to(torch.uint8)
+        cache = Path(args.data_dir) / "cache" / f"classifier-{pictures.name}-attributes-{images.shape[-1]}.pt"
+        clf = metrics.classifier(images, one_hot, args.device, cache, steps=max(20, len(images) // 5))
+
+        def judge(x, attributes):
+            return agreement(metrics.logits(clf, x).cpu(), attributes, counts, names)
+
+        with r.aside():
+            held = (draw(G, h_1) + 1) / 2
+            h_seen = texts_of(phi_t, train.t[:len(held), :args.captions], args.device).mean(1)
+            seen = (draw(G, h_seen) + 1) / 2
+        ceiling = judge(test.images[half:], test.attributes[half:])
+        results["t2i-agreement"] = {
+            **judge(held, test.attributes), "unit": "% of attributes as the caption has them",
+            "ceiling": ceiling, "seen": judge(seen, train.attributes[:len(seen)])}
+        results["frechet"] = {"value": metrics.frechet_distance(clf, held, test.images)}
+    if test.style is not None and args.style_steps:
+        columns = {name: j for j, name in enumerate(extra["style_names"])}
+        alone = torch.ones(len(h), dtype=torch.bool)
+        if "relation" in extra.get("attribute_names", ()):
+            alone = test.attributes[:, extra["attribute_names"].index("relation")] == 0
+        s = see(S, test.images, args.device).cpu()
+        for name, wanted, rows in (("t2i-pose-roc", ("x", "y"), alone),
+                                   ("t2i-bg-roc", ("red", "green", "blue"), alone | True)):
+            if set(wanted) <= set(columns) and rows.sum() > 9:
+                style = test.style[rows][:, [columns[w] for w in wanted]]
+                with r.aside():
+                    value, text = verify(s[rows], style), verify(h_1.cpu()[rows], style)
+                results[name] = {"value": value, "paper": PAPER[name][args.variant], "unit": "AU-ROC",
+                                 "text": text, "paper, text": PAPER[name]["text"]}
+    return results
+
+
+# ------------------------------------------------------------------------------------------------------- main
+
+def main(argv=None):
+    args = parse_args(argv)
+    sentences = list(args.prompt or ())
+    if args.prompts:
+        try:
+            sentences += [s.strip() for s in Path(args.prompts).read_text().splitlines() if s.strip()]
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"--prompts {args.prompts} cannot be read ({data.brief(e)})") from None
+    r = run.Run(args)
+    if sentences:
+        return draw_prompts(r, sentences)
+    pictures, train, test = parts_of(args)
+    batches = data.Batches(train.images, torch.arange(len(train.images)), batch_size=args.batch_size,
+                           device=args.device, seed=args.seed, scale=(-1.0, 1.0), rank=r.rank, world=r.world)
+    nets, opts, steps, learn = build(args, train)
+    phi_t, phi_v, G, _, S = nets.values()
+    if args.encoder and not args.resume:
+        fetch(args.encoder, args.device, phi_t=phi_t, phi_v=phi_v)
+    r.keep(**nets, **opts, batches=batches)
+    if args.sample:
+        h = texts_of(phi_t, test.t[:, 0], args.device)
+        return r.sample(lambda n: draw(G, h[torch.randint(len(h), (n,), device=h.device)]), (-1.0, 1.0))
+    if args.beside:
+        gs = [(G, phi_t), *(trained(args, where) for where in args.beside)]
+        with r.aside():
+            r.show("beside", draw_captions(test, gs, args.device, samples=2))
+        runs = ", ".join(map(str, [r.folder, *args.beside]))
+        return print(f"true picture, then two samples each of {runs}: {r.folder / 'beside.png'}")
+
+    # What each phase has still to do: a run that is resumed with more --steps goes on with G and D, then S.
+    done = int(G.t)
+    if done < args.steps:
+        S.t.zero_()
+    left = (0 if args.encoder else args.encoder_steps - int(phi_t.t), args.steps - done,
+            args.style_steps - int(S.t))
+    ends = list(accumulate((max(0, n) for n in left), initial=r.step))[1:]
+    args.steps, learnt = ends[-1], False
+    for step in r.loop():
+        if step > ends[0] and not learnt:
+            learn()
+            learnt = True
+        x, i = next(batches)
+        r.log(steps[sum(step > end for end in ends)](x, i))
+        if ends[0] < step <= ends[1]:
+            k = done + step - ends[0]                       # updates of G
+            if args.halve_every and k % (args.halve_every * batches.per_epoch) == 0:
+                for opt in (opts["opt_G"], opts["opt_D"]):                              # [dev 6]
+                    opt.param_groups[0]["lr"].mul_(0.5)
+            if k % args.save_every == 0 or step == ends[1]:
+                with r.aside():
+                    r.show("samples", draw_captions(test, [(G, phi_t)], args.device))
+
+    if r.lead:
+        figures(r, nets, test)
+        results = evaluate(r, nets, pictures, train, test)
+        r.results(results, passed=results.get("t2i-agreement", {"value": 100})["value"] >= 90)
+
+
+if __name__ == "__main__":
+    main()
