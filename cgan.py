@@ -138,7 +138,7 @@ def networks(name, K, mean=None, width=1.0, dropout=0.5, d=200):
             nn.Sequential(
                 nn.Dropout(0.5), Maxout(w(240) + w(50), w(240), 4),
                 nn.Dropout(0.5), nn.Linear(w(240), 1), nn.Flatten(0)))
-        he(G), uniform(D, 0.005)                                            # not in the paper
+        he(G), uniform(D, 0.005)                                            # not in the paper; D: GAN's code
         G.both[4].bias.data.copy_(mean.flatten().clamp(1e-7, 1 - 1e-7).logit())
     elif name == "tags":                                                    # Sec. 4.2
         G = Joint(
@@ -151,7 +151,7 @@ def networks(name, K, mean=None, width=1.0, dropout=0.5, d=200):
             nn.Sequential(
                 nn.Dropout(0.5), Maxout(w(500) + w(1200), w(1000), 3),
                 nn.Dropout(0.5), nn.Linear(w(1000), 1), nn.Flatten(0)))
-        he(G), uniform(D, 0.005)
+        he(G), uniform(D, 0.05)                 # GAN's .005 leaves D at 1/2 for a thousand steps
     elif name == "dcgan28":                                                 # DCGAN App. A
         c = w(128)
         G = Labelled(
