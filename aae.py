@@ -37,9 +37,10 @@ Deviations
             other if nearer than neighbours are at the start: the threshold is not printed.
     [dev 5] Adam and PyTorch's first weights, to learn in an hour what takes days with the published SGD from
             N(0, .01), whose D can tell nothing for epochs.  --optimizer sgd: as published.
-    [dev 6] Where Q infers y, q(y|x) also keeps near that of the averaged Q for the same picture under other
-            noise.  --consistency 0: without.
-    [dev 7] There MNIST's Q and P have BatchNorm too, which the paper found of no help.  --no-bn: without.
+    [dev 6] With labels, q(y|x) also keeps near that of the averaged Q for the same picture under other noise.
+            --consistency 0: without.
+    [dev 7] Where Q infers y, BatchNorm in Q and P on MNIST too, where the paper found it of no help: without,
+            Adam brings all of y to one category.  --no-bn: without.
 """
 
 import argparse
@@ -89,7 +90,7 @@ TASKS = {
     "likelihood": Net(k=8, std=5.0),
     "style": Net(k=15, m=10, given=True, held=0),
     "semi": Net(k=10, m=10, noise=0.3, held=0, bn=True, consistency=20.0),              # [dev 6], [dev 7]
-    "cluster": Net(k=5, m=16, width=3000, dropout=0.2),
+    "cluster": Net(k=5, m=16, width=3000, dropout=0.2, bn=True),
     "reduce": Net(k=2, m=10, heads=True, noise=0.3, held=0, bn=True, consistency=20.0),
 }
 SVHN = {"bn": True, "standard": True, "size": 32, "channels": 3, "dropout": 0.2, "sgd": (1e-4, 0.01, 0.1)}
@@ -335,7 +336,7 @@ def parse_args(argv=None):
     add("--optimizer", choices=("adam", "sgd"), default="adam", help="of all phases [%(default)s]")
     add("--rates", type=positive, nargs=3, metavar=("R", "A", "S"),
         help="of the three phases, for example .01 .1 .1, SGD's [.001 each, prior .0001 .001]")
-    add("--bn", action=argparse.BooleanOptionalAction, help="BatchNorm in Q and P [semi, reduce, SVHN]")
+    add("--bn", action=argparse.BooleanOptionalAction, help="BatchNorm in Q and P [where Q infers y, SVHN]")
     add("--consistency", type=run.number(float, 0),
         help="weight of q(y|x) being alike whatever the noise on x [semi and reduce 20, else 0]")
     add("--noise", type=run.number(float, 0),

@@ -23,8 +23,8 @@ Run
     python dcgan.py --resume runs/dcgan-svhn --features svhn
 
 Expect
-    python dcgan.py --net svhn --width .5 --steps 4000 on rendered heads: 42 minutes on one busy core of an
-    AMD EPYC, torch 2.15.0, float32, seed 0 alone
+    python dcgan.py --net svhn --width .5 --steps 4000    (rendered heads: 42 minutes on one busy core of an
+    AMD EPYC, torch 2.15.0, float32, seed 0 alone)
     dcgan-arith   17 and 23.5 % of sums have both attributes (pixel space 12.5 and 13.5, samples 2.7 and 9.4)
     dcgan-turn    .978 rank correlation of the place on the turn with azimuth
     dcgan-window  .8 % still wear glasses (with as many maps dropped at random 62)

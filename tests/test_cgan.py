@@ -127,7 +127,6 @@ def test_every_layer_sees_the_label(name):
         upward = [isinstance(m, torch.nn.ConvTranspose2d) for layer in net for m in layer.modules()
                   if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d))]
         for k in range(len(weights)):
-            changed = torch.nn.Sequential()
             torch.manual_seed(1)
             old = [w.detach().clone() for w in weights]
             for i, w in enumerate(weights):
