@@ -26,8 +26,8 @@ Run
     python aae.py --task reduce --labels 100        (or 1000, or 0; with --z-dim 10 in ten dimensions)
 
 Expect
-    aae-prior-4   sliced Wasserstein distance of q(z) and p(z) .038 (two draws of p(z): .020), 93 % of held-out
-                  digits on their own component: --steps 3600, 12 minutes on one busy core of an AMD EPYC
+    aae-prior-4   sliced Wasserstein distance of q(z) and p(z) .038 (two draws of p(z): .020), 93 % of the
+                  held-out digits on their own component (--steps 3600, 12 minutes on a busy core)
     aae-mnist100  8.5 % error (paper 1.90), supervised alone 22.8 (paper 25.80): --steps 2400 --nn-steps 600,
                   four epochs, 9 minutes.  Both torch 2.15.0, float32, seed 0 alone
 
