@@ -56,8 +56,9 @@ def parser(file, doc, **defaults):
     add("--data-dir", default="data", help="where data sets are kept and downloaded to [%(default)s]")
     add("--out", default="runs", help="where the run's folder is made [%(default)s]")
     add("--name", default="", help="ending of the run's folder, to tell runs apart")
-    add("--steps", type=number(int, 1), help="iterations [%(default)s]")
-    add("--batch-size", type=number(int, 2), help="images a step, on each rank [%(default)s]")
+    own = {k: "%(default)s" if k in defaults else "as the network asks" for k in ("steps", "batch_size")}
+    add("--steps", type=number(int, 1), help=f"iterations [{own['steps']}]")
+    add("--batch-size", type=number(int, 2), help=f"images a step, on each rank [{own['batch_size']}]")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random [%(default)s]")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... [%(default)s: a GPU if there is one]")
     add("--amp", action=flag, help="bfloat16 matrix products [where the hardware has them]")
@@ -110,7 +111,8 @@ class Run:
 
     def __init__(self, args):
         self.asked = dict(vars(args))
-        self.args, self.parts, self.step, self.logger, self.stopped = args, {}, 0, None, False
+        self.args, self.parts, self.step, self.stopped = args, {}, 0, False
+        self.logger = self.board = None
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.lead = self.rank == 0
@@ -287,9 +289,9 @@ class Run:
         """Save the uint8 picture (3, H, W) as NAME.png in the run's folder, and for TensorBoard."""
         if self.lead:
             log.save_png(self.folder / f"{name}.png", image)
-            board = self.logger.board if self.logger else log.SummaryWriter(self.folder)
-            board.add_image(name, image, self.step)
-            board.flush()
+            self.board = self.logger.board if self.logger else self.board or log.SummaryWriter(self.folder)
+            self.board.add_image(name, image, self.step)
+            self.board.flush()
 
     def sample(self, draw, scale=(0.0, 1.0)):
         """--sample N: write N pictures of `draw(n)` (n, C, H, W), values in `scale`, as samples/00000.png and

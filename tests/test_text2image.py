@@ -294,10 +294,10 @@ def test_agreement_of_each_kind():
     a = torch.cat([nn.functional.one_hot(c, k) for c, k in zip(attributes.T, counts)], 1).float()
     names = ["size 1", "size 2", "shape 1"]
     perfect = text2image.agreement(a, attributes, counts, names)
-    assert perfect == {"value": 100, "size": 100, "shape": 100, "all": 100}
+    assert perfect == {"value": 100, "size": 100, "shape": 100, "least": 100, "all": 100}
     a[0, :2] = a[0, :2].flip(0)                                                 # one of four sizes wrong
     assert text2image.agreement(a, attributes, counts, names) == {
-        "value": 87.5, "size": 75, "shape": 100, "all": 50}
+        "value": 87.5, "size": 75, "shape": 100, "least": 75, "all": 50}
 
 
 def test_area_under_the_curve():
