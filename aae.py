@@ -44,6 +44,8 @@ Deviations
             --consistency 0: without.
     [dev 7] Where Q infers y, BatchNorm in Q and P on MNIST too, where the paper found it of no help: without,
             Adam brings all of y to one category.  --no-bn: without.
+    [dev 8] Where Q infers y from few labels, the last two phases show it pictures moved by up to two pixels,
+            so that [dev 6] also asks for the same y wherever the digit is.  --shift 0: without.
 """
 
 import argparse
@@ -83,6 +85,7 @@ class Net:
     channels: int = 1
     held: int = 10000                   # training images held out for validation, the last ones
     consistency: float = 0.0            # weight of two q(y|x) of one picture being alike [dev 6]
+    shift: int = 0                      # pixels by which Q's pictures are moved at most [dev 8]
     adam: tuple = (1e-3, 1e-3, 1e-3)    # rates of the three phases [dev 5]
     sgd: tuple = (0.01, 0.1, 0.1)       # as published: reconstruction, regularisation, semi-supervised phase
     momenta: tuple = (0.9, 0.1, 0.9)    # of SGD
@@ -92,9 +95,10 @@ TASKS = {
     "prior": Net(k=2, std=5.0, adam=(1e-4, 1e-3, 1e-3)),
     "likelihood": Net(k=8, std=5.0),
     "style": Net(k=15, m=10, given=True, held=0),
-    "semi": Net(k=10, m=10, noise=0.3, held=0, bn=True, consistency=20.0),              # [dev 6], [dev 7]
+    "semi": Net(k=10, m=10, noise=0.3, held=0,
+                bn=True, consistency=20.0, shift=2),                            # [dev 6], [dev 7], [dev 8]
     "cluster": Net(k=5, m=16, width=3000, dropout=0.2, bn=True),
-    "reduce": Net(k=2, m=10, heads=True, noise=0.3, held=0, bn=True, consistency=20.0),
+    "reduce": Net(k=2, m=10, heads=True, noise=0.3, held=0, bn=True, consistency=20.0, shift=2),
 }
 SVHN = {"bn": True, "standard": True, "size": 32, "channels": 3, "dropout": 0.2, "sgd": (1e-4, 0.01, 0.1)}
 OTHERS = {                              # what another data set changes
@@ -300,6 +304,19 @@ def head_labels(y, labels):
     return labels[y.argmax(0)]
 
 
+def moved(x, most):
+    """Each picture of x (n, C, H, W) moved by up to `most` pixels in both directions, its edges continued
+    [dev 8]."""
+    if not most:
+        return x
+    n, _, H, W = x.shape
+    x = F.pad(x, 4 * (most,), mode="replicate")
+    down, right = torch.randint(2 * most + 1, (2, n, 1), device=x.device)
+    rows, columns = (at + torch.arange(size, device=x.device) for at, size in ((down, H), (right, W)))
+    pictures = torch.arange(n, device=x.device)
+    return x[pictures[:, None, None], :, rows[:, :, None], columns[:, None]].movedim(3, 1)
+
+
 def disagreement(a, a_bar):
     """Squared distance of q(y|x) from the averaged Q's for the same pictures under other noise [dev 6], no
     gradient to the latter: logits (n, m) -> ().  2 where both are sure of different categories."""
@@ -342,6 +359,8 @@ def parse_args(argv=None):
     add("--bn", action=argparse.BooleanOptionalAction, help="BatchNorm in Q and P [where Q infers y, SVHN]")
     add("--consistency", type=run.number(float, 0),
         help="weight of q(y|x) being alike whatever the noise on x [semi and reduce 20, else 0]")
+    add("--shift", type=run.number(int, 0), help="pixels by which pictures that Q sees after the "
+        "reconstruction phase are moved at most [semi and reduce 2, else 0]")
     add("--noise", type=run.number(float, 0),
         help="std of the Gaussian noise on Q's input in training [semi and reduce .3, else 0]")
     add("--average", type=run.number(float, 0, 1), default=0.999,
@@ -373,7 +392,7 @@ def settle(args):
         net = replace(net, k=2, m=10 if args.labels else 20, heads=True)
     net = replace(net, **OTHERS.get((args.task, args.dataset), {}))
     given = {"k": args.z_dim, "m": args.clusters, args.optimizer: args.rates, "bn": args.bn,
-             "noise": args.noise, "consistency": args.consistency}
+             "noise": args.noise, "consistency": args.consistency, "shift": args.shift}
     net = replace(net, **{k: v for k, v in given.items() if v is not None})
     return replace(net, width=max(8, round(net.width * args.width)))
 
@@ -444,7 +463,7 @@ def build(args, net, mean, std, labelled):
         # Regularisation phase: each discriminator ascends V, draws of its prior against codes ...
         z_real, y_real = sample_z(c, args, net), sample_y(len(x), net, x.device)
         with amp:
-            z, a, _ = Q(x)
+            z, a, _ = Q(moved(x, net.shift))                # [dev 8]
             a_bar = Q_bar(x)[1] if net.consistency else None
             real, fake = seen(z_real, y_real, c, net), seen(z, None if a is None else a.softmax(1), c, net)
             v = [V(d(t), d(t_fake.detach())) for d, t, t_fake in zip(D, real, fake)]
@@ -461,7 +480,7 @@ def build(args, net, mean, std, labelled):
         if labelled:
             x_l, y_l = pair
             with amp:
-                _, a, _ = Q(x_l)
+                _, a, _ = Q(moved(x_l, net.shift))
             scalars["label"] = F.cross_entropy(a, y_l)
             descend(scalars["label"], opt_S)
         average(Q, P, Q_bar, P_bar, args.average)

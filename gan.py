@@ -85,48 +85,53 @@ class UntiedBias(nn.Module):
         return x + self.bias
 
 
-def networks(name, mean):
+def networks(name, mean, width=1.0):
     """(G, D) of the authors' code for the data set `name`; `mean` (C, H, W): the training images' mean in [0,
     1].
 
     G: z (n, 100) -> x (n, C, H, W).  D: x -> a (n,), the logit of D(x); dropout on the inputs of its layers.
+    `width`: hidden units and maps as a share of the code's, 8 at least.
     """
+    def w(n):
+        return max(8, round(n * width))
+
     if name == "mnist":
         G = nn.Sequential(
-            nn.Linear(100, 1200), nn.ReLU(),
-            nn.Linear(1200, 1200), nn.ReLU(),
-            nn.Linear(1200, 784), nn.Sigmoid(), nn.Unflatten(1, (1, 28, 28)))
-        D = maxout_D(784, 240)
+            nn.Linear(100, w(1200)), nn.ReLU(),
+            nn.Linear(w(1200), w(1200)), nn.ReLU(),
+            nn.Linear(w(1200), 784), nn.Sigmoid(), nn.Unflatten(1, (1, 28, 28)))
+        D = maxout_D(784, w(240))
         uniform(G, 0.05)
         G[4].bias.data.copy_(mean.flatten().clamp(1e-7, 1 - 1e-7).logit())
     elif name == "tfd":                                     # [dev 3]
         G = nn.Sequential(
-            nn.Linear(100, 8000), nn.ReLU(),
-            nn.Linear(8000, 8000), nn.Sigmoid(),
-            nn.Linear(8000, 2304), nn.Sigmoid(), nn.Unflatten(1, (1, 48, 48)))
-        D = maxout_D(2304, 1200)
+            nn.Linear(100, w(8000)), nn.ReLU(),
+            nn.Linear(w(8000), w(8000)), nn.Sigmoid(),
+            nn.Linear(w(8000), 2304), nn.Sigmoid(), nn.Unflatten(1, (1, 48, 48)))
+        D = maxout_D(2304, w(1200))
         uniform(G, 0.05)
         nn.init.constant_(G[2].bias, -2.0)
         sparse(G[4].weight, 100)
         G[4].bias.data.copy_(mean.flatten().clamp(1e-7, 1 - 1e-7).logit())
     elif name == "cifar-fc":
         G = nn.Sequential(
-            nn.Linear(100, 8000), nn.ReLU(),
-            nn.Linear(8000, 8000), nn.Sigmoid(),
-            nn.Linear(8000, 3072), nn.Unflatten(1, (3, 32, 32)))
-        D = maxout_D(3072, 1600)
+            nn.Linear(100, w(8000)), nn.ReLU(),
+            nn.Linear(w(8000), w(8000)), nn.Sigmoid(),
+            nn.Linear(w(8000), 3072), nn.Unflatten(1, (3, 32, 32)))
+        D = maxout_D(3072, w(1600))
         uniform(G, 0.05)
     else:
         G = nn.Sequential(
-            nn.Linear(100, 8000), nn.ReLU(),
-            nn.Linear(8000, 8000), nn.Sigmoid(), nn.Unflatten(1, (80, 10, 10)),     # 80 x 10 x 10
-            nn.ConvTranspose2d(80, 3, 5, stride=3, bias=False), UntiedBias(3, 32, 32))   # 3 x 32 x 32
+            nn.Linear(100, w(8000)), nn.ReLU(),
+            nn.Linear(w(8000), w(80) * 100), nn.Sigmoid(),
+            nn.Unflatten(1, (w(80), 10, 10)),                                       # 80 x 10 x 10
+            nn.ConvTranspose2d(w(80), 3, 5, stride=3, bias=False), UntiedBias(3, 32, 32))   # 3 x 32 x 32
         D = nn.Sequential(
-            nn.Dropout(0.2), MaxoutConv(3, 32, 8, 4, 4, 2),                         # 32 x 16 x 16
-            nn.Dropout(0.5), MaxoutConv(32, 32, 8, 3, 4, 2),                        # 32 x 7 x 7
-            nn.Dropout(0.5), MaxoutConv(32, 192, 5, 3, 2, 2),                       # 192 x 5 x 5
-            nn.Flatten(), nn.Dropout(0.5), Maxout(192 * 5 * 5, 500, 5),
-            nn.Dropout(0.5), nn.Linear(500, 1), nn.Flatten(0))
+            nn.Dropout(0.2), MaxoutConv(3, w(32), 8, 4, 4, 2),                      # 32 x 16 x 16
+            nn.Dropout(0.5), MaxoutConv(w(32), w(32), 8, 3, 4, 2),                  # 32 x 7 x 7
+            nn.Dropout(0.5), MaxoutConv(w(32), w(192), 5, 3, 2, 2),                 # 192 x 5 x 5
+            nn.Flatten(), nn.Dropout(0.5), Maxout(w(192) * 5 * 5, w(500), 5),
+            nn.Dropout(0.5), nn.Linear(w(500), 1), nn.Flatten(0))
         uniform(G, 0.05)
     uniform(D, 0.005)
     return G, D
@@ -146,9 +151,9 @@ def uniform(net, width):
 
 
 def sparse(weight, k):
-    """Each unit (row) gets `k` inputs with weights N(0, 1), the rest 0."""
+    """Each unit (row) gets `k` inputs, or all if there are fewer, with weights N(0, 1), the rest 0."""
     nn.init.zeros_(weight)
-    columns = torch.rand(weight.shape).topk(k, 1).indices
+    columns = torch.rand(weight.shape).topk(min(k, weight.shape[1]), 1).indices
     weight.data.scatter_(1, columns, torch.randn(columns.shape))
 
 
@@ -209,13 +214,14 @@ def C(p_data, p_g, dx):
 def parse_args(argv=None):
     p = run.parser(__file__, __doc__, dataset="mnist", save_every=5000, log_every=500)
     add = p.add_argument_group("GAN").add_argument
+    positive = run.number(float, 0, open_low=True)
     add("--net", choices=NETS, help="networks and settings of the authors' code [those of the data set]")
+    add("--width", type=positive, default=1.0, help="units and feature maps as a share of the paper's [1]")
     add("--k", type=run.number(int, 1), default=1, help="steps of D for one of G, Alg. 1 [%(default)s]")
     add("--alternate", action="store_true", help="G steps after D on fresh z, Alg. 1 as printed [with D]")
     add("--loss", choices=("non-saturating", "minimax"), default="non-saturating",
         help="what G ascends: log D(G(z)) of Sec. 3, or -log(1 - D(G(z))) of Eq. 1 [%(default)s]")
-    add("--lr", type=run.number(float, 0, open_low=True),
-        help="first learning rate, divided by 1.000004 each step [MNIST .1]")
+    add("--lr", type=positive, help="first learning rate, divided by 1.000004 each step [MNIST .1]")
     return run.parse(p, argv)
 
 
@@ -239,7 +245,7 @@ def bound(net, norm):
 
 def build(args, name, mean, steps_per_epoch):
     """G, D, their optimizers and the fused iteration of Algorithm 1."""
-    G, D = place(args, *networks(name, mean))
+    G, D = place(args, *networks(name, mean, args.width))
     lr, norm = args.lr or NETS[name]["lr"], NETS[name]["norm"]
     opt_D, opt_G = SGD(D.parameters(), lr, 0.5), SGD(G.parameters(), lr, 0.5)
     amp = autocast(args)

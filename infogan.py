@@ -117,64 +117,66 @@ def fc(i, o, slope):
     return nn.Sequential(nn.Linear(i, o, bias=False), nn.BatchNorm1d(o), nn.LeakyReLU(slope))
 
 
-def networks(name, dim, dq):
+def networks(name, dim, dq, width=1.0):
     """G, and D's trunk with its output's size and whether Q has a layer of its own, of Tables 1-6.
 
-    `dim`: size of G's input (z, c).  `dq`: numbers that Q gives.  Returns (G, D); D(x) = (a (n,), q (n, dq)).
+    `dim`: size of G's input (z, c).  `dq`: numbers that Q gives.  `width`: feature maps and units as a share
+    of the tables', 8 at least.  Returns (G, D); D(x) = (a (n,), q (n, dq)).
     """
+    c64, c128, c256, c448, c1024 = (max(8, round(n * width)) for n in (64, 128, 256, 448, 1024))
     lrelu = nn.LeakyReLU(0.1)
     if name == "mnist":                                   # Table 1
         G = nn.Sequential(
-            fc(dim, 1024, 0),                             # 1024
-            fc(1024, 128 * 7 * 7, 0), nn.Unflatten(1, (128, 7, 7)),
-            upconv(128, 64), bn_relu(64),                 # 64 x 14 x 14
-            upconv(64, 1, bias=True), nn.Sigmoid())       # 1 x 28 x 28
+            fc(dim, c1024, 0),                            # 1024
+            fc(c1024, c128 * 7 * 7, 0), nn.Unflatten(1, (c128, 7, 7)),
+            upconv(c128, c64), bn_relu(c64),              # 64 x 14 x 14
+            upconv(c64, 1, bias=True), nn.Sigmoid())      # 1 x 28 x 28
         trunk = nn.Sequential(
-            nn.Conv2d(1, 64, 4, 2, 1), lrelu,             # 64 x 14 x 14
-            conv(64, 128), bn(128),                       # 128 x 7 x 7
-            nn.Flatten(), fc(128 * 7 * 7, 1024, 0.1))     # 1024
-        D = Discriminator(trunk, 1024, 128, dq)
+            nn.Conv2d(1, c64, 4, 2, 1), lrelu,            # 64 x 14 x 14
+            conv(c64, c128), bn(c128),                    # 128 x 7 x 7
+            nn.Flatten(), fc(c128 * 7 * 7, c1024, 0.1))   # 1024
+        D = Discriminator(trunk, c1024, c128, dq)
     elif name in ("svhn", "celeba"):                      # Tables 2 and 3
         G = nn.Sequential(
-            fc(dim, 448 * 2 * 2, 0), nn.Unflatten(1, (448, 2, 2)),
-            upconv(448, 256), bn_relu(256),               # 256 x 4 x 4
-            upconv(256, 128, bias=True), nn.ReLU(),       # 128 x 8 x 8
-            upconv(128, 64, bias=True), nn.ReLU(),        # 64 x 16 x 16
-            upconv(64, 3, bias=True), nn.Tanh())          # 3 x 32 x 32
+            fc(dim, c448 * 2 * 2, 0), nn.Unflatten(1, (c448, 2, 2)),
+            upconv(c448, c256), bn_relu(c256),            # 256 x 4 x 4
+            upconv(c256, c128, bias=True), nn.ReLU(),     # 128 x 8 x 8
+            upconv(c128, c64, bias=True), nn.ReLU(),      # 64 x 16 x 16
+            upconv(c64, 3, bias=True), nn.Tanh())         # 3 x 32 x 32
         trunk = nn.Sequential(
-            nn.Conv2d(3, 64, 4, 2, 1), lrelu,             # 64 x 16 x 16
-            conv(64, 128), bn(128),                       # 128 x 8 x 8
-            conv(128, 256), bn(256),                      # 256 x 4 x 4
+            nn.Conv2d(3, c64, 4, 2, 1), lrelu,            # 64 x 16 x 16
+            conv(c64, c128), bn(c128),                    # 128 x 8 x 8
+            conv(c128, c256), bn(c256),                   # 256 x 4 x 4
             nn.Flatten())
-        D = Discriminator(trunk, 256 * 4 * 4, 128, dq)
+        D = Discriminator(trunk, c256 * 4 * 4, c128, dq)
     elif name == "faces":                                 # Table 4
         G = nn.Sequential(
-            fc(dim, 1024, 0),                             # 1024
-            fc(1024, 128 * 8 * 8, 0), nn.Unflatten(1, (128, 8, 8)),
-            upconv(128, 64), bn_relu(64),                 # 64 x 16 x 16
-            upconv(64, 1, bias=True), nn.Sigmoid())       # 1 x 32 x 32
+            fc(dim, c1024, 0),                            # 1024
+            fc(c1024, c128 * 8 * 8, 0), nn.Unflatten(1, (c128, 8, 8)),
+            upconv(c128, c64), bn_relu(c64),              # 64 x 16 x 16
+            upconv(c64, 1, bias=True), nn.Sigmoid())      # 1 x 32 x 32
         trunk = nn.Sequential(
-            nn.Conv2d(1, 64, 4, 2, 1), lrelu,             # 64 x 16 x 16
-            conv(64, 128), bn(128),                       # 128 x 8 x 8
-            nn.Flatten(), fc(128 * 8 * 8, 1024, 0.1))     # 1024
-        D = Discriminator(trunk, 1024, 0, dq)
+            nn.Conv2d(1, c64, 4, 2, 1), lrelu,            # 64 x 16 x 16
+            conv(c64, c128), bn(c128),                    # 128 x 8 x 8
+            nn.Flatten(), fc(c128 * 8 * 8, c1024, 0.1))   # 1024
+        D = Discriminator(trunk, c1024, 0, dq)
     else:                                                 # Table 6, chairs
         G = nn.Sequential(
-            fc(dim, 1024, 0),                             # 1024
-            fc(1024, 256 * 8 * 8, 0), nn.Unflatten(1, (256, 8, 8)),
-            conv(256, 256, 1), bn_relu(256),              # 256 x 8 x 8 [dev 6]
-            conv(256, 256, 1), bn_relu(256),              # 256 x 8 x 8 [dev 6]
-            upconv(256, 128), bn_relu(128),               # 128 x 16 x 16
-            upconv(128, 64), bn_relu(64),                 # 64 x 32 x 32
-            upconv(64, 1, bias=True), nn.Sigmoid())       # 1 x 64 x 64
+            fc(dim, c1024, 0),                            # 1024
+            fc(c1024, c256 * 8 * 8, 0), nn.Unflatten(1, (c256, 8, 8)),
+            conv(c256, c256, 1), bn_relu(c256),           # 256 x 8 x 8 [dev 6]
+            conv(c256, c256, 1), bn_relu(c256),           # 256 x 8 x 8 [dev 6]
+            upconv(c256, c128), bn_relu(c128),            # 128 x 16 x 16
+            upconv(c128, c64), bn_relu(c64),              # 64 x 32 x 32
+            upconv(c64, 1, bias=True), nn.Sigmoid())      # 1 x 64 x 64
         trunk = nn.Sequential(
-            nn.Conv2d(1, 64, 4, 2, 1), lrelu,             # 64 x 32 x 32
-            conv(64, 128), bn(128),                       # 128 x 16 x 16
-            conv(128, 256), bn(256),                      # 256 x 8 x 8
-            conv(256, 256, 1), bn(256),                   # 256 x 8 x 8
-            conv(256, 256, 1), bn(256),                   # 256 x 8 x 8
-            nn.Flatten(), fc(256 * 8 * 8, 1024, 0.1))     # 1024
-        D = Discriminator(trunk, 1024, 0, dq)
+            nn.Conv2d(1, c64, 4, 2, 1), lrelu,            # 64 x 32 x 32
+            conv(c64, c128), bn(c128),                    # 128 x 16 x 16
+            conv(c128, c256), bn(c256),                   # 256 x 8 x 8
+            conv(c256, c256, 1), bn(c256),                # 256 x 8 x 8
+            conv(c256, c256, 1), bn(c256),                # 256 x 8 x 8
+            nn.Flatten(), fc(c256 * 8 * 8, c1024, 0.1))   # 1024
+        D = Discriminator(trunk, c1024, 0, dq)
     return G.apply(init), D.apply(init)
 
 
@@ -272,6 +274,7 @@ def parse_args(argv=None):
     add = p.add_argument_group("InfoGAN").add_argument
     positive, weight = run.number(float, 0, open_low=True), run.number(float, 0)
     add("--net", choices=NETS, help="networks and codes of Tables 1-6 [the data set's own, else mnist]")
+    add("--width", type=positive, default=1.0, help="units and feature maps as a share of the paper's [1]")
     add("--lam", type=weight,
         help="lambda of Eq. 6 for categorical codes; 0 with --lam-cont 0: a regular GAN, Q fitted too [1]")
     add("--lam-cont", type=weight,
@@ -296,7 +299,7 @@ def settle(args):
 
 def build(args, name, net):
     """G, D with Q, their optimizers and the fused iteration of Eq. 6; lam = lam_cont = 0: the regular GAN."""
-    G, D = place(args, *networks(name, net.dz + sum(net.cats) + net.m, net.dq))
+    G, D = place(args, *networks(name, net.dz + sum(net.cats) + net.m, net.dq, args.width))
     opt_D = torch.optim.Adam(D.parameters(), net.lr_D, betas=(0.5, 0.999), fused=True)
     opt_G = torch.optim.Adam(G.parameters(), net.lr_G, betas=(0.5, 0.999), fused=True)
     amp = autocast(args)

@@ -13,8 +13,10 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import sys
 import time
+import tokenize
 import warnings
 import zipfile
 import zlib
@@ -30,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from common import UserError
+from common import UserError, intact
 
 try:
     import fcntl
@@ -65,6 +67,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", "
 GREY = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B")
 BLOCK = 1024           # pictures decoded, resized and written at a time: what preparing a set holds in memory
 GPU_SHARE = 0.5        # of a GPU's free memory that a data set may take
+DAMAGED = (OSError, EOFError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError, ValueError,
+           pickle.UnpicklingError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
 HOST_RESIDENT = 2**30  # bytes; on a CPU a larger set is likely a mapped file, whose reads are worth hiding
 
 
@@ -169,13 +173,17 @@ def npz(path):
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is cut off or not an .npz archive: write it anew with numpy.savez")
     arrays = {}
-    with np.load(path, allow_pickle=False) as z:
+    try:
+        z = np.load(path, allow_pickle=False)
+    except DAMAGED as e:
+        raise UserError(f"{path} is damaged ({brief(e)}): write it anew with numpy.savez") from e
+    with z:
         if "images" not in z.files:
             raise UserError(f"{path} holds {', '.join(z.files) or 'nothing'}: expected an array images")
         for key in z.files:
             try:
                 a = np.asarray(z[key])  # once: each access reads and decompresses it anew
-            except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+            except DAMAGED as e:
                 raise UserError(f"{path}: array {key} cannot be read ({brief(e)}): write the file anew with "
                                 "numpy.savez, without object arrays") from e
             what = f"{path}: {key} is {a.dtype} {a.shape}"
@@ -508,8 +516,10 @@ def cached(where, make):
     try:
         images = np.load(where / "images.npy", mmap_mode="r")
         whole = (where / "images.npy").stat().st_size == images.offset + images.nbytes
+        whole = whole and images.dtype == np.uint8
+        intact(where / "rest.pt")
         arrays = torch.load(where / "rest.pt", weights_only=True)
-    except (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError):
+    except DAMAGED:
         whole = False
     if not whole:
         raise UserError(f"{where} is damaged: delete this folder and run again, it is then prepared anew")

@@ -35,7 +35,9 @@ class Logger:
         self.path = folder / "metrics.jsonl"
         kept = [line for line in history(folder) if line["step"] <= step] if step else []
         self.before = kept[-1]["seconds"] if kept else 0.0  # seconds of the runs that this one goes on from
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary = folder / "metrics.tmp"  # on a full disk the old lines stay
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(self.path)
         self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     def add(self, scalars):

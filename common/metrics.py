@@ -1,5 +1,6 @@
 """Measures that several papers share.  All work offline: no Inception network, no scikit-learn, no SciPy."""
 
+import contextlib
 import math
 import os
 import warnings
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import UserError
+from common import UserError, intact
 
 
 def _need(ok, expected, found):
@@ -224,8 +225,15 @@ def classifier(images, labels, device, cache=None, name="", steps=None, seed=0):
     if cache is not None:
         os.makedirs(os.path.dirname(cache) or ".", exist_ok=True)
         partial = f"{cache}.{os.getpid()}"
-        torch.save({"made_from": made_from, "weights": clf.state_dict()}, partial)
-        os.replace(partial, cache)
+        try:
+            with open(partial, "wb") as f:
+                torch.save({"made_from": made_from, "weights": clf.state_dict()}, f)
+            os.replace(partial, cache)
+        except (OSError, RuntimeError) as e:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(partial)
+            raise UserError(f"{cache} cannot be written ({e}): free some space, or give another "
+                            "--data-dir") from e
     return clf.eval().requires_grad_(False)
 
 
@@ -233,6 +241,7 @@ def _read_cache(cache):
     if cache is None or not os.path.exists(cache):
         return None
     try:
+        intact(cache)
         saved = torch.load(cache, map_location="cpu", weights_only=True)
     except Exception as e:
         raise UserError(f"expected a classifier in {cache}, found an unreadable file: delete it") from e

@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import contextlib
+import errno
 import json
 import math
 import os
@@ -20,12 +21,13 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from common import UserError, log
+from common import UserError, intact, log
 from common.fuse import describe, has_bf16
 
 # Flags that a resumed run may change; the others are part of what it is.
 FREE = {"resume", "sample", "check", "steps", "device", "amp", "compile", "graph", "log_every", "save_every",
         "data_dir", "out", "name"}
+UNWRITABLE = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EPERM, errno.EROFS}
 
 
 def number(kind, low, high=math.inf, open_low=False):
@@ -263,6 +265,7 @@ class Run:
     def _load(self):
         path = self.folder / "checkpoint.pt"
         try:
+            intact(path)
             state = torch.load(path, map_location=self.args.device, weights_only=True)
             missing = sorted(set(self.parts) ^ set(state["parts"]))
             if missing:
@@ -377,6 +380,9 @@ def _one_line(script):
             print(f"{script}.py: {error}", file=sys.stderr)
         elif issubclass(kind, KeyboardInterrupt):
             print(f"{script}.py: interrupted", file=sys.stderr)
+        elif issubclass(kind, OSError) and error.errno in UNWRITABLE:
+            print(f"{script}.py: {error.filename or 'a file of the run'} cannot be written "
+                  f"({error.strerror}): free some space, or give another --out", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
     return hook

@@ -125,6 +125,15 @@ def test_the_convolutional_networks_fit_cifar():
     assert gan.MaxoutConv(32, 192, 5, 3, 2, 2)(torch.randn(2, 32, 7, 7)).shape == (2, 192, 5, 5)
 
 
+@pytest.mark.parametrize("name", gan.NETS)
+def test_narrow_networks_draw_the_same_pictures(name):
+    shape = [gan.NETS[name][k] for k in ("channels", "size", "size")]
+    G, D = networks(name, torch.full(shape, 0.25), 0.013)
+    x = G(gan.sample_z(2, name))
+    assert list(x.shape) == [2, *shape] and D(x).shape == (2,)
+    assert sum(p.numel() for p in G.parameters()) < 1e6
+
+
 def test_z_has_unit_variance():
     torch.manual_seed(0)
     for name in ("mnist", "tfd"):

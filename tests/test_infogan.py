@@ -103,6 +103,9 @@ def test_networks_have_the_papers_sizes(name, dim):
     assert x.min() >= net.scale[0] and x.max() <= net.scale[1]
     a, q = D(x)
     assert a.shape == (4,) and q.shape == (4, dq)
+    narrow, _ = networks(name, dim, dq, 0.25)
+    assert narrow(join(*sample_latent(4, net), net)).shape == x.shape
+    assert sum(p.numel() for p in narrow.parameters()) < 0.3 * sum(p.numel() for p in G.parameters())
 
 
 def test_parameter_counts_of_table_1():
