@@ -259,10 +259,12 @@ def test_draw_takes_labels_or_vectors_and_maps_to_the_unit_interval():
     assert (cgan.draw(Echo(), "mlp", torch.zeros(3, 10), 10, z) == 0).all()
 
 
-def test_sampling_uses_no_dropout_and_leaves_batchnorm_alone():
+def test_sampling_drops_units_as_in_training_and_leaves_batchnorm_alone():
     y, z = torch.arange(8), cgan.sample_z(8, "mlp")
     G, _ = nets("mlp")
-    assert torch.equal(cgan.draw(G, "mlp", y, 10, z), cgan.draw(G, "mlp", y, 10, z)) and G.training
+    assert not torch.equal(cgan.draw(G, "mlp", y, 10, z), cgan.draw(G, "mlp", y, 10, z)) and G.training
+    G, _ = nets("mlp", dropout=0.0)
+    assert torch.equal(cgan.draw(G, "mlp", y, 10, z), cgan.draw(G, "mlp", y, 10, z))
     G, _ = nets("dcgan28")
     before = [b.clone() for b in G.buffers()]
     cgan.draw(G, "dcgan28", y, 10)

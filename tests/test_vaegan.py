@@ -206,18 +206,21 @@ def backward(loss, net):
 @pytest.mark.parametrize("dy", [0, 2])
 def test_each_network_descends_its_own_part_of_the_loss_alone(monkeypatch, model, dy):
     """Algorithm 1 written with detached tensors, and every parameter's gradient compared."""
-    moved, x, y = gradients(monkeypatch, "--model", model, "--gamma", ".01", dy=dy)
+    moved, x, y = gradients(
+        monkeypatch, "--model", model, "--gamma", ".01", "--loss", "minimax", "--noise", ".3", dy=dy
+    )
     parts, _ = built("--model", model, dy=dy)
     Enc, Dec, Dis = (parts[n] for n in ("Enc", "Dec", "Dis"))
     torch.manual_seed(3)
     mu, log_var = Enc(x, y)
     z = mu + torch.randn_like(mu) * (log_var / 2).exp()
     z_p = torch.randn_like(z)
+    noise = 0.3 * torch.randn_like(x)
     log = torch.nn.functional.logsigmoid
 
     def forward(z, x_fake=None):
         x_fake = Dec(torch.cat([z, z_p]), torch.cat([y, y])) if x_fake is None else x_fake
-        a, f = Dis(torch.cat([x, x_fake]), torch.cat([y, y, y]))
+        a, f = Dis(torch.cat([x, x_fake]) + torch.cat([noise, noise, noise]), torch.cat([y, y, y]))
         gan = log(a[:8]).mean() + log(-a[8:16]).mean() + log(-a[16:]).mean()
         d = f[:8].detach() - f[8:16] if model == "vaegan" else x - x_fake[:8]
         return gan, 0.5 * d.pow(2).sum() / 8, x_fake
