@@ -27,7 +27,8 @@ Run
     python text2image.py --resume runs/text2image-shapes --prompt "a large red circle above a blue box" --n 8
 
 Expect
-    (to be recorded)
+    t2i-agreement  66 % of attributes of unseen captions, relation 99, shape 34: --width .125
+                   --encoder-steps 2500 --steps 4000 --style-steps 600, 25 minutes on a CPU core, seed 0 alone
 
 Deviations
     [dev 1] phi_v is a convolutional network trained with phi_t (paper: features of a frozen GoogLeNet, which

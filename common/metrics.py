@@ -226,8 +226,7 @@ def classifier(images, labels, device, cache=None, name="", steps=None, seed=0):
         os.makedirs(os.path.dirname(cache) or ".", exist_ok=True)
         partial = f"{cache}.{os.getpid()}"
         try:
-            with open(partial, "wb") as f:
-                torch.save({"made_from": made_from, "weights": clf.state_dict()}, f)
+            torch.save({"made_from": made_from, "weights": clf.state_dict()}, partial)
             os.replace(partial, cache)
         except (OSError, RuntimeError) as e:
             with contextlib.suppress(FileNotFoundError):

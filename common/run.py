@@ -26,7 +26,9 @@ from common.fuse import describe, has_bf16
 
 # Flags that a resumed run may change; the others are part of what it is.
 FREE = {"resume", "sample", "check", "steps", "device", "amp", "compile", "graph", "log_every", "save_every",
-        "data_dir", "out", "name"}
+        "data_dir", "out", "name",
+        "batch_size"}  # on another number of ranks; Batches holds the batch of all of them to what it was
+TOO_LARGE = ("can't allocate memory", "size calculation overflowed", "Overflow when unpacking")  # torch, CPU
 UNWRITABLE = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EPERM, errno.EROFS}
 
 
@@ -383,6 +385,13 @@ def _one_line(script):
         elif issubclass(kind, OSError) and error.errno in UNWRITABLE:
             print(f"{script}.py: {error.filename or 'a file of the run'} cannot be written "
                   f"({error.strerror}): free some space, or give another --out", file=sys.stderr)
+        elif dist.is_initialized() and (issubclass(kind, dist.DistError) or "gloo" in str(error)):
+            print(f"{script}.py: another rank has ended: go on with --resume from the last checkpoint "
+                  f"({' '.join(str(error).split())[:80]} ...)", file=sys.stderr)
+        elif (issubclass(kind, (MemoryError, torch.OutOfMemoryError))
+              or any(text in str(error) for text in TOO_LARGE)):
+            print(f"{script}.py: not enough memory for batch, networks or data of this size "
+                  f"({' '.join(str(error).split())[:80]} ...)", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
     return hook

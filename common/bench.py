@@ -1,0 +1,400 @@
+"""How fast the scripts are, mode by mode, against a tutorial's loop and against what the machine could do.
+
+    python -m common.bench                            all scripts, each at its own data set and batch
+    python -m common.bench gan dcgan --width .25 --quick --json bench.json
+    python -m common.bench vaegan --scaling           images/s against batch size and size of pictures
+
+Each mode has what those above it have, and is measured in processes of its own, the repeats in turn:
+    textbook   the same networks and batch as a tutorial writes the loop: DataLoader, torch.optim one tensor
+               at a time, loss.backward() into every network, float32
+    resident   the data as one tensor on the device
+    fused      the script's own step: fused optimizers, gradients only where they are needed, channels_last
+    bf16       matrix products in bfloat16, where the hardware has it
+    compile    torch.compile
+    graph      the step as one CUDA graph
+
+A flag that is not listed below goes to those of the scripts that have it.  The script's own main() runs up to
+its loop over `Run.loop`, which is replaced by one that warms up, takes the time and leaves.
+
+"arithmetic %" and "bytes %": the work of the script's own float32 step (matrix products and convolutions;
+what each operation reads and writes, above 100 where caches or compiling save it), at the rate measured, as a
+share of the device's best matrix product and copy.  "cpu ms": processor time a step, over all threads; on one
+thread more than that in "ms" means that others used the core.  "start s": from the process to the first step.
+"""
+
+import argparse
+import contextlib
+import importlib
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from common import UserError, data, fuse, log, run
+
+SCRIPTS = ("gan", "cgan", "dcgan", "aae", "vaegan", "text2image", "infogan")
+EAGER = ("--no-amp", "--no-compile", "--no-graph")
+MODES = {"textbook": EAGER, "resident": EAGER, "fused": EAGER, "bf16": ("--amp", *EAGER[1:]),
+         "compile": ("--compile", "--no-graph"), "graph": ("--compile", "--graph")}
+OWN = {  # what leads to the step that most of a run consists of
+    "infogan": ("--gan-steps", "0"),                               # without the regular GAN beside it
+    "text2image": ("--encoder-steps", "1", "--style-steps", "0")}  # G and D at once
+SIZES = {"dcgan": (("--net", "svhn"), ("--net", "64")),
+         "vaegan": (("--net", "28"), ("--net", "32"), ("--net", "64"))}
+ENDLESS = ("--steps", "1000000000", "--save-every", "1000000000")
+FLOAT, BFLOAT, COPY = "float32 GFLOP/s", "bfloat16 GFLOP/s", "copy GB/s"
+
+
+# ---- a tutorial's loop, by replacing what the scripts import
+
+class Rate(float):
+    """A rate that stays as it is: one tensor at a time, torch.optim is fast with Python's numbers alone."""
+    div_ = mul_ = add_ = fill_ = clamp_ = lambda self, *_, **__: self
+    item = float.__float__
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Picture by picture, as float32 in `scale`, with what belongs to it."""
+
+    def __init__(self, tensors, scale):
+        self.tensors, (self.low, self.high) = tensors, scale
+
+    def __len__(self):
+        return len(self.tensors[0])
+
+    def __getitem__(self, i):
+        x, *others = (t[i] for t in self.tensors)
+        return (x.float() / 255 * (self.high - self.low) + self.low, *others)
+
+
+class Loader(data.Batches):
+    """torch's DataLoader behind the face of data.Batches."""
+
+    def __init__(self, *tensors, **more):
+        super().__init__(*tensors, **{**more, "resident": False})
+        workers = 4 if self.cuda else 0  # of a CPU the step itself has the cores
+        loader = torch.utils.data.DataLoader(
+            Pictures(self.tensors, self.scale), self.b, shuffle=True, drop_last=True, num_workers=workers,
+            persistent_workers=workers > 0, pin_memory=self.cuda)
+        self.endless = itertools.chain.from_iterable(itertools.repeat(loader))
+
+    def __next__(self):
+        items = [t.to(self.device, non_blocking=True) for t in next(self.endless)]
+        return items if len(items) > 1 else items[0]
+
+
+def descend(*losses_and_opts):
+    """fuse.descend() by loss.backward(): gradients for all that has a part in the loss."""
+    pairs, kept = list(zip(losses_and_opts[::2], losses_and_opts[1::2])), []
+    for i, (loss, opt) in enumerate(pairs, 1):
+        opt.zero_grad()
+        loss.backward(retain_graph=i < len(pairs))
+        kept += [(p, p.grad) for group in opt.param_groups for p in group["params"]]
+        if i < len(pairs):
+            opt.zero_grad()  # the next loss's would be added to those kept
+    for p, g in kept:
+        p.grad = g
+    for _, opt in pairs:
+        opt.step()
+
+
+def place(args, *nets):
+    nets = [net.to(args.device) for net in nets]
+    return nets if len(nets) > 1 else nets[0]
+
+
+def optimizer(kind, **fixed):
+    """`kind` of torch.optim, one tensor at a time; `fixed`: settings that the script's own has within."""
+    def make(params, lr, momentum=None, fused=None, **more):
+        more |= {} if momentum is None else {"momentum": Rate(momentum)}
+        return kind(params, Rate(lr), foreach=False, **more, **fixed)
+    return make
+
+
+def textbook(script, loader):
+    """The module `script`, so far not imported, with a tutorial's loop."""
+    fuse.descend, fuse.place, fuse.frozen = descend, place, lambda *nets: contextlib.nullcontext()
+    fuse.SGD, torch.optim.Adam = optimizer(torch.optim.SGD), optimizer(torch.optim.Adam)
+    data.Batches = Loader if loader else data.Batches
+    module = importlib.import_module(script)
+    module.RMSProp = optimizer(torch.optim.RMSprop, alpha=0.9, weight_decay=1e-5)  # vaegan.py's own
+    return module
+
+
+# ---- one measurement, in a process of its own
+
+class Done(Exception):
+    """Leaves the script's main() when everything is measured."""
+
+
+class Bytes(TorchDispatchMode):
+    """Adds up what each operation reads and writes."""
+    total = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        if not f.is_view:
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+            self.total += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors)
+        return out
+
+
+def loop(self, job, found):
+    """In place of Run.loop: warm up, measure for job["seconds"], two steps at least, and count into
+    `found`."""
+    args, numbers, cuda = self.args, itertools.count(1), self.args.device.startswith("cuda")
+    self.logger = log.Logger(None, args.steps, args.batch_size)
+
+    def steps(n):
+        began = time.perf_counter()
+        for _ in range(n):
+            yield next(numbers)
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    found["start"] = time.time() - job["began"]
+    warm = 6 if args.graph else 3 if args.compile else 2  # a graph takes three plain steps and the capture
+    first, last = (yield from steps(warm - 1)), (yield from steps(1))
+    n = max(2, round(job["seconds"] / last))
+    cpu = time.process_time()
+    step = (yield from steps(n)) / n
+    cpu = (time.process_time() - cpu) / n
+    peak = Path("/proc/self/status")  # getrusage would count the parent process, too
+    peak = peak.read_text() if peak.exists() else ""
+    found |= {"step": step, "cpu": cpu, "batch": args.batch_size, "compile": first + last - warm * step,
+              "host": int(peak.split("VmHWM:")[1].split()[0]) * 1024 if "VmHWM:" in peak else None,
+              "gpu": torch.cuda.max_memory_allocated() if cuda else None}
+    if job["count"]:  # a step each: either would count what the other does
+        with FlopCounterMode(display=False) as flops:
+            yield from steps(1)
+        with Bytes() as moved:
+            yield from steps(1)
+        found |= {"flops": flops.get_total_flops(), "bytes": moved.total}
+    raise Done
+
+
+def work(job):
+    """Measure what `job` says; a dict."""
+    if job["mode"] == "limits":
+        return limits(torch.device(job["device"]), job["seconds"])
+    plain, found = job["mode"] in ("textbook", "resident"), {}
+    load = (lambda name: textbook(name, job["mode"] == "textbook")) if plain else importlib.import_module
+    module = load(job["script"])
+    if job["script"] == "text2image":  # phi_t of every text comes before the steps, minutes of it on a CPU
+        module.texts_of = lambda phi_t, t, device: torch.randn(*t.shape[:-1], module.NH, device=device)
+    with tempfile.TemporaryDirectory() as out, contextlib.suppress(Done), \
+            mock.patch.object(run.Run, "loop", lambda self: loop(self, job, found)):
+        module.main([*job["words"], "--out", out])
+    return found
+
+
+def limits(device, seconds):
+    """The best rates of the device: matrix products, and a copy, which reads and writes."""
+    cuda, rates = device.type == "cuda", {}
+    n = 8192 if cuda else 1536
+
+    def best(f):
+        times, end = [], time.perf_counter() + seconds
+        while len(times) < 3 or time.perf_counter() < end:
+            began = time.perf_counter()
+            f()
+            if cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    for name, dtype in ((FLOAT, torch.float32), (BFLOAT, torch.bfloat16)):
+        if name == FLOAT or fuse.has_bf16(device):
+            a, b, c = torch.randn(3, n, n, device=device).to(dtype)
+            rates[name] = 2e-9 * n ** 3 / best(lambda a=a, b=b, c=c: torch.mm(a, b, out=c))
+    a, b = torch.zeros(2, 2**28 if cuda else 2**26, device=device)
+    return rates | {COPY: 2e-9 * a.nbytes / best(lambda: b.copy_(a))}
+
+
+# ---- many of them
+
+def fresh(job, cache):
+    """work(job) in a fresh process.  UserError: the line with which it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "found.json"
+        job = job | {"began": time.time()}
+        result = subprocess.run([sys.executable, "-m", "common.bench", "--work", json.dumps(job), file],
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False,
+                                env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache})
+        if result.returncode:
+            said = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+            raise UserError(f"{job.get('script', '')} {job['mode']}: {said[-1]}".strip())
+        return json.loads(file.read_text())
+
+
+def row_of(job, runs):
+    """Medians over the repeats; of the time to compile and of memory the largest."""
+    rates = sorted(r["batch"] / r["step"] for r in runs)
+    middle = {key: statistics.median(r[key] for r in runs) for key in ("step", "cpu", "start")}
+    most = {key: max(r[key] for r in runs) for key in ("compile", "host", "gpu") if runs[0][key] is not None}
+    row = {"script": job["script"], "flags": job["shown"], "batch": runs[0]["batch"], "mode": job["mode"],
+           "images/s": statistics.median(rates), "low": rates[0], "high": rates[-1], "x textbook": None,
+           "ms": 1e3 * middle["step"], "cpu ms": 1e3 * middle["cpu"], "arithmetic %": None,
+           "bytes %": None, "start s": middle["start"],
+           "compile s": max(0.0, most["compile"]) if job["mode"] in ("compile", "graph") else None}
+    row |= {f"{key} MB": most[key] / 1e6 if key in most else None for key in ("host", "gpu")}
+    return row | {key: runs[0].get(key) for key in ("flops", "bytes")} | {"repeats": len(runs)}
+
+
+def compare(rows, rates):
+    """Add to a script's rows the shares of the limits `rates`, and the speed over the textbook loop's."""
+    work, base = next((r for r in rows if r["flops"]), None), rows[0]
+    for row in rows:
+        peak = rates.get(FLOAT if MODES[row["mode"]] == EAGER else BFLOAT, rates[FLOAT])
+        if base["mode"] == "textbook":
+            row["x textbook"] = row["images/s"] / base["images/s"]
+        if work:
+            for key, of, best in (("arithmetic %", "flops", peak), ("bytes %", "bytes", rates[COPY])):
+                row[key] = 1e-4 * work[of] / row["ms"] / best
+
+
+def table(rows):
+    """Markdown of the rows; a column without any value is left out."""
+    columns = ["script", "flags", "batch", "mode", "images/s", "low", "high", "x textbook", "ms",
+               "cpu ms", "arithmetic %", "bytes %", "host MB", "gpu MB", "start s", "compile s"]
+    columns = [c for c in columns if any(row[c] not in (None, "") for row in rows)]
+
+    def cell(v):
+        if v is None or isinstance(v, str):
+            return v or ""
+        return f"{v:.0f}" if v >= 100 or v == int(v) else f"{v:.3g}"
+
+    lines = [columns, ["---" if c in ("script", "flags", "mode") else "---:" for c in columns]]
+    lines += [[cell(row[c]) for c in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def parser_of(script):
+    """The argparse parser of a script."""
+    class Found(Exception):
+        pass
+
+    def stop(p, *_, **__):
+        raise Found(p)
+
+    try:
+        with mock.patch.object(run, "parse", stop):
+            importlib.import_module(script).parse_args([])
+    except Found as e:
+        return e.args[0]
+
+
+def share_out(p, words, scripts):
+    """Script -> those of the further flags that it has; a flag that none has, or a bad value, ends it."""
+    groups, flags, known = [], {}, set()
+    for word in words:
+        if not word.startswith("--") and not groups:
+            p.error(f"{word} found after a flag: scripts come first")
+        groups = [*groups, [word]] if word.startswith("--") else [*groups[:-1], [*groups[-1], word]]
+    for script in scripts:
+        parser = parser_of(script)
+        mine = [g for g in groups if g[0].split("=")[0] in parser._option_string_actions]
+        known |= {g[0] for g in mine}
+        flags[script] = [word for g in mine for word in g]
+        parser.parse_args(flags[script])
+    odd = [g[0] for g in groups if g[0] not in known]
+    if odd:
+        p.error(f"{odd[0]} found, which none of {', '.join(scripts)} has")
+    return flags
+
+
+def parse_args(argv=None):
+    """The flags, and script -> those that it is given."""
+    p = argparse.ArgumentParser(prog="python -m common.bench", usage="%(prog)s [script ...] [flags]",
+                                description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--modes", help="out of those above, separated by commas [all that the machine offers]")
+    p.add_argument("--repeats", type=run.number(int, 1), help="processes for each mode [3, --quick 2]")
+    p.add_argument("--seconds", type=run.number(float, 0, open_low=True), help="in each [10, --quick 2]")
+    p.add_argument("--quick", action="store_true", help="fewer and shorter measurements")
+    p.add_argument("--scaling", action="store_true", help="batches and sizes of pictures in place of modes")
+    p.add_argument("--device", default="auto", help="as the scripts' [%(default)s]")
+    p.add_argument("--json", metavar="FILE", type=Path, help="write all that is measured to this file too")
+    words = sys.argv[1:] if argv is None else argv
+    scripts = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    args, further = p.parse_known_args(words[len(scripts):])
+    device = run._device(args.device)
+    args.device, args.repeats = str(device), args.repeats or (2 if args.quick else 3)
+    args.seconds = args.seconds or (2 if args.quick else 10)
+    lacks = {"bf16": not fuse.has_bf16(device), "graph": device.type != "cuda"}
+    there = [m for m in MODES if not lacks.get(m)]
+    # --scaling: what the scripts do without further flags; to compile is not that on a CPU.
+    default = [[m for m in there if m != "compile"][-1]] if args.scaling else there
+    modes = args.modes.split(",") if args.modes else default
+    for what, names, known in (("script", scripts, SCRIPTS), ("mode", modes, there)):
+        for name in names:
+            if name not in known:
+                p.error(f"{what} {name} found, expected out of {', '.join(known)}")
+    args.modes = [m for m in there if m in modes]
+    return args, share_out(p, further, scripts or SCRIPTS)
+
+
+def main(argv=None):
+    sys.excepthook = run._one_line("bench")
+    args, flags = parse_args(argv)
+    report = {"machine": run.machine(args.device), "torch": torch.__version__,
+              "date": time.strftime("%Y-%m-%d"), "limits": {}, "rows": []}
+    cache = tempfile.TemporaryDirectory()  # compiling starts from nothing
+
+    def write():
+        try:
+            if args.json:
+                args.json.write_text(json.dumps(report, indent=1) + "\n")
+        except OSError as e:
+            raise UserError(f"--json {args.json} cannot be written ({e.strerror})") from None
+
+    def measure(script, words):
+        jobs = [{"script": script, "mode": m, "shown": " ".join(words), "seconds": args.seconds,
+                 "words": [*OWN.get(script, ()), *words, "--device", args.device, *ENDLESS, *MODES[m]]}
+                for m in args.modes]
+        counted = next(m for m in ("fused", "resident", "textbook", *args.modes) if m in args.modes)
+        runs = [[] for _ in jobs]
+        for i in range(args.repeats):
+            for job, found in zip(jobs, runs):
+                found.append(fresh(job | {"count": i == 0 and job["mode"] == counted}, cache.name))
+                rate = found[-1]["batch"] / found[-1]["step"]
+                print(*filter(None, (script, job["shown"], job["mode"])), f"{rate:.4g} images/s",
+                      file=sys.stderr, flush=True)
+        rows = [row_of(*pair) for pair in zip(jobs, runs)]
+        compare(rows, report["limits"])
+        report["rows"] += rows
+        write()
+        return rows[0]["batch"]
+
+    write()
+    job = {"mode": "limits", "device": args.device, "seconds": min(2, args.seconds)}
+    report["limits"] = fresh(job, cache.name)
+    for script, words in flags.items():
+        batch = measure(script, words)
+        if args.scaling:
+            for factor in (0.5, 2) if args.quick else (0.25, 0.5, 2, 4):
+                measure(script, [*words, "--batch-size", str(max(2, round(factor * batch)))])
+            for more in SIZES.get(script, ()):
+                measure(script, [*words, *more])
+    best = ", ".join(f"{rate:.3g} {name}" for name, rate in report["limits"].items())
+    print(f"{report['machine']}, PyTorch {report['torch']}: {best}\n\n{table(report['rows'])}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--work"]:
+        sys.excepthook = run._one_line("bench")
+        Path(sys.argv[3]).write_text(json.dumps(work(json.loads(sys.argv[2]))))
+    else:
+        main()

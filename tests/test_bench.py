@@ -1,0 +1,188 @@
+"""The benchmark: that its textbook loop computes what the scripts compute, a tiny real one, what it counts
+and what it says of bad input."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+from torch import nn
+
+import vaegan
+from common import UserError, bench, data, fuse
+
+RATES = {bench.FLOAT: 50.0, bench.COPY: 10.0}
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    """Without the process that measures the limits."""
+    real = bench.fresh
+    monkeypatch.setattr(
+        bench, "fresh", lambda job, cache: RATES if job["mode"] == "limits" else real(job, cache)
+    )
+
+
+def nets():
+    torch.manual_seed(0)
+    return nn.Linear(3, 5), nn.Linear(5, 1)
+
+
+def weights(*nets):
+    return torch.cat([p.detach().flatten() for net in nets for p in net.parameters()])
+
+
+# ----------------------------------------------------------------------------------------- the textbook loop
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_textbook_descent_takes_the_same_steps(together):
+    found = []
+    for descend, sgd in ((fuse.descend, fuse.SGD), (bench.descend, bench.optimizer(torch.optim.SGD))):
+        G, D = nets()
+        opt_G, opt_D = sgd(G.parameters(), 0.1, 0.5), sgd(D.parameters(), 0.05, 0.5)
+        z = torch.randn(8, 3)
+        for _ in range(4):
+            loss = D(G(z)).square().mean()
+            if together:
+                descend(loss, opt_D, -loss, opt_G)
+            else:
+                descend(loss, opt_D)
+                descend(-D(G(z)).mean(), opt_G)
+        found.append(weights(G, D))
+    torch.testing.assert_close(*found)
+
+
+def test_textbook_descent_works_out_every_gradient():
+    G, D = nets()
+    bench.descend(D(G(torch.randn(8, 3))).mean(), bench.optimizer(torch.optim.SGD)(G.parameters(), 0.1))
+    assert all(p.grad is not None for p in D.parameters())
+
+
+@pytest.mark.parametrize("ours, theirs", [
+    (lambda p: vaegan.RMSProp(p, 1e-2),
+     lambda p: bench.optimizer(torch.optim.RMSprop, alpha=0.9, weight_decay=1e-5)(p, 1e-2)),
+    (lambda p: torch.optim.Adam(p, torch.tensor(1e-2), betas=(0.5, 0.999), fused=True),
+     lambda p: bench.optimizer(torch.optim.Adam)(p, torch.tensor(1e-2), betas=(0.5, 0.999), fused=True))])
+def test_textbook_optimizers_are_the_scripts_own(ours, theirs):
+    found = []
+    for make in (ours, theirs):
+        net, _ = nets()
+        opt = make(net.parameters())
+        for _ in range(4):
+            fuse.descend(net(torch.ones(2, 3)).square().mean(), opt)
+        found.append(weights(net))
+    torch.testing.assert_close(*found)
+    group = opt.param_groups[0]
+    group["lr"].div_(2).clamp_(min=1)  # as anneal() does
+    assert group["lr"] == pytest.approx(1e-2) and group["lr"].item() == pytest.approx(1e-2)
+    assert not group["foreach"] and not group.get("fused")
+
+
+def test_textbook_loader_gives_each_picture_once_an_epoch():
+    images = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1) * 20
+    found = bench.Loader(images, torch.arange(12), batch_size=4, seed=1, scale=(-1.0, 1.0))
+    for _ in range(2):
+        x, y = (torch.cat(t) for t in zip(*(next(found) for _ in range(3))))
+        assert sorted(y.tolist()) == list(range(12))
+        torch.testing.assert_close(x.flatten(), y * 20 / 127.5 - 1)
+    assert found.per_epoch == data.Batches(images, batch_size=4).per_epoch == 3
+    assert next(bench.Loader(images, batch_size=4)).shape == (4, 1, 1, 1)
+
+
+# -------------------------------------------------------------------------------------------- what it counts
+
+
+def test_bytes_read_and_written():
+    a, b = torch.ones(10), torch.ones(10)
+    with bench.Bytes() as moved:
+        c = a + b
+        c.view(2, 5)
+    assert moved.total == 3 * 40
+    with bench.Bytes() as moved:
+        a.expand(100, 10).sum()  # what is read is 10 numbers
+    assert moved.total == 40 + 4
+
+
+def test_shares_and_ratios():
+    rows = [{"mode": "textbook", "ms": 200.0, "images/s": 10.0, "flops": None, "bytes": None},
+            {"mode": "fused", "ms": 100.0, "images/s": 20.0, "flops": 2.5e9, "bytes": 0.5e9}]
+    bench.compare(rows, RATES)
+    assert [row["x textbook"] for row in rows] == [1.0, 2.0]
+    assert [row["arithmetic %"] for row in rows] == [pytest.approx(25), pytest.approx(50)]
+    assert [row["bytes %"] for row in rows] == [pytest.approx(25), pytest.approx(50)]
+
+
+def test_limits():
+    found = bench.limits(torch.device("cpu"), 0.01)
+    assert {bench.FLOAT, bench.COPY} <= set(found) and min(found.values()) > 0.01
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+
+def test_a_tiny_bench(digits, tmp_path, limits, capsys):
+    file = tmp_path / "bench.json"
+    bench.main(["gan", "--modes", "fused,textbook", "--repeats", "1", "--seconds", ".1", "--device", "cpu",
+                "--json", str(file), "--dataset", str(digits), "--batch-size", "8"])
+    report = json.loads(file.read_text())
+    assert {"machine", "torch", "date", "limits", "rows"} <= set(report)
+    assert [row["mode"] for row in report["rows"]] == ["textbook", "fused"]
+    for row in report["rows"]:
+        assert row["batch"] == 8 and row["repeats"] == 1 and row["images/s"] > 0 and row["start s"] > 0
+        assert row["low"] <= row["images/s"] <= row["high"] and 0 < row["arithmetic %"] < 1000
+    # G and D forward, both backward: of 4.1 million products for a sample less D's first gradient and others.
+    assert 8 * 2 * 3e6 < report["rows"][1]["flops"] < 8 * 2 * 20e6
+    lines = capsys.readouterr().out.strip().splitlines()
+    names = [name.strip() for name in lines[2].strip("|").split("|")]
+    assert names[:5] == ["script", "flags", "batch", "mode", "images/s"] and "x textbook" in names
+    assert "gpu MB" not in names and len(lines) == 6
+    assert all(line.count("|") == len(names) + 1 for line in lines[2:])
+
+
+def test_scaling_goes_through_batches_and_sizes(monkeypatch, capsys):
+    jobs = []
+
+    def fresh(job, cache):
+        if job["mode"] == "limits":
+            return RATES
+        words = job["words"]
+        batch = int(words[words.index("--batch-size") + 1]) if "--batch-size" in words else 64
+        jobs.append(job["shown"])
+        return {"step": 0.5, "cpu": 0.5, "batch": batch, "compile": 0.0, "host": 1e6,
+                "gpu": None, "start": 1.0}
+
+    monkeypatch.setattr(bench, "fresh", fresh)
+    bench.main(["vaegan", "--scaling", "--quick", "--repeats", "1", "--width", ".5", "--device", "cpu"])
+    assert jobs == ["--width .5", *(f"--width .5 --batch-size {b}" for b in (32, 128)),
+                    *(f"--width .5 --net {size}" for size in (28, 32, 64))]
+    assert "| 256 |" in capsys.readouterr().out  # images/s of batch 128
+
+
+def test_a_flag_goes_to_the_scripts_that_have_it(capsys):
+    _, flags = bench.parse_args(["gan", "vaegan", "--z-dim", "8", "--batch-size=8", "--device", "cpu"])
+    assert flags == {"gan": ["--batch-size=8"], "vaegan": ["--z-dim", "8", "--batch-size=8"]}
+    assert list(bench.parse_args(["--quick"])[1]) == list(bench.SCRIPTS)
+
+
+@pytest.mark.parametrize("words, said", [
+    (["gam"], "gam found, expected out of gan, cgan"),
+    (["gan", "--modes", "fast"], "mode fast found, expected out of textbook"),
+    (["gan", "--repeats", "0"], "0 found, at least 1 expected"),
+    (["gan", "--seconds", "nan"], "nan found, above 0 expected"),
+    (["gan", "--z-dim", "8"], "--z-dim found, which none of gan has"),
+    (["dcgan", "--width", "-1"], "-1 found, above 0 expected"),
+    (["--quick", "gan"], "gan found after a flag: scripts come first")])
+def test_bad_flags_exit_with_2_and_a_line(words, said, capsys):
+    with pytest.raises(SystemExit) as e:
+        bench.main(words)
+    assert e.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_mistakes_are_one_line(tmp_path, monkeypatch, limits):
+    with pytest.raises(UserError, match=r"cannot be written \(Is a directory\)"):
+        bench.main(["gan", "--json", str(tmp_path)])
+    failed = subprocess.CompletedProcess([], 1, stderr="rendering\ngan.py: data set 'nope' is not known\n")
+    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(UserError, match="^gan textbook: gan.py: data set 'nope' is not known$"):
+        bench.main(["gan", "--dataset", "nope"])
