@@ -46,12 +46,12 @@ Deviations
             --consistency 0: without.
     [dev 7] Where Q infers y, BatchNorm in Q and P on MNIST too, where the paper found it of no help: without,
             Adam brings all of y to one category.  --no-bn: without.
-    [dev 8] Where Q infers y from few labels, the last two phases show it pictures moved by up to two pixels,
-            so that [dev 6] also asks for the same y wherever the digit is.  --shift 0: without.
+    [dev 8] Where Q infers y from few labels, the last two phases show it pictures turned, stretched, sheared
+            and moved a little, so that [dev 6] asks for the same y however the digit stands.  --warp 0:
+            without.
 """
 
 import argparse
-import copy
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,7 +61,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import UserError, data, log, metrics, run
-from common.fuse import SGD, autocast, descend, frozen, fuse, place, sampling
+from common.fuse import SGD, autocast, average, averaged, descend, frozen, fuse, place, sampling
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -87,7 +87,7 @@ class Net:
     channels: int = 1
     held: int = 10000                   # training images held out for validation, the last ones
     consistency: float = 0.0            # weight of two q(y|x) of one picture being alike [dev 6]
-    shift: int = 0                      # pixels by which Q's pictures are moved at most [dev 8]
+    warp: float = 0.0                   # how much Q's pictures are warped [dev 8]
     adam: tuple = (1e-3, 1e-3, 1e-3)    # rates of the three phases [dev 5]
     sgd: tuple = (0.01, 0.1, 0.1)       # as published: reconstruction, regularisation, semi-supervised phase
     momenta: tuple = (0.9, 0.1, 0.9)    # of SGD
@@ -98,9 +98,9 @@ TASKS = {
     "likelihood": Net(k=8, std=5.0),
     "style": Net(k=15, m=10, given=True, held=0),
     "semi": Net(k=10, m=10, noise=0.3, held=0,
-                bn=True, consistency=20.0, shift=2),                            # [dev 6], [dev 7], [dev 8]
+                bn=True, consistency=20.0, warp=1.0),                            # [dev 6], [dev 7], [dev 8]
     "cluster": Net(k=5, m=16, width=3000, dropout=0.2, bn=True),
-    "reduce": Net(k=2, m=10, heads=True, noise=0.3, held=0, bn=True, consistency=20.0, shift=2),
+    "reduce": Net(k=2, m=10, heads=True, noise=0.3, held=0, bn=True, consistency=20.0, warp=1.0),
 }
 SVHN = {"bn": True, "standard": True, "size": 32, "channels": 3, "dropout": 0.2, "sgd": (1e-4, 0.01, 0.1)}
 OTHERS = {                              # what another data set changes
@@ -128,7 +128,7 @@ class Encoder(nn.Module):
     def __init__(self, net, kind, mean, std):
         super().__init__()
         self.kind, self.noise, self.dropout = kind, net.noise, net.dropout
-        for name, t in (("mean", mean), ("std", std), ("t", torch.zeros(()))):    # t: updates so far
+        for name, t in (("mean", mean), ("std", std)):
             self.register_buffer(name, t.clone())
         self.trunk = mlp(mean.numel() + ETA * (kind == "universal"), net.width, 1, net.bn)[:-1]
         self.z = nn.Linear(net.width, net.k * (2 if kind == "gaussian" else 1))
@@ -306,19 +306,6 @@ def head_labels(y, labels):
     return labels[y.argmax(0)]
 
 
-def moved(x, most):
-    """Each picture of x (n, C, H, W) moved by up to `most` pixels in both directions, its edges continued
-    [dev 8]."""
-    if not most:
-        return x
-    n, _, H, W = x.shape
-    x = F.pad(x, 4 * (most,), mode="replicate")
-    down, right = torch.randint(2 * most + 1, (2, n, 1), device=x.device)
-    rows, columns = (at + torch.arange(size, device=x.device) for at, size in ((down, H), (right, W)))
-    pictures = torch.arange(n, device=x.device)
-    return x[pictures[:, None, None], :, rows[:, :, None], columns[:, None]].movedim(3, 1)
-
-
 def disagreement(a, a_bar):
     """Squared distance of q(y|x) from the averaged Q's for the same pictures under other noise [dev 6], no
     gradient to the latter: logits (n, m) -> ().  2 where both are sure of different categories."""
@@ -361,8 +348,8 @@ def parse_args(argv=None):
     add("--bn", action=argparse.BooleanOptionalAction, help="BatchNorm in Q and P [where Q infers y, SVHN]")
     add("--consistency", type=run.number(float, 0),
         help="weight of q(y|x) being alike whatever the noise on x [semi and reduce 20, else 0]")
-    add("--shift", type=run.number(int, 0), help="pixels by which pictures that Q sees after the "
-        "reconstruction phase are moved at most [semi and reduce 2, else 0]")
+    add("--warp", type=run.number(float, 0), help="how much pictures that Q sees after the reconstruction "
+        "phase are turned, stretched, sheared and moved [semi and reduce 1, else 0]")
     add("--noise", type=run.number(float, 0),
         help="std of the Gaussian noise on Q's input in training [semi and reduce .3, else 0]")
     add("--average", type=run.number(float, 0, 1), default=0.999,
@@ -394,7 +381,7 @@ def settle(args):
         net = replace(net, k=2, m=10 if args.labels else 20, heads=True)
     net = replace(net, **OTHERS.get((args.task, args.dataset), {}))
     given = {"k": args.z_dim, "m": args.clusters, args.optimizer: args.rates, "bn": args.bn,
-             "noise": args.noise, "consistency": args.consistency, "shift": args.shift}
+             "noise": args.noise, "consistency": args.consistency, "warp": args.warp}
     net = replace(net, **{k: v for k, v in given.items() if v is not None})
     return replace(net, width=max(8, round(net.width * args.width)))
 
@@ -427,25 +414,13 @@ def anneal(opts, rates, done):
             group["lr"].fill_(rate * (0.01 if done >= 0.8 else 0.1 if done >= 0.5 else 1.0))
 
 
-@torch.no_grad()
-def average(Q, P, Q_bar, P_bar, decay):
-    """Running averages of the parameters of Q and P [dev 2], early on over fewer steps; copies of buffers."""
-    share = 1 - ((1 + Q.t) / (10 + Q.t)).clamp(max=decay)
-    Q.t.add_(1)
-    for bar, net in ((Q_bar, Q), (P_bar, P)):
-        for p_bar, p in zip(bar.parameters(), net.parameters()):
-            p_bar.lerp_(p, share)
-        for b_bar, b in zip(bar.buffers(), net.buffers()):
-            b_bar.copy_(b)
-
-
 def build(args, net, mean, std, labelled):
     """All that a checkpoint holds by name, optimizers last, and the fused iteration of the three phases.
 
     `labelled`: whether there is the third one.
     """
     Q, P, D = networks(net, args, mean, std)
-    Q, P, Q_bar, P_bar, *D = place(args, Q, P, *(copy.deepcopy(n).requires_grad_(False) for n in (Q, P)), *D)
+    Q, P, Q_bar, P_bar, *D = place(args, Q, P, averaged(Q), averaged(P), *D)
     opt_R, opt_D, opt_Q = (optimizer(args, net, *of) for of in ((0, Q, P), (1, *D), (1, Q)))
     parts = {"Q": Q, "P": P, "Q_bar": Q_bar, "P_bar": P_bar, **{f"D{i}": d for i, d in enumerate(D)},
              "opt_R": opt_R, "opt_D": opt_D, "opt_Q": opt_Q}
@@ -465,7 +440,7 @@ def build(args, net, mean, std, labelled):
         # Regularisation phase: each discriminator ascends V, draws of its prior against codes ...
         z_real, y_real = sample_z(c, args, net), sample_y(len(x), net, x.device)
         with amp:
-            z, a, _ = Q(moved(x, net.shift))                # [dev 8]
+            z, a, _ = Q(data.warp(x, net.warp))                # [dev 8]
             a_bar = Q_bar(x)[1] if net.consistency else None
             real, fake = seen(z_real, y_real, c, net), seen(z, None if a is None else a.softmax(1), c, net)
             v = [V(d(t), d(t_fake.detach())) for d, t, t_fake in zip(D, real, fake)]
@@ -482,10 +457,11 @@ def build(args, net, mean, std, labelled):
         if labelled:
             x_l, y_l = pair
             with amp:
-                _, a, _ = Q(moved(x_l, net.shift))
+                _, a, _ = Q(data.warp(x_l, net.warp))
             scalars["label"] = F.cross_entropy(a, y_l)
             descend(scalars["label"], opt_S)
-        average(Q, P, Q_bar, P_bar, args.average)
+        average(Q_bar, Q, args.average)                     # [dev 2]
+        average(P_bar, P, args.average)
         return scalars
 
     return parts, train_step
@@ -494,7 +470,7 @@ def build(args, net, mean, std, labelled):
 def build_vae(args, net, mean, std):
     """The same for the variational autoencoder of Fig. 2."""
     Q, P, _ = networks(net, args, mean, std)
-    Q, P, Q_bar, P_bar = place(args, Q, P, *(copy.deepcopy(n).requires_grad_(False) for n in (Q, P)))
+    Q, P, Q_bar, P_bar = place(args, Q, P, averaged(Q), averaged(P))
     opt_R = optimizer(args, replace(net, adam=(1e-3,)), 0, Q, P)
     amp = autocast(args)
 
@@ -508,7 +484,8 @@ def build_vae(args, net, mean, std):
             else log_normal(z / net.std) - net.k * math.log(net.std)
         divergence = kl(log_q, log_p)
         descend(cost + divergence, opt_R)
-        average(Q, P, Q_bar, P_bar, args.average)
+        average(Q_bar, Q, args.average)                     # [dev 2]
+        average(P_bar, P, args.average)
         return {"-log p(x|z)": cost, "KL": divergence}
 
     return {"Q": Q, "P": P, "Q_bar": Q_bar, "P_bar": P_bar, "opt_R": opt_R}, vae_step

@@ -30,7 +30,8 @@ Deviations
     [dev 1] G steps together with the last of D's k steps, from the same draws and dropped-out D, both at the
             old parameters, as in the authors' code.  --alternate: Algorithm 1 as printed.
     [dev 2] Of the training steps' generators, the one with the best validation likelihood is kept: the paper
-            does not say where it stopped.
+            does not say where it stopped.  They are running averages of G's weights, which at the end of each
+            epoch is worth some 60 nats.  --average 0: G as it is.
     [dev 3] The TFD networks train on other faces, the Toronto data being closed, and without the second
             stage, which puts two more layers under the trained G.
 """
@@ -45,7 +46,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import data, log, metrics, run
-from common.fuse import SGD, autocast, descend, frozen, fuse, place, sampling
+from common.fuse import SGD, autocast, average, averaged, descend, frozen, fuse, place, sampling
 
 # --------------------------------------------------------------------------------------------------- networks
 
@@ -222,6 +223,8 @@ def parse_args(argv=None):
     add("--loss", choices=("non-saturating", "minimax"), default="non-saturating",
         help="what G ascends: log D(G(z)) of Sec. 3, or -log(1 - D(G(z))) of Eq. 1 [%(default)s]")
     add("--lr", type=positive, help="first learning rate, divided by 1.000004 each step [MNIST .1]")
+    add("--average", type=run.number(float, 0, 1), default=0.999,
+        help="decay of the running average of G that draws, 0: G as it is [%(default)s]")
     return run.parse(p, argv)
 
 
@@ -244,8 +247,9 @@ def bound(net, norm):
 
 
 def build(args, name, mean, steps_per_epoch):
-    """G, D, their optimizers and the fused iteration of Algorithm 1."""
-    G, D = place(args, *networks(name, mean, args.width))
+    """G, D, the average of G, the optimizers and the fused iteration of Algorithm 1."""
+    G, D = networks(name, mean, args.width)
+    G, D, G_bar = place(args, G, D, averaged(G))
     lr, norm = args.lr or NETS[name]["lr"], NETS[name]["norm"]
     opt_D, opt_G = SGD(D.parameters(), lr, 0.5), SGD(G.parameters(), lr, 0.5)
     amp = autocast(args)
@@ -272,9 +276,10 @@ def build(args, name, mean, steps_per_epoch):
             anneal(opt, steps_per_epoch)
         if norm:
             bound(D, norm), bound(G, norm)
+        average(G_bar, G, args.average)                     # [dev 2]
         return {"V": v, "D(x)": a_real.float().sigmoid().mean(), "D(G(z))": a_fake.float().sigmoid().mean()}
 
-    return G, D, opt_D, opt_G, train_step
+    return G, D, G_bar, opt_D, opt_G, train_step
 
 
 def draw(G, name, n, device):
@@ -397,10 +402,10 @@ def main(argv=None):
     batches = data.Batches(train, batch_size=args.k * args.batch_size, device=args.device, seed=args.seed,
                            rank=r.rank, world=r.world)
     epoch = max(1, split // (args.k * args.batch_size * r.world))
-    G, D, opt_D, opt_G, train_step = build(args, name, train.float().mean(0) / 255, epoch)
-    best = copy.deepcopy(G)                                 # [dev 2]
+    G, D, G_bar, opt_D, opt_G, train_step = build(args, name, train.float().mean(0) / 255, epoch)
+    best = copy.deepcopy(G_bar)                             # [dev 2]
     best.register_buffer("ll", torch.tensor(-math.inf, device=args.device))
-    r.keep(G=G, D=D, opt_D=opt_D, opt_G=opt_G, best=best, batches=batches)
+    r.keep(G=G, D=D, G_bar=G_bar, opt_D=opt_D, opt_G=opt_G, best=best, batches=batches)
     scale = (0.0, 1.0)
     if name.startswith("cifar"):                            # to undo contrast() on average
         x = train[:1000].float() / 255
@@ -413,12 +418,12 @@ def main(argv=None):
         r.log(train_step(next(batches)))
         if r.every(min(5 * epoch, args.steps)):             # at sigma .2, as the authors' monitor
             with r.aside():
-                x = draw(G, name, 10000, args.device)
+                x = draw(G_bar, name, 10000, args.device)
             ll = metrics.parzen_ll(x.flatten(1), unit(valid[:1000]).flatten(1), 0.2).mean()
             r.log({"ll": ll})
             r.show("samples", log.grid(x[:100], 10, scale))
             if ll > best.ll:
-                best.load_state_dict({**G.state_dict(), "ll": ll})
+                best.load_state_dict({**G_bar.state_dict(), "ll": ll})
 
     if r.lead:
         with r.aside():

@@ -39,6 +39,9 @@ Deviations
             turns into one saturated pattern.
     [dev 9] On faces sigma of the codes is 1 (as in the authors' code for MNIST) and lam 1 (Table 5: .1 or
             .2): a learnt sigma lets codes hide in a texture that only Q sees.
+    [dev 10] On MNIST D and Q see pictures, data and samples alike, turned, stretched, sheared and moved at
+            random: what c1 says has to survive that, and which digit it is does.  --warp 0: without.
+    [dev 11] On MNIST both rates fall to 0 in a straight line over the second half of the run.
 """
 
 import math
@@ -74,6 +77,8 @@ class Net:
     scale: tuple = (0.0, 1.0)    # values of the pictures: a sigmoid or a tanh ends G
     together: bool = False       # D sees data and samples as one batch [dev 7]
     noise: float = 0.0           # std of the noise on what D sees [dev 8]
+    warp: float = 0.0            # how much what D sees is warped [dev 10]
+    fall: bool = False           # rates fall to 0 over the second half [dev 11]
     fix_sigma: bool = False      # sigma of Q's Gaussians is 1, else learnt
     gan_steps: int = 0           # steps of the regular GAN of Figs. 1 and 2b, trained beside
     sweep: float = 1.0           # the figures vary a continuous code from -sweep to sweep
@@ -86,7 +91,8 @@ class Net:
 
 NETS = {
     "mnist": Net(28, 1, (10,), 2, 62, lam_cont=0.1,                            # Table 1, [dev 3]
-                 warm_up=1500, gan_steps=1000, sweep=2.0),
+                 warm_up=1500, warp=1.0, fall=True,                            # [dev 4], [dev 10], [dev 11]
+                 gan_steps=1000, sweep=2.0),
     "svhn": Net(32, 3, (10,) * 4, 4, 124, scale=(-1.0, 1.0)),                  # Table 2
     "celeba": Net(32, 3, (10,) * 10, 0, 128, scale=(-1.0, 1.0)),               # Table 3
     "faces": Net(32, 1, (), 5, 128, lr_G=5e-4,                                 # Tables 4, 5 (azimuth)
@@ -281,6 +287,8 @@ def parse_args(argv=None):
         help="lambda of Eq. 6 for continuous codes (App. C) [MNIST .1, chairs 10, else 1]")
     add("--warm-up", type=run.number(int, 0),
         help="steps in which lambda rises from 0, and as many after them for continuous codes [MNIST 1500]")
+    add("--warp", type=weight, help="how much pictures that D sees are turned, stretched, sheared and moved "
+        "[MNIST 1, else 0]")
     add("--lr-D", type=positive, help="Adam's rate for D and Q (App. C) [2e-4]")
     add("--lr-G", type=positive, help="Adam's rate for G (App. C) [1e-3, faces 5e-4]")
     add("--gan-steps", type=run.number(int, 0),
@@ -291,7 +299,7 @@ def parse_args(argv=None):
 def settle(args):
     """The name and the Net of the experiment, with the rates that flags give."""
     name = args.net or (args.dataset if args.dataset in NETS else "mnist")
-    given = {k: getattr(args, k) for k in ("lam", "lam_cont", "warm_up", "gan_steps", "lr_D", "lr_G")}
+    given = {k: getattr(args, k) for k in ("lam", "lam_cont", "warm_up", "warp", "gan_steps", "lr_D", "lr_G")}
     return name, replace(NETS[name], **{k: v for k, v in given.items() if v is not None})
 
 
@@ -300,8 +308,9 @@ def settle(args):
 def build(args, name, net):
     """G, D with Q, their optimizers and the fused iteration of Eq. 6; lam = lam_cont = 0: the regular GAN."""
     G, D = place(args, *networks(name, net.dz + sum(net.cats) + net.m, net.dq, args.width))
-    opt_D = torch.optim.Adam(D.parameters(), net.lr_D, betas=(0.5, 0.999), fused=True)
-    opt_G = torch.optim.Adam(G.parameters(), net.lr_G, betas=(0.5, 0.999), fused=True)
+    opt_D, opt_G = (torch.optim.Adam(part.parameters(), torch.tensor(lr, device=args.device),
+                                     betas=(0.5, 0.999), fused=True)    # a tensor, for anneal()
+                    for part, lr in ((D, net.lr_D), (G, net.lr_G)))
     amp = autocast(args)
     regular = net.lam == 0 == net.lam_cont
 
@@ -328,9 +337,18 @@ def build(args, name, net):
     return G, D, opt_D, opt_G, train_step
 
 
+def anneal(net, opt_D, opt_G, done):
+    """Rates after the share `done` of a run, in place, so that a captured step follows: constant, or with
+    net.fall over the second half in a straight line to 0 [dev 11]."""
+    for opt, lr in ((opt_D, net.lr_D), (opt_G, net.lr_G)):
+        for group in opt.param_groups:
+            group["lr"].fill_(lr * (min(1.0, 2 * (1 - done)) if net.fall else 1.0))
+
+
 def judge(D, x, x_fake, net, detach=False):
     """(a_real, a_fake, q of the samples).  BatchNorm's statistics are each batch's own, or with net.together
     those of data and samples as one, so that D sees how they differ in brightness and contrast [dev 7]."""
+    x_fake, x = data.warp(x_fake, net.warp), None if x is None else data.warp(x, net.warp)      # [dev 10]
     if net.noise:                                           # [dev 8]
         x_fake = x_fake + net.noise * torch.randn_like(x_fake)
         x = None if x is None else x + net.noise * torch.randn_like(x)
@@ -483,6 +501,7 @@ def main(argv=None):
 
     for step in r.loop():
         x = next(batches)
+        anneal(net, opt_D, opt_G, (step - 1) / args.steps)
         r.log(train_step(x))
         if step <= net.gan_steps:
             r.log({f"GAN {k}": v for k, v in gan_step(x).items()})

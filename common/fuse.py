@@ -8,6 +8,7 @@ the plain function.
 """
 
 import contextlib
+import copy
 
 import torch
 from torch import distributed as dist
@@ -105,6 +106,28 @@ def _average(grads):
 
 def _refuse_load(opt, state):
     raise RuntimeError("this optimizer's step is in a CUDA graph: load checkpoints before the first step")
+
+
+def averaged(net):
+    """A copy of `net` whose parameters average() keeps; its buffer `t` counts the updates."""
+    bar = copy.deepcopy(net).requires_grad_(False)
+    bar.register_buffer("t", torch.zeros(()))
+    return bar
+
+
+@torch.no_grad()
+def average(bar, net, decay):
+    """bar <- decay bar + (1 - decay) net for each parameter, early on over fewer steps; copies of buffers.
+
+    `bar`: made by averaged().  `decay`: from 0, the last parameters, to 1; after t updates (1 + t) / (10 + t)
+    at most, so that the first, random ones are soon forgotten.
+    """
+    share = 1 - ((1 + bar.t) / (10 + bar.t)).clamp(max=decay)
+    bar.t.add_(1)
+    for p_bar, p in zip(bar.parameters(), net.parameters()):
+        p_bar.lerp_(p, share)  # torch._foreach_lerp_ would make a Python number of it
+    for name, buffer in net.named_buffers():
+        bar.get_buffer(name).copy_(buffer)
 
 
 @contextlib.contextmanager

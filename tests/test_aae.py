@@ -55,20 +55,6 @@ def test_kl_of_the_gaussian_encoder_against_its_closed_form():
     assert kl(log_q, log_q) == 0
 
 
-
-def test_pictures_move_by_at_most_so_many_pixels():
-    x = torch.zeros(200, 1, 9, 9)
-    x[:, :, 4, 4] = 1                                               # away from the edges: the dot stays whole
-    y = aae.moved(x, 2)
-    assert y.shape == x.shape and aae.moved(x, 0) is x
-    places = [divmod(int(i), 9) for i in y.flatten(1).argmax(1)]
-    assert y.flatten(1).sum(1).tolist() == 200 * [1]
-    assert set(places) == {(i, j) for i in range(2, 7) for j in range(2, 7)}
-    x = torch.arange(9.0).expand(3, 2, 9, 9)                        # a ramp: its ends go on
-    assert set(aae.moved(x, 1)[:, :, :, 0].unique().tolist()) <= {0.0, 1.0}
-    assert (aae.moved(x, 1).diff(dim=3) >= 0).all()
-
-
 def test_disagreement_is_2_between_sure_and_different_answers_and_moves_only_its_first():
     a, b = torch.tensor([[50.0, 0.0]], requires_grad=True), torch.tensor([[0.0, 50.0]], requires_grad=True)
     assert aae.disagreement(a, b).item() == pytest.approx(2) and aae.disagreement(a, a).item() == 0

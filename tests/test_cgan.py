@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import cgan
 from cgan import NETS, V, beside, networks, nn_error, objective_G
 from common import data
-from common.fuse import descend
+from common.fuse import averaged, descend
 
 
 def args(*words):
@@ -65,10 +65,14 @@ def test_the_rate_and_the_momentum_follow_the_papers():
     assert cgan.momentum(10**6, 500) == 0.7
 
 
+def build(a, name, G, D, minibatch):
+    return cgan.build(a, name, G, D, averaged(G), minibatch)
+
+
 @pytest.mark.parametrize("name", ["mlp", "dcgan28"])
 def test_annealing_reaches_the_optimizers(name):
     a = args("--steps", "100")
-    opts = cgan.build(a, name, *nets(name), lambda x, y: (x, y))[:2]
+    opts = build(a, name, *nets(name), lambda x, y: (x, y))[:2]
     cgan.anneal(a, name, opts, 76, steps_per_epoch=1)
     for opt in opts:
         group = opt.param_groups[0]
@@ -163,7 +167,7 @@ def test_the_digits_G_starts_at_the_training_mean():
 def test_a_step_moves_both_networks(name):
     G, D = nets(name, d=12)
     x, y = batch(name, d=12)
-    _, _, step = cgan.build(args(), name, G, D, lambda: (x, y))
+    _, _, step = build(args(), name, G, D, lambda: (x, y))
     before = [p.detach().clone() for net in (G, D) for p in net.parameters() if p.ndim > 1]
     scalars = step()
     after = [p for net in (G, D) for p in net.parameters() if p.ndim > 1]
@@ -178,7 +182,7 @@ def test_which_D_teaches_G(name, flags, new):
     moved, pair = [], batch(name)
     for lr in (0.0, 0.5):
         G, D = nets(name)
-        opt_D, _, step = cgan.build(args(*flags), name, G, D, lambda: pair)
+        opt_D, _, step = build(args(*flags), name, G, D, lambda: pair)
         opt_D.param_groups[0]["lr"].fill_(lr)
         torch.manual_seed(1)
         step()
@@ -201,7 +205,7 @@ def test_one_step_of_G_raises_log_D(name, lr):
 
 
 def test_weight_decay_and_rates_of_dcgan():
-    opt_D, opt_G, _ = cgan.build(args(), "dcgan28", *nets("dcgan28"), None)
+    opt_D, opt_G, _ = build(args(), "dcgan28", *nets("dcgan28"), None)
     for opt in (opt_D, opt_G):
         group = opt.param_groups[0]
         assert group["weight_decay"] == 2.5e-5 and group["betas"] == (0.5, 0.999)
@@ -221,7 +225,7 @@ def test_it_learns_which_mode_a_label_asks_for():
         k = torch.randint(2, (128,))
         return means[k] + 0.3 * torch.randn(128, 2), F.one_hot(k, 2).float()
 
-    _, _, step = cgan.build(a, "dcgan28", G, D, minibatch)
+    _, _, step = build(a, "dcgan28", G, D, minibatch)
     for _ in range(600):
         step()
     with torch.no_grad():

@@ -775,6 +775,34 @@ def test_missing_package(tmp_path, monkeypatch):
     one_line(lambda: load("lsun", tmp_path, size=64), "lsun needs the package lmdb: pip install lmdb")
 
 
+# ---- pictures turned, stretched and moved ------------------------------------------------------------------
+
+
+def test_warp_moves_turns_and_leaves_a_fifth():
+    torch.manual_seed(0)
+    n, at = 4000, (torch.arange(57) - 28) / 28.5                    # centres of the pixels in [-1, 1]
+    dot = torch.exp(-0.5 * (at[:, None] ** 2 + at ** 2) / 0.05 ** 2).expand(n, 1, 57, 57)
+    y = data.warp(dot)[:, 0]
+    place = torch.stack([(y * at).sum((1, 2)), (y * at[:, None]).sum((1, 2))], 1) / y.sum((1, 2))[:, None]
+    still = (place.abs() < 1e-4).all(1)
+    assert still.double().mean().item() == pytest.approx(0.2, abs=0.03)
+    assert place.abs().amax(0).tolist() == pytest.approx([1 / 7 * 1.2, 1 / 7 * 1.2], abs=0.06)
+    bar = torch.zeros(n, 1, 57, 57)
+    bar[:, :, 26:31, 8:49] = 1                                      # level: what slope it has is the turn's
+    y = data.warp(bar)[:, 0]
+    left, right = (part.sum((1, 2)) for part in (y[..., :28], y[..., 29:]))
+    rise = (y[..., 29:] * at[:, None]).sum((1, 2)) / right - (y[..., :28] * at[:, None]).sum((1, 2)) / left
+    assert 0.2 < rise.abs().max() < 0.45 and abs(rise.mean()) < 0.02    # .72 tan 20 degrees, stretched
+
+
+def test_warp_of_nothing_and_of_edges_and_its_gradient():
+    x = torch.rand(50, 2, 9, 9, requires_grad=True)
+    assert data.warp(x, 0) is x
+    torch.testing.assert_close(data.warp(torch.full((50, 1, 9, 9), 0.7)), torch.full((50, 1, 9, 9), 0.7))
+    assert data.warp(x).shape == x.shape and data.warp(x).dtype == torch.float32
+    assert (torch.autograd.grad(data.warp(x).sum(), x)[0] != 0).any()
+
+
 # ---- minibatches -----------------------------------------------------------------------------------------
 
 HOME = pytest.mark.parametrize("resident", [True, False])

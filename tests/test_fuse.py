@@ -9,7 +9,19 @@ import torch
 from conftest import cuda
 from torch import nn
 
-from common.fuse import SGD, Graph, autocast, descend, describe, frozen, fuse, place, sampling
+from common.fuse import (
+    SGD,
+    Graph,
+    autocast,
+    average,
+    averaged,
+    descend,
+    describe,
+    frozen,
+    fuse,
+    place,
+    sampling,
+)
 
 
 def args(device="cpu", **flags):
@@ -44,6 +56,22 @@ def test_descend_goes_down_the_gradient_exactly():
     p = nn.Parameter(torch.tensor([3.0, -2.0]))
     descend((p**2).sum(), torch.optim.SGD([p], lr=0.1))
     torch.testing.assert_close(p.detach(), torch.tensor([3.0 - 0.6, -2.0 + 0.4]))
+
+
+def test_the_average_forgets_the_first_parameters_and_copies_buffers():
+    G, _ = pair()
+    bar, p = averaged(G), G[0].weight
+    values, expected = [3.0, -1.0, 4.0, 1.0], p.detach().clone()
+    for t, value in enumerate(values):
+        p.data.fill_(value)
+        G[1].running_mean.fill_(value)
+        average(bar, G, 0.3)
+        decay = min(0.3, (1 + t) / (10 + t))
+        expected = decay * expected + (1 - decay) * value
+    torch.testing.assert_close(bar[0].weight, expected)
+    assert (bar[1].running_mean == 1).all() and bar.t == 4 and not bar[0].weight.requires_grad
+    average(bar, G, 0.0)
+    assert same(weights(bar), weights(G))
 
 
 def test_descend_refuses_an_open_autocast_block():

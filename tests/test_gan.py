@@ -153,7 +153,7 @@ def test_contrast_removes_the_mean_and_sets_the_norm():
 
 def test_a_step_moves_both_networks_k_times_for_D():
     torch.manual_seed(0)
-    G, D, _opt_D, _opt_G, step = gan.build(args("--k", "3"), "mnist", torch.full((1, 28, 28), 0.1), 500)
+    G, D, *_, step = gan.build(args("--k", "3"), "mnist", torch.full((1, 28, 28), 0.1), 500)
     before = [p.detach().clone() for net in (G, D) for p in net.parameters() if p.ndim > 1]
     step(torch.rand(3 * 16, 1, 28, 28))
     after = [p for net in (G, D) for p in net.parameters() if p.ndim > 1]
@@ -166,7 +166,7 @@ def test_G_and_D_step_from_the_old_parameters_of_both():
     moved = {}
     for flag in ((), ("--alternate",)):
         torch.manual_seed(0)
-        G, D, opt_D, _, step = gan.build(args(*flag), "mnist", torch.full((1, 28, 28), 0.1), 500)
+        G, D, _, opt_D, _, step = gan.build(args(*flag), "mnist", torch.full((1, 28, 28), 0.1), 500)
         gan.uniform(D, 0.05)
         opt_D.param_groups[0]["lr"].fill_(0.0)
         still = [p.detach().clone() for p in G.parameters()]
@@ -175,7 +175,7 @@ def test_G_and_D_step_from_the_old_parameters_of_both():
         slow = [p - q for p, q in zip(G.parameters(), still)]
         G.load_state_dict(dict(zip(G.state_dict(), still)))
         torch.manual_seed(0)
-        G2, D2, opt_D2, _, step2 = gan.build(args(*flag), "mnist", torch.full((1, 28, 28), 0.1), 500)
+        G2, D2, _, opt_D2, _, step2 = gan.build(args(*flag), "mnist", torch.full((1, 28, 28), 0.1), 500)
         gan.uniform(D2, 0.05)
         opt_D2.param_groups[0]["lr"].fill_(0.5)
         torch.manual_seed(1)
