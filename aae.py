@@ -49,6 +49,8 @@ Deviations
     [dev 8] Where Q infers y from few labels, the last two phases show it pictures turned, stretched, sheared
             and moved a little, so that [dev 6] asks for the same y however the digit stands.  --warp 0:
             without.
+    [dev 9] In style D sees the label beside z, as in Sec. 2.3, so that q(z|y), not only q(z), comes to p(z):
+            else z goes on saying which digit it is, and P does not listen to y.
 """
 
 import argparse
@@ -701,7 +703,7 @@ def main(argv=None):
     elif len(chosen):
         net, c[chosen] = replace(net, one_hot=11), labels[chosen]
     if net.given:
-        c = labels
+        net, c = replace(net, one_hot=net.m), labels                                             # [dev 9]
     mean, std = torch.zeros(images.shape[1:]), torch.ones(images.shape[1:])
     if net.standard:
         x = images[:10000].float() / 255

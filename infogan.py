@@ -276,7 +276,7 @@ def lambdas(t, net):
 # ------------------------------------------------------------------------------------------------------ flags
 
 def parse_args(argv=None):
-    p = run.parser(__file__, __doc__, dataset="mnist", steps=5000, batch_size=128)
+    p = run.parser(__file__, __doc__, dataset="mnist", steps=3000, batch_size=128)
     add = p.add_argument_group("InfoGAN").add_argument
     positive, weight = run.number(float, 0, open_low=True), run.number(float, 0)
     add("--net", choices=NETS, help="networks and codes of Tables 1-6 [the data set's own, else mnist]")
