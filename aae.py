@@ -42,15 +42,16 @@ Deviations
             other if nearer than neighbours are at the start: the threshold is not printed.
     [dev 5] Adam and PyTorch's first weights, to learn in an hour what takes days with the published SGD from
             N(0, .01), whose D can tell nothing for epochs.  --optimizer sgd: as published.
-    [dev 6] With labels, q(y|x) also keeps near that of the averaged Q for the same picture under other noise.
-            --consistency 0: without.
+    [dev 6] Where Q infers y, q(y|x) also keeps near that of the averaged Q for the same picture under other
+            noise.  --consistency 0: without.
     [dev 7] Where Q infers y, BatchNorm in Q and P on MNIST too, where the paper found it of no help: without,
             Adam brings all of y to one category.  --no-bn: without.
-    [dev 8] Where Q infers y from few labels, the last two phases show it pictures turned, stretched, sheared
-            and moved a little, so that [dev 6] asks for the same y however the digit stands.  --warp 0:
-            without.
+    [dev 8] Where Q infers y, the last two phases show it pictures turned, stretched, sheared and moved a
+            little, so that [dev 6] asks for the same y however the digit stands.  --warp 0: without.
     [dev 9] In style D sees the label beside z, as in Sec. 2.3, so that q(z|y), not only q(z), comes to p(z):
             else z goes on saying which digit it is, and P does not listen to y.
+    [dev 10] Without labels the logits of y have mean 0 and variance 9 over a minibatch (BatchNorm): else six
+            of 16 categories took all digits, and a sure softmax passes D's gradient on to no other.
 """
 
 import argparse
@@ -89,6 +90,7 @@ class Net:
     channels: int = 1
     held: int = 10000                   # training images held out for validation, the last ones
     consistency: float = 0.0            # weight of two q(y|x) of one picture being alike [dev 6]
+    spread: float = 0.0                 # std of each logit of y over a minibatch, 0: free [dev 10]
     warp: float = 0.0                   # how much Q's pictures are warped [dev 8]
     adam: tuple = (1e-3, 1e-3, 1e-3)    # rates of the three phases [dev 5]
     sgd: tuple = (0.01, 0.1, 0.1)       # as published: reconstruction, regularisation, semi-supervised phase
@@ -101,7 +103,8 @@ TASKS = {
     "style": Net(k=15, m=10, given=True, held=0),
     "semi": Net(k=10, m=10, noise=0.3, held=0,
                 bn=True, consistency=20.0, warp=1.0),                            # [dev 6], [dev 7], [dev 8]
-    "cluster": Net(k=5, m=16, width=3000, dropout=0.2, bn=True),
+    "cluster": Net(k=5, m=16, width=3000, dropout=0.2, bn=True, consistency=5.0, warp=1.0,
+                   spread=3.0),                                                 # [dev 10]
     "reduce": Net(k=2, m=10, heads=True, noise=0.3, held=0, bn=True, consistency=20.0, warp=1.0),
 }
 SVHN = {"bn": True, "standard": True, "size": 32, "channels": 3, "dropout": 0.2, "sgd": (1e-4, 0.01, 0.1)}
@@ -135,6 +138,8 @@ class Encoder(nn.Module):
         self.trunk = mlp(mean.numel() + ETA * (kind == "universal"), net.width, 1, net.bn)[:-1]
         self.z = nn.Linear(net.width, net.k * (2 if kind == "gaussian" else 1))
         self.y = nn.Linear(net.width, net.m) if net.m and not net.given else None
+        self.spread = nn.BatchNorm1d(net.m, affine=False) if net.spread else nn.Identity()       # [dev 10]
+        self.scale = net.spread or 1.0
 
     def forward(self, x):
         x = ((x - self.mean) / self.std).flatten(1)
@@ -144,7 +149,8 @@ class Encoder(nn.Module):
         if self.kind == "universal":
             x = torch.cat([x, torch.randn(len(x), ETA, device=x.device)], 1)
         h = self.trunk(x)
-        z, a, log_q = self.z(h).float(), None if self.y is None else self.y(h).float(), None
+        z, log_q = self.z(h).float(), None
+        a = None if self.y is None else self.scale * self.spread(self.y(h).float())
         if self.kind == "gaussian":
             mu, log_sigma = z.chunk(2, 1)
             eps = torch.randn_like(mu)
@@ -349,9 +355,9 @@ def parse_args(argv=None):
         help="of the three phases, for example .01 .1 .1, SGD's [.001 each, prior .0001 .001]")
     add("--bn", action=argparse.BooleanOptionalAction, help="BatchNorm in Q and P [where Q infers y, SVHN]")
     add("--consistency", type=run.number(float, 0),
-        help="weight of q(y|x) being alike whatever the noise on x [semi and reduce 20, else 0]")
+        help="weight of q(y|x) being alike whatever the noise on x [with labels 20, clusters 5, else 0]")
     add("--warp", type=run.number(float, 0), help="how much pictures that Q sees after the reconstruction "
-        "phase are turned, stretched, sheared and moved [semi and reduce 1, else 0]")
+        "phase are turned, stretched, sheared and moved [where Q infers y 1, else 0]")
     add("--noise", type=run.number(float, 0),
         help="std of the Gaussian noise on Q's input in training [semi and reduce .3, else 0]")
     add("--average", type=run.number(float, 0, 1), default=0.999,

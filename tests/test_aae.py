@@ -195,6 +195,16 @@ def test_networks_have_the_papers_sizes(task):
     assert x.shape == (3, 1, 28, 28) and 0 <= x.min() and x.max() <= 1
 
 
+def test_logits_of_clusters_are_spread_evenly_over_a_minibatch():
+    """[dev 10]"""
+    Q, _, _ = networks(replace(TASKS["cluster"], width=32), args("--task", "cluster"), MEAN, STD)
+    a = Q(torch.rand(200, 1, 28, 28))[1]
+    torch.testing.assert_close(a.mean(0), torch.zeros(16), atol=1e-4, rtol=0)
+    torch.testing.assert_close(a.std(0, correction=0), torch.full((16,), 3.0), atol=0.05, rtol=0)
+    free = networks(replace(TASKS["semi"], width=32), args("--task", "semi"), MEAN, STD)[0]
+    assert free(torch.rand(200, 1, 28, 28))[1].std(0).max() < 2
+
+
 def test_svhn_has_its_own_settings():
     net = aae.settle(args("--task", "semi", "--dataset", "svhn", "--labels", "1000"))
     assert net.sgd == (1e-4, 0.01, 0.1) and TASKS["semi"].sgd == (0.01, 0.1, 0.1)
