@@ -214,6 +214,26 @@ def test_noise_on_what_D_sees():
         assert all(torch.equal(*pair) is (noise == 0) for pair in zip(*a))
 
 
+def test_D_sees_data_and_samples_warped(monkeypatch):
+    """[dev 10]: both, and both alike."""
+    seen = []
+    monkeypatch.setattr(infogan.data, "warp", lambda x, amount: seen.append((len(x), amount)) or x)
+    D = lambda x, detach=False: (x, x)
+    infogan.judge(D, torch.zeros(3, 1, 28, 28), torch.ones(4, 1, 28, 28), NETS["mnist"])
+    assert sorted(seen) == [(3, 1.0), (4, 1.0)]
+
+
+def test_rates_fall_over_the_second_half_on_digits_alone():
+    """[dev 11]"""
+    p = torch.nn.Parameter(torch.zeros(1))
+    for name, shares in (("mnist", (1, 1, 0.5, 0)), ("faces", (1, 1, 1, 1))):
+        opts = [torch.optim.Adam([p], torch.tensor(9.0)) for _ in "DG"]
+        for done, expected in zip((0, 0.5, 0.75, 1), shares):
+            infogan.anneal(NETS[name], *opts, done)
+            found = [opt.param_groups[0]["lr"].item() for opt in opts]
+            assert found == pytest.approx([expected * NETS[name].lr_D, expected * NETS[name].lr_G])
+
+
 def test_fixed_sigma_makes_Q_a_regression():
     """[dev 9]: with sigma 1, L_I rises by half the squared error that Q loses."""
     net = NETS["faces"]
