@@ -48,7 +48,6 @@ Deviations
 """
 
 import argparse
-import pickle
 import textwrap
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -69,6 +68,7 @@ SYMBOLS = {s: i for i, s in enumerate(ALPHABET, 1)}
 LENGTH = 201                 # symbols of a sentence
 NZ, NT, NH = 100, 128, 1024  # sizes of z, of the projected text and of h = phi_t(t)
 VARIANTS = ("gan", "cls", "int", "int-cls")
+OTHER = "a text2image run with the --width and --image-features of this one"
 # Fig. 5's areas under the curve, read off the plot, +- .02: style verification on birds.
 PAPER = {"t2i-pose-roc": dict(zip((*VARIANTS, "text"), (0.54, 0.52, 0.61, 0.66, 0.54))),
          "t2i-bg-roc": dict(zip((*VARIANTS, "text"), (0.79, 0.82, 0.95, 0.915, 0.545)))}
@@ -480,20 +480,6 @@ def see(net, images, device):
         return torch.cat([net(middle(x.to(device))).float() for x in images.split(250)])
 
 
-def fetch(where, device, **nets):
-    """Fill `nets` from the checkpoint of another run: its folder or the file."""
-    path = Path(where) / "checkpoint.pt" if Path(where).is_dir() else Path(where)
-    try:
-        parts = torch.load(path, map_location=device, weights_only=True)["parts"]
-        for name, net in nets.items():
-            net.load_state_dict(parts[name])
-    except OSError:
-        raise UserError(f"{path} not found: expected the folder of a text2image run that was saved") from None
-    except (LookupError, RuntimeError, ValueError, pickle.UnpicklingError):
-        raise UserError(f"{path} does not hold {', '.join(nets)} of these sizes: expected a text2image run "
-                        "with the same --width and --image-features") from None
-
-
 # ---------------------------------------------------------------------------------------------------- figures
 
 def sheet(rows, sentences):
@@ -570,7 +556,7 @@ def trained(args, where):
     """G and phi_t of the run or checkpoint `where`, with this run's --width."""
     nets = networks(args.width)
     G, phi_t = place(args, nets["G"], nets["phi_t"])
-    fetch(where, args.device, G=G, phi_t=phi_t)
+    run.fetch(where, OTHER, args.device, G=G, phi_t=phi_t)
     return G, phi_t
 
 
@@ -717,7 +703,7 @@ def main(argv=None):
     nets, opts, steps, learn = build(args, train)
     phi_t, phi_v, G, _, S = nets.values()
     if args.encoder and not args.resume:
-        fetch(args.encoder, args.device, phi_t=phi_t, phi_v=phi_v)
+        run.fetch(args.encoder, OTHER, args.device, phi_t=phi_t, phi_v=phi_v)
     r.keep(**nets, **opts, batches=batches)
     if args.sample:
         h = texts_of(phi_t, test.t[:, 0], args.device)

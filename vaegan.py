@@ -51,7 +51,6 @@ Deviations
             Dis wins.  --loss minimax: Eq. 9.
 """
 
-import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -375,18 +374,6 @@ def build(args, dy):
     return nets | opts, step
 
 
-def load_dis(folder, Dis):
-    """Put the Dis of the run in `folder` into Dis (VAE_Dis_l)."""
-    path = Path(folder) / "checkpoint.pt"
-    try:
-        Dis.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["parts"]["Dis"])
-    except FileNotFoundError:
-        raise UserError(f"{path} not found: --dis takes the folder of a run with --model gan") from None
-    except (LookupError, RuntimeError, pickle.UnpicklingError):
-        raise UserError(f"{path} holds no Dis that fits: a run with --model gan and the --net, --width and "
-                        "--conditional of this one expected") from None
-
-
 # ------------------------------------------------------------------------------------------------------- data
 
 def prepare(args, pictures):
@@ -622,7 +609,7 @@ def main(argv=None):
     parts, train_step = build(args, y.shape[1])
     Enc, Dec, Dis = (parts.get(name) for name in ("Enc", "Dec", "Dis"))
     if args.model == "vae_dis" and not args.resume:
-        load_dis(args.dis, Dis)
+        run.fetch(args.dis, "a run with --model gan and this one's --net, --width and --conditional", Dis=Dis)
     r.keep(**parts, batches=batches)
     if args.sample:
         return r.sample(lambda n: draw(args, Dec, some(test_y, n)), (-1, 1))

@@ -345,6 +345,26 @@ def machine(device):
     return f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads"
 
 
+def fetch(where, wanted, device="cpu", **nets):
+    """Fill `nets` from the checkpoint of another run: its folder or the file.
+
+    `wanted`: the run that fits, in words, for the UserError where the file cannot be read, is damaged, or
+    lacks one of `nets` in its size.
+    """
+    path = Path(where) / "checkpoint.pt" if Path(where).is_dir() else Path(where)
+    try:
+        intact(path)
+        parts = torch.load(path, map_location=device, weights_only=True)["parts"]
+        for name, net in nets.items():
+            net.load_state_dict(parts[name])
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}): {wanted} expected") from None
+    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, LookupError, TypeError,
+            ValueError):
+        raise UserError(f"{path} is damaged or holds no {', '.join(nets)} of these sizes: {wanted} "
+                        "expected") from None
+
+
 def _device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

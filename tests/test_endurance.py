@@ -389,8 +389,6 @@ def test_no_file_that_is_read_can_run_code(tmp_path, pictures):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "payload ran"),)
 
-    import text2image
-    import vaegan
 
     file = tmp_path / "checkpoint.pt"
     torch.save({"parts": {"Dis": Payload(), "G": Payload()}, "made_from": Payload(), "weights": {}}, file)
@@ -401,8 +399,7 @@ def test_no_file_that_is_read_can_run_code(tmp_path, pictures):
     x, y = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
     for read in (lambda: data.load(pictures, tmp_path), lambda: data.load(tmp_path / "a.npz"),
                  lambda: metrics.classifier(x, y, "cpu", cache=file, steps=1),
-                 lambda: vaegan.load_dis(tmp_path, nn.Linear(1, 1)),
-                 lambda: text2image.fetch(tmp_path, "cpu", G=nn.Linear(1, 1))):
+                 lambda: run.fetch(tmp_path, "another", G=nn.Linear(1, 1))):
         with pytest.raises(UserError):
             read()
         assert not (tmp_path / "payload ran").exists()

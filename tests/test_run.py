@@ -375,3 +375,22 @@ def test_users_mistakes_are_one_line_each(tmp_path, words, said):
 def test_bad_npz_is_one_line(tmp_path):
     np.savez(tmp_path / "bad.npz", pictures=np.zeros((4, 1, 8, 8), np.uint8))
     failed(script("infogan.py", "--out", tmp_path, "--dataset", tmp_path / "bad.npz"), "images")
+
+
+def test_networks_of_another_run(tmp_path):
+    net, file = torch.nn.Linear(3, 2), tmp_path / "checkpoint.pt"
+    torch.save({"parts": {"D": net.state_dict()}}, file)
+    for where in (tmp_path, file):
+        D = torch.nn.Linear(3, 2)
+        run.fetch(where, "a run", D=D)
+        assert torch.equal(D.weight, net.weight)
+    with pytest.raises(UserError, match=r"none cannot be read \(No such file.*\): a run expected"):
+        run.fetch(tmp_path / "none", "a run", D=net)
+    for nets in ({"G": net}, {"D": torch.nn.Linear(4, 2)}):
+        with pytest.raises(UserError, match=f"holds no {next(iter(nets))} of these sizes: a run expected"):
+            run.fetch(tmp_path, "a run", **nets)
+    whole = file.read_bytes()
+    at = whole.index(net.weight.detach().numpy().tobytes())
+    file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+    with pytest.raises(UserError, match="is damaged"):
+        run.fetch(tmp_path, "a run", D=net)
