@@ -22,20 +22,21 @@ Run
     python gan.py --dataset cifar10    (Fig. 2c; with --net cifar-conv Fig. 2d)
 
 Expect
-    gan-mnist-ll  123.8 +- 1.5 nats (paper 225 +- 2), +- over test images, still rising after 20,000 steps:
-                  40 epochs, 53 minutes on one busy core of an AMD EPYC, torch 2.15.0, float32, seed 0
-    gan-theory    C(G) = -1.3857 (-log 4 = -1.3863), E|D - D*| = 0.012 (20 seconds on the same core)
+    gan-mnist-ll  187.1 +- 2.3 nats (paper 225 +- 2), +- over test images, still rising, --steps 26000: 52
+                  epochs, 15 minutes on one core of an AMD EPYC with AVX512-BF16, torch 2.14.1, bfloat16,
+                  seed 0 alone; 170 after 12,000 steps
+    gan-theory    C(G) = -1.3857 (-log 4 = -1.3863), E|D - D*| = 0.012 (20 seconds, float32)
 
 Deviations
     [dev 1] G steps together with the last of D's k steps, from the same draws and dropped-out D, both at the
             old parameters, as in the authors' code.  --alternate: Algorithm 1 as printed.
     [dev 2] Of the training steps' generators, the one with the best validation likelihood is kept: the paper
-            does not say where it stopped.  They are running averages of G's weights, which at the end of each
-            epoch is worth some 60 nats.  --average 0: G as it is.
+            does not say where it stopped.  They are running averages of G's weights: 155 nats against 98 at
+            sigma .2 after 5,000 steps.  --average 0: G as it is.
     [dev 3] The TFD networks train on other faces, the Toronto data being closed, and without the second
             stage, which puts two more layers under the trained G.
-    [dev 4] On MNIST the rates are .15 for D and .3 for G (authors' code: .1 for both): after 5,000 steps the
-            likelihood of validation images was 149 nats, with .1 for both 8, and 155 after 10,000.
+    [dev 4] On MNIST the rates are .15 for D and .3 for G (authors' code: .1 for both).  Of G as it is, at
+            sigma .2, 98 nats after 5,000 steps; with .1 for both -39, and 90 after 10,000.
 """
 
 import copy
@@ -437,7 +438,7 @@ def main(argv=None):
             r.show(f"fig2{panel}", log.grid(fig2(draw(best, name, 63, args.device), unit(train)), 10, scale))
             r.show("fig3", log.grid(fig3(best, name, 6, 12, args.device), 12, scale))
             results = evaluate(args, best, name, train, valid, test, labels, unit)
-        r.results(results, passed=args.dataset != "mnist" or results["gan-mnist-ll"]["value"] >= 120)
+        r.results(results, passed=args.dataset != "mnist" or results["gan-mnist-ll"]["value"] >= 170)
 
 
 if __name__ == "__main__":
