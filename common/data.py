@@ -576,9 +576,10 @@ def warp(x, amount=1.0):
     """
     if not amount:
         return x
-    n, bounds = len(x), x.new_tensor([0.35, 0.2, 0.25, 0.25, 1 / 7, 1 / 7], dtype=torch.float32)
-    size = amount * (torch.rand(n, 1, device=x.device) < 0.8)
-    turn, shear, wide, high, right, down = (size * bounds * (2 * torch.rand(n, 6, device=x.device) - 1)).T
+    size = amount * (torch.rand(len(x), 1, device=x.device) < 0.8)
+    drawn = (size * (2 * torch.rand(len(x), 6, device=x.device) - 1)).unbind(1)
+    bounds = 0.35, 0.2, 0.25, 0.25, 1 / 7, 1 / 7            # no tensor: a captured step may not copy one
+    turn, shear, wide, high, right, down = (bound * part for bound, part in zip(bounds, drawn))
     maps = torch.stack([wide.exp() * turn.cos(), shear - high.exp() * turn.sin(), right,
                         wide.exp() * turn.sin(), high.exp() * turn.cos(), down], 1).unflatten(1, (2, 3))
     grid = F.affine_grid(maps, x.shape, align_corners=False)

@@ -9,6 +9,7 @@ import torch
 from conftest import cuda
 from torch import nn
 
+from common import data
 from common.fuse import (
     SGD,
     Graph,
@@ -210,6 +211,20 @@ def gan_step(device, **flags):
         return {"loss": loss, "noise": torch.randn((), device=device)}
 
     return G, D, opt_D, opt_G, step, count
+
+
+@cuda
+def test_warp_and_average_in_a_graph():
+    net = nn.Linear(3, 2).cuda()
+    bar = averaged(net).cuda()
+
+    def step(x):
+        average(bar, net, 0.9)
+        return {"sum": data.warp(x).sum()}
+
+    step = Graph(step)
+    sums = [step(torch.ones(8, 1, 9, 9, device="cuda"))["sum"].item() for _ in range(8)]
+    assert bar.t.item() == 8 and sums == pytest.approx(8 * [8 * 81.0], rel=1e-4)
 
 
 @cuda
