@@ -445,6 +445,9 @@ def test_the_other_experiments_are_judged_too(digits, tmp_path, words, figure, n
     folder = tmp_path / "aae-digits"
     assert len(np.unique(np.asarray(Image.open(folder / f"{figure}.png")))) > 2
     assert name in json.loads((folder / "results.json").read_text())["results"]
+    if name == "aae-style":                                         # [dev 9]: D sees z and the label
+        parts = torch.load(folder / "checkpoint.pt", weights_only=True)["parts"]
+        assert parts["D0"]["0.weight"].shape[1] == 15 + 10
 
 
 @pytest.mark.parametrize(
