@@ -390,6 +390,19 @@ def test_runs_on_digits_draw_write_numbers_and_resume_to_the_bit(digits, tmp_pat
     assert 0 <= results["dcgan-mnist-1nn-base"]["value"] <= 100 and {"agreement", "frechet"} <= set(results)
 
 
+@pytest.mark.parametrize("net", ["mlp", "dcgan28"])
+def test_what_draws_is_the_average(digits, tmp_path, monkeypatch, net):
+    drawn, draw = [], cgan.draw
+    monkeypatch.setattr(cgan, "draw", lambda G, *rest: drawn.append(G) or draw(G, *rest))
+    monkeypatch.setattr(cgan, "evaluate", lambda args, best, *rest: drawn.append(best) or {})
+    cgan.main(["--dataset", str(digits), "--out", str(tmp_path), "--batch-size", "16", "--width", "0.1",
+               "--net", net, "--steps", "3", "--data-dir", str(tmp_path / "data"), "--device", "cpu"])
+    parts = torch.load(tmp_path / "cgan-digits" / "checkpoint.pt", weights_only=True)["parts"]
+    name, p = next(drawn[0].named_parameters())
+    assert len(drawn) > 4 and not torch.equal(parts["G"][name], p)
+    assert all(torch.equal(dict(G.named_parameters())[name], parts["G_bar"][name]) for G in drawn)
+
+
 def test_a_convolutional_run_on_attributes(tmp_path):
     rng = np.random.default_rng(0)
     a = rng.integers(0, 2, (60, 3)).astype(np.float32)

@@ -167,6 +167,14 @@ def test_RMSProp_is_that_of_torch_and_its_gate_leaves_everything_as_it_is():
     assert torch.equal(mine, before) and torch.equal(opt.state[mine]["s"], s)
 
 
+def test_rates_fall_with_the_power_of_the_authors_code():
+    opts = [RMSProp([torch.nn.Parameter(torch.zeros(1))], 3e-4) for _ in range(2)]
+    for done, share in ((0, 1), (0.0625, 0.875), (1, 0)):   # 0.0625^.75 = 1/8
+        vaegan.anneal(opts, 3e-4, done)
+        found = [opt.param_groups[0]["lr"].item() for opt in opts]
+        assert found == pytest.approx([3e-4 * share] * 2, rel=1e-6)
+
+
 # ---------------------------------------------------------------------------------------- who moves, where to
 
 
