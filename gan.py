@@ -22,9 +22,9 @@ Run
     python gan.py --dataset cifar10    (Fig. 2c; with --net cifar-conv Fig. 2d)
 
 Expect
-    gan-mnist-ll  187.1 +- 2.3 nats (paper 225 +- 2), +- over test images, still rising, --steps 26000: 52
-                  epochs, 15 minutes on one core of an AMD EPYC with AVX512-BF16, torch 2.14.1, bfloat16,
-                  seed 0 alone; 170 after 12,000 steps
+    gan-mnist-ll  201.4 +- 2.3 nats (paper 225 +- 2), +- over test images, after 50,000 steps: 100 epochs, 31
+                  minutes on one core of an AMD EPYC with AVX512-BF16, torch 2.14.1, bfloat16, seed 0 alone;
+                  187 after 26,000 steps, 170 after 12,000
     gan-theory    C(G) = -1.3857 (-log 4 = -1.3863), E|D - D*| = 0.012 (20 seconds, float32)
 
 Deviations
@@ -438,7 +438,7 @@ def main(argv=None):
             r.show(f"fig2{panel}", log.grid(fig2(draw(best, name, 63, args.device), unit(train)), 10, scale))
             r.show("fig3", log.grid(fig3(best, name, 6, 12, args.device), 12, scale))
             results = evaluate(args, best, name, train, valid, test, labels, unit)
-        r.results(results, passed=args.dataset != "mnist" or results["gan-mnist-ll"]["value"] >= 170)
+        r.results(results, passed=args.dataset != "mnist" or results["gan-mnist-ll"]["value"] >= 190)
 
 
 if __name__ == "__main__":
