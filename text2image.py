@@ -45,6 +45,11 @@ Deviations
     [dev 8] Shapes are neither cropped nor mirrored: captions tell left from right, and place is style.
     [dev 9] D sees data, mismatches and samples as one batch (authors' code: three).  With statistics of their
             own, BatchNorm hides from D how bright and how contrasty samples are.
+    [dev 10] The surrogate of Eq. 2 has, beside all mismatches, the hardest of each row, as the argmax of Eqs.
+            3 and 4 would have it.  Without it colour and background tell a minibatch apart, and phi_t learns
+            no shapes.  Its rate is 3e-4 and falls to 0 over the second half (authors' code: 7e-4, by .98
+            an epoch).
+    [dev 11] What draws, and teaches S, is a running average of G's weights.  --average 0: G as it is.
 """
 
 import argparse
@@ -60,12 +65,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import UserError, data, log, metrics, run
-from common.fuse import autocast, descend, frozen, fuse, place, sampling
+from common.fuse import autocast, average, averaged, descend, frozen, fuse, place, sampling
 
 # Authors' code: 70 symbols, "-" twice, of which the last counts.
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "
 SYMBOLS = {s: i for i, s in enumerate(ALPHABET, 1)}
 LENGTH = 201                 # symbols of a sentence
+LR_PHI = 3e-4                # Adam's first rate for phi_t and phi_v [dev 10]
 NZ, NT, NH = 100, 128, 1024  # sizes of z, of the projected text and of h = phi_t(t)
 VARIANTS = ("gan", "cls", "int", "int-cls")
 OTHER = "a text2image run with the --width and --image-features of this one"
@@ -326,12 +332,15 @@ def some(h, m):
 # -------------------------------------------------------------------------------------------------- objective
 
 def L_joint(v, h, content):
-    """Eq. 2's surrogate: the mean over mismatching pairs i, j of the hinges max(0, 1 + v_i.h_j - v_i.h_i) +
-    max(0, 1 + v_j.h_i - v_i.h_i).  v, h (n, 1024), content (n,).  2 where all v = 0."""
+    """Eq. 2's surrogate, of the hinges max(0, 1 + v_i.h_j - v_i.h_i) and max(0, 1 + v_j.h_i - v_i.h_i) of
+    mismatching pairs i, j: their mean over pairs plus the mean over i of the largest of each [dev 10].
+
+    v, h (n, 1024), content (n,).  4 where all v = 0.
+    """
     s = v.float() @ h.float().T
     matching, other = s.diagonal()[:, None], (content[:, None] != content).float()
-    hinges = (1 + s - matching).clamp(min=0) + (1 + s.T - matching).clamp(min=0)
-    return (other * hinges).sum() / other.sum().clamp(min=1)
+    hinges = other * torch.stack([1 + s - matching, 1 + s.T - matching]).clamp(min=0)
+    return hinges.sum() / other.sum().clamp(min=1) + hinges.amax(2).sum() / len(v)
 
 
 def V(a_r, a_f):
@@ -372,6 +381,8 @@ def parse_args(argv=None):
     add("--lr", type=positive, default=2e-4, help="Adam's rate for G, D and S, Sec. 5 [%(default)s]")
     add("--halve-every", type=run.number(int, 0), default=100, metavar="EPOCHS",
         help="epochs after which it is halved, 0: never [%(default)s]")
+    add("--average", type=run.number(float, 0, 1), default=0.999,
+        help="decay of the running average of G that draws, 0: G as it is [%(default)s]")
     add("--image-features", choices=("own", "googlenet"), default="own",
         help="phi_v: a network trained with phi_t, or torchvision's GoogLeNet [%(default)s]")
     add("--encoder-steps", type=run.number(int, 1), default=3000,
@@ -399,12 +410,13 @@ def adam(args, lr, *nets):
 
 
 def build(args, train):
-    """The networks, their optimizers, and the fused iterations of the three phases; `learn` makes the texts h
-    of the second and third from the phi_t of the first."""
+    """The networks, G_bar, the average of G, among them, their optimizers, and the fused iterations of the
+    three phases; `learn` makes the texts h of the second and third from the phi_t of the first."""
     nets = networks(args.width, args.image_features)
+    nets["G_bar"] = averaged(nets["G"])
     nets = dict(zip(nets, place(args, *nets.values())))
-    phi_t, phi_v, G, D, S = nets.values()
-    opts = {"opt_phi": adam(args, 7e-4, phi_t, phi_v), "opt_G": adam(args, args.lr, G),
+    phi_t, phi_v, G, D, S, G_bar = nets.values()
+    opts = {"opt_phi": adam(args, LR_PHI, phi_t, phi_v), "opt_G": adam(args, args.lr, G),
             "opt_D": adam(args, args.lr, D), "opt_S": adam(args, args.lr, S)}
     amp, beta, cls, int_ = autocast(args), args.beta, "cls" in args.variant, "int" in args.variant
     t, content = train.t.to(args.device), train.content.to(args.device)
@@ -436,6 +448,7 @@ def build(args, train):
             a_f = D(torch.cat([x, x_fake]), torch.cat([h, h_fake]))[len(x):]    # [dev 5], [dev 9]
         log_s = L_G(a_f)                                    # of interpolated texts too: [dev 4]
         descend(-log_s, opts["opt_G"])                      # lines 12, 13 [dev 3]
+        average(G_bar, G, args.average)                     # [dev 11]
         G.t.add_(1)
         scores = {"s_r": a_r, "s_f": a_f} | ({"s_w": a_w[0]} if cls else {})
         return {"L_D" if cls else "V": value, "L_G": log_s,
@@ -446,8 +459,8 @@ def build(args, train):
         h = some(h_all[i], args.captions)
         z = torch.randn(len(h), NZ, device=h.device)
         with amp:
-            with sampling(G):
-                x_fake = G(z, h)
+            with sampling(G_bar):
+                x_fake = G_bar(z, h)
             z_hat = S(x_fake)
         loss = L_style(z, z_hat)
         descend(loss, opts["opt_S"])
@@ -531,7 +544,7 @@ def between(a, b, n=8):
 
 def figures(r, nets, test):
     """Draw the paper's figures into the run's folder."""
-    args, (phi_t, _, G, _, S) = r.args, nets.values()
+    args, (phi_t, _, _, _, S, G) = r.args, nets.values()
     name = {"flowers-102": "fig4", "coco": "fig7"}.get(Path(args.dataset).stem, "fig3")
     with r.aside():
         r.show(name, draw_captions(test, [(G, phi_t)], args.device))
@@ -553,11 +566,11 @@ def figures(r, nets, test):
 
 
 def trained(args, where):
-    """G and phi_t of the run or checkpoint `where`, with this run's --width."""
+    """The average of G, and phi_t, of the run or checkpoint `where`, with this run's --width."""
     nets = networks(args.width)
-    G, phi_t = place(args, nets["G"], nets["phi_t"])
-    run.fetch(where, OTHER, args.device, G=G, phi_t=phi_t)
-    return G, phi_t
+    G_bar, phi_t = place(args, averaged(nets["G"]), nets["phi_t"])
+    run.fetch(where, OTHER, args.device, G_bar=G_bar, phi_t=phi_t)
+    return G_bar, phi_t
 
 
 def draw_prompts(r, sentences):
@@ -632,7 +645,7 @@ def verify(f, style):
 
 def evaluate(r, nets, pictures, train, test):
     """The numbers on what is held out: experiment id -> dict with "value", and the paper's if it has one."""
-    args, extra, (phi_t, phi_v, G, _, S) = r.args, pictures.extra, nets.values()
+    args, extra, (phi_t, phi_v, _, _, S, G) = r.args, pictures.extra, nets.values()
     h, v = texts_of(phi_t, test.t, args.device), see(phi_v, test.images, args.device)
     h_1 = h[:, :args.captions].mean(1)
     y, unit = test.content.to(args.device), "% right by Eq. 3 (f_t: by Eq. 4)"
@@ -701,15 +714,15 @@ def main(argv=None):
     batches = data.Batches(train.images, torch.arange(len(train.images)), batch_size=args.batch_size,
                            device=args.device, seed=args.seed, scale=(-1.0, 1.0), rank=r.rank, world=r.world)
     nets, opts, steps, learn = build(args, train)
-    phi_t, phi_v, G, _, S = nets.values()
+    phi_t, phi_v, G, _, S, G_bar = nets.values()
     if args.encoder and not args.resume:
         run.fetch(args.encoder, OTHER, args.device, phi_t=phi_t, phi_v=phi_v)
     r.keep(**nets, **opts, batches=batches)
     if args.sample:
         h = texts_of(phi_t, test.t[:, 0], args.device)
-        return r.sample(lambda n: draw(G, h[torch.randint(len(h), (n,), device=h.device)]), (-1.0, 1.0))
+        return r.sample(lambda n: draw(G_bar, h[torch.randint(len(h), (n,), device=h.device)]), (-1.0, 1.0))
     if args.beside:
-        gs = [(G, phi_t), *(trained(args, where) for where in args.beside)]
+        gs = [(G_bar, phi_t), *(trained(args, where) for where in args.beside)]
         with r.aside():
             r.show("beside", draw_captions(test, gs, args.device, samples=2))
         runs = ", ".join(map(str, [r.folder, *args.beside]))
@@ -728,6 +741,9 @@ def main(argv=None):
             learn()
             learnt = True
         x, i = next(batches)
+        if step <= ends[0]:                                                             # [dev 10]
+            left = (ends[0] - step + 1) / args.encoder_steps
+            opts["opt_phi"].param_groups[0]["lr"].fill_(LR_PHI * min(1.0, 2 * left))
         r.log(steps[sum(step > end for end in ends)](x, i))
         if ends[0] < step <= ends[1]:
             k = done + step - ends[0]                       # updates of G
@@ -736,7 +752,7 @@ def main(argv=None):
                     opt.param_groups[0]["lr"].mul_(0.5)
             if k % args.save_every == 0 or step == ends[1]:
                 with r.aside():
-                    r.show("samples", draw_captions(test, [(G, phi_t)], args.device))
+                    r.show("samples", draw_captions(test, [(G_bar, phi_t)], args.device))
 
     if r.lead:
         figures(r, nets, test)

@@ -96,8 +96,11 @@ def test_L_joint_against_a_double_loop():
     v, h, y = rng.normal(size=(7, 5)), rng.normal(size=(7, 5)), np.array([0, 1, 1, 2, 3, 4, 0])
     terms = [max(0, 1 + v[i] @ h[j] - v[i] @ h[i]) + max(0, 1 + v[j] @ h[i] - v[i] @ h[i])
              for i in range(7) for j in range(7) if y[i] != y[j]]
-    assert L_joint(*map(torch.tensor, (v, h, y))).item() == pytest.approx(np.mean(terms), abs=1e-5)
-    assert L_joint(torch.zeros(4, 3), torch.randn(4, 3), torch.arange(4)).item() == 2
+    hardest = [max(max(0, 1 + sign(i, j) - v[i] @ h[i]) for j in range(7) if y[i] != y[j]) for i in range(7)
+               for sign in (lambda i, j: v[i] @ h[j], lambda i, j: v[j] @ h[i])]
+    expected = np.mean(terms) + 2 * np.mean(hardest)
+    assert L_joint(*map(torch.tensor, (v, h, y))).item() == pytest.approx(expected, abs=1e-5)
+    assert L_joint(torch.zeros(4, 3), torch.randn(4, 3), torch.arange(4)).item() == 4
     assert L_joint(9 * torch.eye(4), torch.eye(4), torch.arange(4)).item() == 0
     assert L_joint(torch.randn(4, 3), torch.randn(4, 3), torch.zeros(4)).item() == 0    # nothing mismatches
 
@@ -238,7 +241,7 @@ def test_each_phase_moves_its_own_networks():
     nets, _, (encoder_step, gan_step, style_step), learn = built()
     assert moved(encoder_step, nets)[0] == {"phi_t", "phi_v"}
     learn()
-    assert moved(gan_step, nets)[0] == {"G", "D"}
+    assert moved(gan_step, nets)[0] == {"G", "D", "G_bar"}
     assert moved(style_step, nets)[0] == {"S"}                                  # not G's averages either
     assert [int(nets[k].t) for k in ("phi_t", "G", "S")] == [1, 1, 1]
 
@@ -445,5 +448,5 @@ def test_resumed_steps_equal_uninterrupted_ones(tiny, tmp_path):
     text2image.main(["--resume", str(tmp_path / "text2image-tiny-b"), "--steps", "4"])
     a, b = (torch.load(tmp_path / f"text2image-tiny-{k}" / "checkpoint.pt", weights_only=True) for k in "ab")
     assert a["step"] == b["step"] == 6 and int(b["parts"]["G"]["t"]) == 4
-    for name in ("phi_t", "phi_v", "G", "D", "S"):
+    for name in ("phi_t", "phi_v", "G", "D", "S", "G_bar"):
         assert all(torch.equal(v, b["parts"][name][k]) for k, v in a["parts"][name].items()), name
