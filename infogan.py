@@ -40,8 +40,8 @@ Deviations
             turns into one saturated pattern.
     [dev 9] On faces sigma of the codes is 1 (as in the authors' code for MNIST) and lam 1 (Table 5: .1 or
             .2): a learnt sigma lets codes hide in a texture that only Q sees.
-    [dev 10] On MNIST D and Q see pictures, data and samples alike, turned, stretched, sheared and moved at
-            random: what c1 says has to survive that, and which digit it is does.  --warp 0: without.
+    [dev 10] On MNIST D and Q see half of the pictures, data and samples alike, turned, stretched, sheared and
+            moved at random: what c1 says has to survive that, and which digit it is does.  --warp 0: without.
     [dev 11] On MNIST both rates fall to 0 in a straight line over the second half of the run.
 """
 
@@ -349,7 +349,7 @@ def anneal(net, opt_D, opt_G, done):
 def judge(D, x, x_fake, net, detach=False):
     """(a_real, a_fake, q of the samples).  BatchNorm's statistics are each batch's own, or with net.together
     those of data and samples as one, so that D sees how they differ in brightness and contrast [dev 7]."""
-    x_fake, x = data.warp(x_fake, net.warp), None if x is None else data.warp(x, net.warp)      # [dev 10]
+    x_fake, x = (None if t is None else data.warp(t, net.warp, share=0.5) for t in (x_fake, x))     # [dev 10]
     if net.noise:                                           # [dev 8]
         x_fake = x_fake + net.noise * torch.randn_like(x_fake)
         x = None if x is None else x + net.noise * torch.randn_like(x)

@@ -50,6 +50,7 @@ Deviations
             no shapes.  Its rate is 3e-4 and falls to 0 over the second half (authors' code: 7e-4, by .98
             an epoch).
     [dev 11] What draws, and teaches S, is a running average of G's weights.  --average 0: G as it is.
+    [dev 12] D's inputs carry Gaussian noise of std .1, without which D wins by the finest texture.
 """
 
 import argparse
@@ -381,6 +382,8 @@ def parse_args(argv=None):
     add("--lr", type=positive, default=2e-4, help="Adam's rate for G, D and S, Sec. 5 [%(default)s]")
     add("--halve-every", type=run.number(int, 0), default=100, metavar="EPOCHS",
         help="epochs after which it is halved, 0: never [%(default)s]")
+    add("--noise", type=run.number(float, 0), default=0.1,
+        help="std of the Gaussian noise on what D sees [%(default)s]")
     add("--average", type=run.number(float, 0, 1), default=0.999,
         help="decay of the running average of G that draws, 0: G as it is [%(default)s]")
     add("--image-features", choices=("own", "googlenet"), default="own",
@@ -432,6 +435,9 @@ def build(args, train):
         phi_t.t.add_(1)
         return {"L_joint": loss}
 
+    def noisy(x):
+        return x + args.noise * torch.randn_like(x)         # [dev 12]
+
     @fuse(args)
     def gan_step(x, i):
         x, h = view(x), some(h_all[i], args.captions)       # Alg. 1 line 3
@@ -440,12 +446,13 @@ def build(args, train):
         h_wrong = h[mismatched(content[i])] if cls else None                    # line 4
         with amp:
             x_fake = G(z, h_fake)                           # line 6
-            both = torch.cat([x, x_fake[:len(x)].detach()])
+            both = noisy(torch.cat([x, x_fake[:len(x)].detach()]))
             a_r, a_f, *a_w = D(both, torch.cat([h, h]), h_wrong).split(len(x))  # lines 7-9 [dev 9]
         value = L_D(a_r, *a_w, a_f) if cls else V(a_r, a_f)
         descend(-value, opts["opt_D"])                      # lines 10, 11 [dev 3]
         with amp, frozen(D):
-            a_f = D(torch.cat([x, x_fake]), torch.cat([h, h_fake]))[len(x):]    # [dev 5], [dev 9]
+            both = noisy(torch.cat([x, x_fake]))
+            a_f = D(both, torch.cat([h, h_fake]))[len(x):]  # [dev 5], [dev 9]
         log_s = L_G(a_f)                                    # of interpolated texts too: [dev 4]
         descend(-log_s, opts["opt_G"])                      # lines 12, 13 [dev 3]
         average(G_bar, G, args.average)                     # [dev 11]

@@ -567,16 +567,17 @@ def brief(e):
 
 # ---- minibatches
 
-def warp(x, amount=1.0):
-    """Each picture of x (n, C, H, W) turned, stretched, sheared and moved at random, its edges continued.
+def warp(x, amount=1.0, share=0.8):
+    """Some pictures of x (n, C, H, W) turned, stretched, sheared and moved at random, its edges continued.
 
     `amount` 1: turned by up to 20 degrees, sides stretched by up to 28 %, sheared by up to a fifth, moved by
-    up to a fourteenth (2 of 28 pixels); 0: x itself.  A fifth of the pictures stay as they are, so that one
-    who learns to draw what looks like data when both are warped draws data, not warped data.  Differentiable.
+    up to a fourteenth (2 of 28 pixels); 0: x itself.  `share`: of the pictures; the others stay as they
+    are, so that one who learns to draw what looks like data when both are warped draws data, not warped data:
+    the better the fewer are warped.  Differentiable.
     """
     if not amount:
         return x
-    size = amount * (torch.rand(len(x), 1, device=x.device) < 0.8)
+    size = amount * (torch.rand(len(x), 1, device=x.device) < share)
     drawn = (size * (2 * torch.rand(len(x), 6, device=x.device) - 1)).unbind(1)
     bounds = 0.35, 0.2, 0.25, 0.25, 1 / 7, 1 / 7            # no tensor: a captured step may not copy one
     turn, shear, wide, high, right, down = (bound * part for bound, part in zip(bounds, drawn))

@@ -778,7 +778,7 @@ def test_missing_package(tmp_path, monkeypatch):
 # ---- pictures turned, stretched and moved ------------------------------------------------------------------
 
 
-def test_warp_moves_turns_and_leaves_a_fifth():
+def test_warp_moves_turns_and_leaves_a_share():
     torch.manual_seed(0)
     n, at = 4000, (torch.arange(57) - 28) / 28.5                    # centres of the pixels in [-1, 1]
     dot = torch.exp(-0.5 * (at[:, None] ** 2 + at ** 2) / 0.05 ** 2).expand(n, 1, 57, 57)
@@ -787,6 +787,8 @@ def test_warp_moves_turns_and_leaves_a_fifth():
     still = (place.abs() < 1e-4).all(1)
     assert still.double().mean().item() == pytest.approx(0.2, abs=0.03)
     assert place.abs().amax(0).tolist() == pytest.approx([1 / 7 * 1.2, 1 / 7 * 1.2], abs=0.06)
+    same = (data.warp(dot, share=0.5)[:, 0] - dot[:, 0]).abs().amax((1, 2)) < 1e-4
+    assert same.double().mean().item() == pytest.approx(0.5, abs=0.03)
     bar = torch.zeros(n, 1, 57, 57)
     bar[:, :, 26:31, 8:49] = 1                                      # level: what slope it has is the turn's
     y = data.warp(bar)[:, 0]

@@ -217,7 +217,7 @@ def test_noise_on_what_D_sees():
 def test_D_sees_data_and_samples_warped(monkeypatch):
     """[dev 10]: both, and both alike."""
     seen = []
-    monkeypatch.setattr(infogan.data, "warp", lambda x, amount: seen.append((len(x), amount)) or x)
+    monkeypatch.setattr(infogan.data, "warp", lambda x, amount, share: seen.append((len(x), amount)) or x)
     D = lambda x, detach=False: (x, x)
     infogan.judge(D, torch.zeros(3, 1, 28, 28), torch.ones(4, 1, 28, 28), NETS["mnist"])
     assert sorted(seen) == [(3, 1.0), (4, 1.0)]
