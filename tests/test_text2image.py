@@ -246,6 +246,22 @@ def test_each_phase_moves_its_own_networks():
     assert [int(nets[k].t) for k in ("phi_t", "G", "S")] == [1, 1, 1]
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_D_sees_pictures_under_noise(noise):
+    """[dev 12]: data and samples alike, in both updates."""
+    nets, _, (_, gan_step, _), learn = built("--noise", str(noise))
+    learn()
+    x, seen = torch.zeros(12, 3, 64, 64), []
+    nets["D"].register_forward_pre_hook(lambda net, given: seen.append(given[0].detach()))
+    drawn = []
+    nets["G"].register_forward_hook(lambda net, given, out: drawn.append(out.detach()))
+    gan_step(x, torch.arange(12))
+    for both, fake in zip(seen, (drawn[0][:12], drawn[0])):
+        added = both.float() - torch.cat([x, fake.float()])
+        assert [part.std().item() for part in (added[:12], added[12:])] == pytest.approx([noise] * 2, abs=4e-3)
+    assert len(seen) == 2
+
+
 @pytest.mark.parametrize("variant, texts, keys", [
     ("gan", 12, {"V", "L_G", "s_r", "s_f"}), ("cls", 12, {"L_D", "L_G", "s_r", "s_f", "s_w"}),
     ("int", 18, {"V", "L_G", "s_r", "s_f"}), ("int-cls", 18, {"L_D", "L_G", "s_r", "s_f", "s_w"})])
