@@ -258,7 +258,8 @@ def test_D_sees_pictures_under_noise(noise):
     gan_step(x, torch.arange(12))
     for both, fake in zip(seen, (drawn[0][:12], drawn[0])):
         added = both.float() - torch.cat([x, fake.float()])
-        assert [part.std().item() for part in (added[:12], added[12:])] == pytest.approx([noise] * 2, abs=4e-3)
+        spread = [part.std().item() for part in (added[:12], added[12:])]
+        assert spread == pytest.approx([noise] * 2, abs=4e-3)
     assert len(seen) == 2
 
 
