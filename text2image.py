@@ -39,7 +39,8 @@ Deviations
     [dev 4] For the interpolated texts too G ascends log D in place of descending log(1 - D) of Eq. 5; they
             are a third of G's batch.  Both as in the authors' code.
     [dev 5] One pass of G serves both updates, and G climbs D as just updated.
-    [dev 6] Rates are halved every 100 epochs, as in the authors' code; the paper has them constant.
+    [dev 6] Rates of G and D fall to 0 in a straight line over the second half of their steps (the authors'
+            code halves them every 100 epochs; the paper has them constant).
     [dev 7] S, of which the paper says only that it is a convolutional network, is D's convolutions and one
             linear layer.
     [dev 8] Shapes are neither cropped nor mirrored: captions tell left from right, and place is style.
@@ -382,8 +383,6 @@ def parse_args(argv=None):
     add("--views", action=argparse.BooleanOptionalAction, help="random crops and mirroring [all but shapes]")
     add("--lr-D", type=positive, default=2e-4, help="Adam's rate for D and S, Sec. 5 [%(default)s]")
     add("--lr-G", type=positive, default=6e-4, help="Adam's rate for G [%(default)s]")
-    add("--halve-every", type=run.number(int, 0), default=100, metavar="EPOCHS",
-        help="epochs after which those of G and D are halved, 0: never [%(default)s]")
     add("--noise", type=run.number(float, 0), default=0.1,
         help="std of the Gaussian noise on what D sees [%(default)s]")
     add("--average", type=run.number(float, 0, 1), default=0.999,
@@ -409,9 +408,15 @@ def parse_args(argv=None):
 # --------------------------------------------------------------------------------------------------- training
 
 def adam(args, lr, *nets):
-    """Adam, beta_1 .5, its rate a tensor: halved in place, it takes effect in a captured step too."""
+    """Adam, beta_1 .5, its rate a tensor, for anneal()."""
     params = [p for net in nets for p in net.parameters() if p.requires_grad]
     return torch.optim.Adam(params, torch.tensor(lr, device=args.device), betas=(0.5, 0.999), fused=True)
+
+
+def anneal(opt, lr, left):
+    """The rate with the share `left` of a phase to go, in place, so that a captured step follows: lr, over
+    the second half falling to 0 in a straight line [dev 6], [dev 10]."""
+    opt.param_groups[0]["lr"].fill_(lr * min(1.0, 2 * left))
 
 
 def build(args, train):
@@ -738,10 +743,10 @@ def main(argv=None):
         return print(f"true picture, then two samples each of {runs}: {r.folder / 'beside.png'}")
 
     # What each phase has still to do: a run that is resumed with more --steps goes on with G and D, then S.
-    done = int(G.t)
-    if done < args.steps:
+    done, gan_steps = int(G.t), args.steps
+    if done < gan_steps:
         S.t.zero_()
-    left = (0 if args.encoder else args.encoder_steps - int(phi_t.t), args.steps - done,
+    left = (0 if args.encoder else args.encoder_steps - int(phi_t.t), gan_steps - done,
             args.style_steps - int(S.t))
     ends = list(accumulate((max(0, n) for n in left), initial=r.step))[1:]
     args.steps, learnt = ends[-1], False
@@ -750,15 +755,14 @@ def main(argv=None):
             learn()
             learnt = True
         x, i = next(batches)
-        if step <= ends[0]:                                                             # [dev 10]
-            left = (ends[0] - step + 1) / args.encoder_steps
-            opts["opt_phi"].param_groups[0]["lr"].fill_(LR_PHI * min(1.0, 2 * left))
+        if step <= ends[0]:
+            anneal(opts["opt_phi"], LR_PHI, (ends[0] - step + 1) / args.encoder_steps)
+        elif step <= ends[1]:
+            for name, lr in (("opt_G", args.lr_G), ("opt_D", args.lr_D)):
+                anneal(opts[name], lr, (ends[1] - step + 1) / gan_steps)
         r.log(steps[sum(step > end for end in ends)](x, i))
         if ends[0] < step <= ends[1]:
             k = done + step - ends[0]                       # updates of G
-            if args.halve_every and k % (args.halve_every * batches.per_epoch) == 0:
-                for opt in (opts["opt_G"], opts["opt_D"]):                              # [dev 6]
-                    opt.param_groups[0]["lr"].mul_(0.5)
             if k % args.save_every == 0 or step == ends[1]:
                 with r.aside():
                     r.show("samples", draw_captions(test, [(G_bar, phi_t)], args.device))

@@ -246,6 +246,14 @@ def test_each_phase_moves_its_own_networks():
     assert [int(nets[k].t) for k in ("phi_t", "G", "S")] == [1, 1, 1]
 
 
+def test_rates_fall_over_the_second_half_of_a_phase():
+    """[dev 6], [dev 10]"""
+    _, opts, *_ = built()
+    for left, share in ((1, 1), (0.5, 1), (0.25, 0.5), (0, 0)):
+        text2image.anneal(opts["opt_G"], 6e-4, left)
+        assert opts["opt_G"].param_groups[0]["lr"].item() == pytest.approx(6e-4 * share)
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_D_sees_pictures_under_noise(noise):
     """[dev 12]: data and samples alike, in both updates."""

@@ -3,6 +3,7 @@ gating, protocols of Sec. 4, figures and numbers."""
 
 import json
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -474,8 +475,17 @@ def test_resumed_it_goes_on_to_the_bit(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(vaegan, "figures", lambda *a: None)
     monkeypatch.setattr(vaegan, "evaluate", lambda *a: {"vg-celeba-recon": {"value": 0, "sharpness": 1}})
     vaegan.main(small(digits, tmp_path, "--gating", "--steps", 4, "--name", "whole"))
-    vaegan.main(small(digits, tmp_path, "--gating", "--steps", 2, "--name", "parts"))
-    vaegan.main(["--resume", str(tmp_path / "vaegan-digits-parts"), "--steps", "4"])
+    anneal = vaegan.anneal
+
+    def stop(opts, lr, done):                               # Ctrl-C in the second of four steps
+        anneal(opts, lr, done)
+        if done == 0.25:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(vaegan, "anneal", stop)
+        vaegan.main(small(digits, tmp_path, "--gating", "--steps", 4, "--name", "parts"))
+    vaegan.main(["--resume", str(tmp_path / "vaegan-digits-parts")])
     whole, parts = (saved(tmp_path / f"vaegan-digits-{n}") for n in ("whole", "parts"))
     for net in ("Enc", "Dec", "Dis"):
         assert all(torch.equal(v, parts[net][k]) for k, v in whole[net].items())
