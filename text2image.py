@@ -49,9 +49,9 @@ Deviations
     [dev 9] D sees data, mismatches and samples as one batch (authors' code: three).  With statistics of their
             own, BatchNorm hides from D how bright and how contrasty samples are.
     [dev 10] The surrogate of Eq. 2 has, beside all mismatches, the hardest of each row, as the argmax of Eqs.
-            3 and 4 would have it.  Without it colour and background tell a minibatch apart, and phi_t learns
-            no shapes.  Its rate is 3e-4 and falls to 0 over the second half (authors' code: 7e-4, by .98
-            an epoch).
+            3 and 4 would have it: 96.5 % of unseen pictures pick their own captions out of 100, without 93.6.
+            Its rate is 3e-4 and falls to 0 over the second half; from the 7e-4 of the authors' code, which
+            falls by .98 an epoch, it is 77.5 %.
     [dev 11] What draws, and teaches S, is a running average of G's weights.  --average 0: G as it is.
     [dev 12] D's inputs carry Gaussian noise of std .1, and the rate of G is three times D's 2e-4, the paper's
             for both: without, D wins by the finest texture, and G heeds neither shapes nor z.
