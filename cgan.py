@@ -28,8 +28,8 @@ Expect
     cgan-mnist-ll  158.0 +- 1.5 nats (paper 132 +- 1.8), 92 % of the samples with the label asked for:
                    --steps 20000, 14 minutes on one core of an AMD EPYC with AVX512-BF16, torch 2.14.1,
                    bfloat16, seed 0 alone; 113.5 after 25,000 steps with --average 0
-    dcgan-mnist-1nn  5.01 % (paper 2.98), 98.6 % with the label asked for: --net dcgan28 --steps 3000, about 24
-                   minutes on the same core
+    dcgan-mnist-1nn  5.01 % (paper 2.98), 98.6 % with the label asked for: --net dcgan28 --steps 3000, about
+                   24 minutes on the same core
 
 Deviations
     [dev 1] On MNIST's perceptrons and on tags D and G step together, from one pass, both at the old
