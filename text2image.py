@@ -560,7 +560,7 @@ def between(a, b, n=8):
 
 def figures(r, nets, test):
     """Draw the paper's figures into the run's folder."""
-    args, (phi_t, _, _, _, S, G) = r.args, nets.values()
+    args, (phi_t, _, _, _, S, G) = r.args, nets.values()    # G: the average, which draws
     name = {"flowers-102": "fig4", "coco": "fig7"}.get(Path(args.dataset).stem, "fig3")
     with r.aside():
         r.show(name, draw_captions(test, [(G, phi_t)], args.device))
@@ -661,7 +661,7 @@ def verify(f, style):
 
 def evaluate(r, nets, pictures, train, test):
     """The numbers on what is held out: experiment id -> dict with "value", and the paper's if it has one."""
-    args, extra, (phi_t, phi_v, _, _, S, G) = r.args, pictures.extra, nets.values()
+    args, extra, (phi_t, phi_v, _, _, S, G) = r.args, pictures.extra, nets.values()   # G: the average
     h, v = texts_of(phi_t, test.t, args.device), see(phi_v, test.images, args.device)
     h_1 = h[:, :args.captions].mean(1)
     y, unit = test.content.to(args.device), "% right by Eq. 3 (f_t: by Eq. 4)"
