@@ -3,16 +3,16 @@ Alireza Makhzani, Jonathon Shlens, Navdeep Jaitly, Ian Goodfellow, Brendan Frey,
 
 An autoencoder, Q from x to a code z and P back, whose codes D and Q bring to a prior that one can draw from.
 
-    Eq. 1      q(z) = E_{x ~ data}[q(z|x)], the aggregated posterior, to equal p(z)-> Encoder()
-    Sec. 2     min_Q max_D  V = E_{z ~ p(z)}[log D(z)] + E_{z ~ q(z)}[log(1 - D(z))]-> V()
-    Sec. 2     a minibatch: the reconstruction phase, then the regularisation phase-> train_step()
-    Eq. 2      VAE: E_x[E_{q(z|x)}[-log p(x|z)] + KL(q(z|x) || p(z))] (Fig. 2c, d)-> vae_step(), kl()
-    Sec. 2.3   a label is a one-hot input of D; priors of Figs. 2 and 4           -> mixture(), swiss_roll()
-    Sec. 3     Table 1: log-likelihood under a Parzen window of samples           -> likelihood()
-    Sec. 4     P gets the label y, z is left with the style (Fig. 6)              -> style()
-    Sec. 5     Q infers y and z; third, the semi-supervised phase (Table 2)       -> semi()
-    Sec. 6     without labels categories are clusters (Table 3, Fig. 9)           -> cluster(), head_labels()
-    Sec. 7     P gets W_C y + z, W_C the cluster heads (Fig. 10)                  -> reduce(), repulsion()
+    Eq. 1      q(z) = E_{x~data}[q(z|x)], the aggregated posterior, is to be p(z)  -> Encoder()
+    Sec. 2     min_Q max_D V = E_{z~p(z)}[log D(z)] + E_{z~q(z)}[log(1 - D(z))]    -> V()
+    Sec. 2     a minibatch: reconstruction phase, then regularisation phase        -> train_step()
+    Eq. 2      VAE: E_x[E_{q(z|x)}[-log p(x|z)] + KL(q(z|x) || p(z))], Fig. 2c, d  -> vae_step(), kl()
+    Sec. 2.3   a label is a one-hot input of D; priors of Figs. 2 and 4            -> mixture(), swiss_roll()
+    Sec. 3     Table 1: log-likelihood under a Parzen window of samples            -> likelihood()
+    Sec. 4     P gets the label y, z is left with the style (Fig. 6)               -> style()
+    Sec. 5     Q infers y and z; third, the semi-supervised phase (Table 2)        -> semi()
+    Sec. 6     without labels categories are clusters (Table 3, Fig. 9)            -> cluster(), head_labels()
+    Sec. 7     P gets W_C y + z, W_C the cluster heads (Fig. 10)                   -> reduce(), repulsion()
 
 Run
     python aae.py                                   (Fig. 4a, b: a mixture of ten Gaussians, 10,000 labels)

@@ -55,6 +55,8 @@ Deviations
     [dev 11] What draws, and teaches S, is a running average of G's weights.  --average 0: G as it is.
     [dev 12] D's inputs carry Gaussian noise of std .1, and the rate of G is three times D's 2e-4, the paper's
             for both: without, D wins by the finest texture, and G heeds neither shapes nor z.
+    [dev 13] h is scaled to a deviation of .2 over the training texts.  As phi_t gives it, G's projection of
+            it begins at a sixtieth of z, and interpolated texts (Fig. 8) all ended at one picture.
 """
 
 import argparse
@@ -99,6 +101,7 @@ class Text(nn.Module):
             nn.Conv1d(c2, c3, 4), nn.ReLU(), nn.MaxPool1d(3, 2))                # 256 x 8
         self.into, self.on = nn.Linear(c3, self.units), nn.Linear(self.units, self.units)
         self.out = nn.Linear(self.units, NH)
+        self.register_buffer("scale", torch.ones(()))       # of the h that G and D get [dev 13]
         for name, p in self.named_parameters():                                 # sums keep their spread
             bound = 0.08 if name.startswith("convs.0") else 0.08 * (384 / c1) ** 0.5
             nn.init.uniform_(p, -bound, bound)
@@ -484,16 +487,19 @@ def build(args, train):
         return {"L_style": loss}
 
     def learn():
-        h_all.copy_(texts_of(phi_t, train.t, args.device))
+        phi_t.scale.fill_(1.0)
+        h = texts_of(phi_t, train.t, args.device)
+        phi_t.scale.copy_(0.2 / h.std((0, 1)).mean().clamp_min(1e-6))            # [dev 13]
+        h_all.copy_(phi_t.scale * h)
 
     return nets, opts, (encoder_step, gan_step, style_step), learn
 
 
 def texts_of(phi_t, t, device):
-    """h = phi_t(t) for symbols t (..., 201): (..., 1024) float32 on the device."""
+    """h = phi_t(t), scaled [dev 13], for symbols t (..., 201): (..., 1024) float32 on the device."""
     with sampling(phi_t):
-        return torch.cat([phi_t(part.to(device)) for part in t.flatten(0, -2).split(500)]).unflatten(
-            0, t.shape[:-1])
+        h = torch.cat([phi_t(part.to(device)) for part in t.flatten(0, -2).split(500)])
+    return phi_t.scale * h.unflatten(0, t.shape[:-1])
 
 
 def draw(G, h):

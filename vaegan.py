@@ -49,6 +49,7 @@ Deviations
             Dis soon tells all of them apart by the finest texture, and Dec draws nothing else.  --noise 0.
     [dev 9] Dec descends -log Dis of its pictures in place of log(1 - Dis), whose gradient is nothing while
             Dis wins.  --loss minimax: Eq. 9.
+    [dev 10] What draws is a running average of Dec's weights.  --average 0: Dec as it is.
 """
 
 from dataclasses import replace
@@ -60,7 +61,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import UserError, data, log, metrics, run
-from common.fuse import autocast, descend, frozen, fuse, place, sampling
+from common.fuse import autocast, average, averaged, descend, frozen, fuse, place, sampling
 
 MODELS = {  # of Sec. 4.1, with their networks; VAE/GAN_Dis0 is VAE/GAN with the likelihood of pixels
     "vaegan": ("Enc", "Dec", "Dis"), "vae": ("Enc", "Dec"), "gan": ("Dec", "Dis"),
@@ -284,6 +285,8 @@ def parse_args(argv=None):
         help="what Dec descends: L_GAN of Eq. 9, or -log Dis of its pictures [%(default)s]")
     add("--noise", type=run.number(float, 0), default=0.2,
         help="std of the Gaussian noise on what Dis sees while it learns [%(default)s]")
+    add("--average", type=run.number(float, 0, 1), default=0.999,
+        help="decay of the running average of Dec that draws, 0: Dec as it is [%(default)s]")
     add("--gating", action="store_true", help="leave out the step of Dis or Dec when it is far ahead")
     add("--conditional", action="store_true", help="all networks are given the attributes, Sec. 4.2")
     add("--dis", metavar="RUN", help="vae_dis: folder of the GAN run whose Dis is its fixed metric")
@@ -301,13 +304,15 @@ def parse_args(argv=None):
 # --------------------------------------------------------------------------------------------------- training
 
 def build(args, dy):
-    """The networks and optimizers that the model has, by name, and its fused iteration."""
+    """The model's networks, with them Dec_bar, the average of Dec, and optimizers by name, and its fused
+    iteration."""
     nets = dict(zip(("Enc", "Dec", "Dis"), networks(args.net, args.z_dim, dy, args.width)))
     nets = {name: place(args, nets[name]) for name in MODELS[args.model]}
-    Enc, Dec, Dis = (nets.get(name) for name in ("Enc", "Dec", "Dis"))
+    nets["Dec_bar"] = averaged(nets["Dec"])
+    Enc, Dec, Dis, Dec_bar = (nets.get(name) for name in ("Enc", "Dec", "Dis", "Dec_bar"))
     if args.model == "vae_dis":
         Dis.eval()                                          # a fixed metric, BatchNorm's statistics included
-    learn = [name for name in nets if (args.model, name) != ("vae_dis", "Dis")]
+    learn = [name for name in MODELS[args.model] if (args.model, name) != ("vae_dis", "Dis")]
     opts = {f"opt_{name}": RMSProp(nets[name].parameters(), args.lr) for name in learn}  # [dev 4]
     opt_Enc, opt_Dec, opt_Dis = (opts.get(f"opt_{name}") for name in ("Enc", "Dec", "Dis"))
     amp, pixels = autocast(args), args.model in PIXELS
@@ -344,6 +349,7 @@ def build(args, dy):
         descend(prior + llike, opt_Enc,
                 gamma * llike + fool(args.loss, gan, a_tilde, a_p), opt_Dec,
                 -gan, opt_Dis)
+        average(Dec_bar, Dec, args.average)                                 # [dev 10]
         return scalars
 
     @fuse(args)
@@ -355,6 +361,7 @@ def build(args, dy):
         gan = L_GAN(a, a_p)                                                 # Eq. 5
         scalars = {"L_GAN": gan} | watch(a, a_p)
         descend(fool(args.loss, gan, a_p), opt_Dec, -gan, opt_Dis)
+        average(Dec_bar, Dec, args.average)                                 # [dev 10]
         return scalars
 
     @fuse(args)
@@ -368,6 +375,7 @@ def build(args, dy):
                 f, f_tilde = Dis(torch.cat([x, x_tilde]), y.repeat(2, 1))[1].chunk(2)
         prior, llike = L_prior(mu, log_var), L_llike(f, f_tilde)            # Eq. 2
         descend(prior + llike, opt_Enc, llike, opt_Dec)
+        average(Dec_bar, Dec, args.average)                                 # [dev 10]
         return {"L_prior": prior, "L_llike": llike}
 
     step = {"gan": gan_step, "vae": vae_step, "vae_dis": vae_step}.get(args.model, vaegan_step)
@@ -607,7 +615,7 @@ def main(argv=None):
     batches = data.Batches(pictures.images, y, batch_size=args.batch_size, device=args.device, seed=args.seed,
                            scale=(-1.0, 1.0), rank=r.rank, world=r.world)
     parts, train_step = build(args, y.shape[1])
-    Enc, Dec, Dis = (parts.get(name) for name in ("Enc", "Dec", "Dis"))
+    Enc, Dec, Dis = (parts.get(name) for name in ("Enc", "Dec_bar", "Dis"))
     if args.model == "vae_dis" and not args.resume:
         run.fetch(args.dis, "a run with --model gan and this one's --net, --width and --conditional", Dis=Dis)
     r.keep(**parts, batches=batches)

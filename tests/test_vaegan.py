@@ -462,6 +462,17 @@ def test_a_conditional_gan_and_the_vae_that_measures_with_its_Dis(digits, tmp_pa
         vaegan.main(small(digits, tmp_path, "--model", "vae_dis", "--dis", tmp_path, "--name", "none"))
 
 
+@pytest.mark.parametrize("model", ["vaegan", "vae", "gan"])
+def test_what_draws_is_the_average(digits, tmp_path, monkeypatch, model):
+    seen, each = [], vaegan.each
+    monkeypatch.setattr(vaegan, "each", lambda args, net, *rest: seen.append(net) or each(args, net, *rest))
+    vaegan.main(small(digits, tmp_path, "--steps", 3, "--model", model))
+    parts, drawn = saved(tmp_path / "vaegan-digits"), [net for net in seen if isinstance(net, vaegan.Decoder)]
+    name, p = next(drawn[0].named_parameters())
+    assert len(drawn) > 2 and not torch.equal(parts["Dec"][name], p)
+    assert all(torch.equal(dict(Dec.named_parameters())[name], parts["Dec_bar"][name]) for Dec in drawn)
+
+
 def test_resumed_it_goes_on_to_the_bit(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(vaegan, "figures", lambda *a: None)
     monkeypatch.setattr(vaegan, "evaluate", lambda *a: {"vg-celeba-recon": {"value": 0, "sharpness": 1}})
