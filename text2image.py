@@ -33,8 +33,9 @@ Expect
                    AVX512-BF16, torch 2.14.1, bfloat16, seed 0 alone
 
 Deviations
-    [dev 1] phi_v is a convolutional network trained with phi_t (paper: features of a frozen GoogLeNet, which
-            --image-features googlenet takes from torchvision).
+    [dev 1] phi_v is one linear layer on the features of a frozen classifier of the training pictures' own
+            attributes (paper: of GoogLeNet, which --image-features googlenet takes from torchvision); on data
+            without, or with --image-features own, a convolutional network trained with phi_t.
     [dev 2] The encoders train with Adam on the GAN's minibatches, in which a picture and another one's text
             of the same class or content are no pair (authors' code: RMSprop, a batch of 40 classes).
     [dev 3] L_D and L_G are ascended: Algorithm 1 prints a descent, a slip of the sign.
@@ -57,6 +58,8 @@ Deviations
             for both: without, D wins by the finest texture, and G heeds neither shapes nor z.
     [dev 13] h is scaled to a deviation of .2 over the training texts.  As phi_t gives it, G's projection of
             it begins at a sixtieth of z, and interpolated texts (Fig. 8) all ended at one picture.
+    [dev 14] After 1,000 steps half of the encoders' minibatch are neighbours of the other half, pictures of
+            whose texts phi_t makes much the same: pairs at random differ in more than shapes.
 """
 
 import argparse
@@ -81,6 +84,7 @@ LENGTH = 201                 # symbols of a sentence
 LR_PHI = 3e-4                # Adam's first rate for phi_t and phi_v [dev 10]
 NZ, NT, NH = 100, 128, 1024  # sizes of z, of the projected text and of h = phi_t(t)
 VARIANTS = ("gan", "cls", "int", "int-cls")
+EVERY = 1000                 # steps from one search for neighbours to the next [dev 14]
 OTHER = "a text2image run with the --width and --image-features of this one"
 # Fig. 5's areas under the curve, read off the plot, +- .02: style verification on birds.
 PAPER = {"t2i-pose-roc": dict(zip((*VARIANTS, "text"), (0.54, 0.52, 0.61, 0.66, 0.54))),
@@ -134,6 +138,23 @@ class GoogLeNet(nn.Module):
 
     def forward(self, x):
         return self.net(F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True))
+
+
+class Labelled(nn.Module):
+    """phi_v: a linear layer on a frozen classifier's features, x (n, 3, 64, 64) in [-1, 1] -> (n, 1024)."""
+
+    def __init__(self, clf):
+        super().__init__()
+        d = clf.head.in_features
+        self.clf, self.top = clf, nn.Sequential(nn.BatchNorm1d(d, affine=False), nn.Linear(d, NH))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.clf.eval()
+        return self
+
+    def forward(self, x):
+        return self.top(self.clf.features(x / 2 + 0.5))
 
 
 class Residual(nn.Module):
@@ -218,12 +239,18 @@ def convolutions(ch, o):
     return nn.Sequential(*rows, nn.Flatten(), nn.Linear(16 * maps[-1], o))
 
 
-def networks(width=1.0, image_features="own"):
-    """{"phi_t", "phi_v", "G", "D", "S"} of the authors' code with `width` times its feature maps."""
+def networks(width=1.0, image_features="own", clf=None):
+    """{"phi_t", "phi_v", "G", "D", "S"} of the authors' code with `width` times its feature maps.
+
+    `clf`: the classifier of image_features "attributes".
+    """
     def ch(n):
         return max(8, round(n * width))
 
-    phi_v = GoogLeNet() if image_features == "googlenet" else convolutions(ch, NH).apply(init)
+    if image_features == "own":
+        phi_v = convolutions(ch, NH).apply(init)                                # [dev 1]
+    else:
+        phi_v = GoogLeNet() if image_features == "googlenet" else Labelled(clf)
     nets = {"phi_t": Text(ch), "phi_v": phi_v, "G": Generator(ch).apply(init),
             "D": Discriminator(ch).apply(init), "S": convolutions(ch, NZ).apply(init)}
     for name in ("phi_t", "G", "S"):
@@ -283,10 +310,12 @@ def parts_of(args):
     if "captions" not in extra:
         raise UserError(f"{args.dataset} has no captions: expected shapes, coco, an .npz file with captions, "
                         "or a folder with images/CLASS/ and text_c10/CLASS/")
-    if len(extra["captions"]) != n:
-        raise UserError(f"{args.dataset} has captions of {len(extra['captions'])} pictures, of {n} expected")
 
     def part(images, labels, captions, attributes, style):
+        captions = [[s for s in ([c] if isinstance(c, str) else c) if s.strip()] for c in captions]
+        if not all(captions):
+            raise UserError(f"{args.dataset}: a picture without a caption found, one or more expected")
+        attributes = None if attributes is None else attributes.long()
         k = min(10, max(map(len, captions)))
         t = encode(c[i % len(c)] for c in captions for i in range(k)).unflatten(0, (-1, k))
         content = labels if labels is not None else torch.arange(len(images))
@@ -296,7 +325,12 @@ def parts_of(args):
 
     train = [pictures.images, pictures.labels, *(extra.get(k) for k in keys)]
     test = [pictures.test_images, pictures.test_labels, *(extra.get(f"test_{k}") for k in keys)]
-    if test[0] is None or test[2] is None:                  # hold out the last tenth
+    for images, _, *rest in (train, test):
+        for what, rows in zip(keys, rest):
+            if images is not None and rows is not None and len(rows) != len(images):
+                raise UserError(f"{args.dataset} has {what} of {len(rows)} pictures, of {len(images)} "
+                                "expected")
+    if test[0] is None or test[2] is None or len(test[0]) < 2:                  # hold out the last tenth
         cut = n - max(2, n // 10)
         train, test = ([a if a is None else a[rows] for a in train] for rows in (slice(cut), slice(cut, n)))
     return pictures, part(*train), part(*test)
@@ -313,16 +347,29 @@ def view(x):
     return x[picture, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
+def crop(images):
+    """The middle 64 x 64 of pictures (..., H, H)."""
+    edge = (images.shape[-1] - 64) // 2
+    return images[..., edge:edge + 64, edge:edge + 64]
+
+
 def middle(images):
     """The middle 64 x 64 of uint8 pictures, in [-1, 1]."""
-    edge = (images.shape[-1] - 64) // 2
-    return images[..., edge:edge + 64, edge:edge + 64].float() / 127.5 - 1
+    return crop(images).float() / 127.5 - 1
 
 
 def mismatched(content):
     """For each row of content (n,) a random row with other content, (n,); a batch of one content: any row."""
     other = content[:, None] != content
     return (torch.rand(other.shape, device=content.device) * other).argmax(1)
+
+
+def neighbours(h, content, k=8):
+    """For each of h (N, d) the k nearest with other content (N,), by the cosine about the mean: (N, k)."""
+    f, k = F.normalize(h - h.mean(0), dim=1), min(k, len(h))
+    near = [(f[i] @ f.T).masked_fill(content[i, None] == content, -2.0).topk(k, 1).indices
+            for i in torch.arange(len(h), device=h.device).split(1000)]
+    return torch.cat(near)
 
 
 def interpolate(h, beta=0.5):
@@ -392,8 +439,9 @@ def parse_args(argv=None):
         help="std of the Gaussian noise on what D sees [%(default)s]")
     add("--average", type=run.number(float, 0, 1), default=0.999,
         help="decay of the running average of G that draws, 0: G as it is [%(default)s]")
-    add("--image-features", choices=("own", "googlenet"), default="own",
-        help="phi_v: a network trained with phi_t, or torchvision's GoogLeNet [%(default)s]")
+    add("--image-features", choices=("own", "attributes", "googlenet"),
+        help="phi_v: a network trained with phi_t; or features, of a classifier of the pictures' attributes "
+        "or of torchvision's GoogLeNet [attributes where the data have them, else own]")
     add("--encoder-steps", type=run.number(int, 1), default=5000,
         help="steps of phi_t and phi_v, before the GAN's [%(default)s]")
     add("--encoder", metavar="RUN", help="take phi_t and phi_v from this run in place of training them")
@@ -424,10 +472,22 @@ def anneal(opt, lr, left):
     opt.param_groups[0]["lr"].fill_(lr * min(1.0, 2 * left))
 
 
+def attribute_classifier(args, train):
+    """A classifier of what is trained on by its attributes, logits (n, sum of their counts) [dev 1]."""
+    if train.attributes is None:
+        raise UserError(f"{args.dataset} has no attributes: --image-features own does without")
+    one_hot = torch.cat([F.one_hot(c) for c in train.attributes.long().T], 1).to(torch.uint8)
+    images = crop(train.images)
+    cache = Path(args.data_dir) / "cache" / f"classifier-{Path(args.dataset).stem}-phi_v.pt"
+    return metrics.classifier(images, one_hot, args.device, cache, steps=max(20, len(images) // 5))
+
+
 def build(args, train):
     """The networks, G_bar, the average of G, among them, their optimizers, and the fused iterations of the
     three phases; `learn` makes the texts h of the second and third from the phi_t of the first."""
-    nets = networks(args.width, args.image_features)
+    kind = args.image_features or ("own" if train.attributes is None else "attributes")
+    clf = attribute_classifier(args, train) if kind == "attributes" else None
+    nets = networks(args.width, kind, clf)
     nets["G_bar"] = averaged(nets["G"])
     nets = dict(zip(nets, place(args, *nets.values())))
     phi_t, phi_v, G, D, S, G_bar = nets.values()
@@ -567,7 +627,7 @@ def between(a, b, n=8):
 def figures(r, nets, test):
     """Draw the paper's figures into the run's folder."""
     args, (phi_t, _, _, _, S, G) = r.args, nets.values()    # G: the average, which draws
-    name = {"flowers-102": "fig4", "coco": "fig7"}.get(Path(args.dataset).stem, "fig3")
+    name = "fig4" if "flowers" in args.dataset else "fig7" if args.dataset == "coco" else "fig3"
     with r.aside():
         r.show(name, draw_captions(test, [(G, phi_t)], args.device))
         i, sentences = picked(test, 9)
@@ -671,11 +731,13 @@ def evaluate(r, nets, pictures, train, test):
     h, v = texts_of(phi_t, test.t, args.device), see(phi_v, test.images, args.device)
     h_1 = h[:, :args.captions].mean(1)
     y, unit = test.content.to(args.device), "% right by Eq. 3 (f_t: by Eq. 4)"
-    by_class = pictures.labels is not None and test.attributes is None
-    groups = torch.arange(len(v), device=args.device).split(len(v) if by_class else 100)
+    by_class = pictures.labels is not None and test.attributes is None \
+        and not torch.isin(test.content, train.content).any()
+    n = len(v) if by_class else min(100, len(v))            # whole groups of n
+    groups = torch.arange(len(v) // n * n, device=args.device).split(n)
     both = torch.tensor([[classify(v[i], h.mean(1)[i], y[i]), classify(h_1[i], v[i], y[i])] for i in groups])
     f_v, f_t = (100 * both.mean(0)).tolist()
-    results = {"retrieval": {"value": f_v, "f_t": f_t, "unit": f"{unit} among {min(100, len(v))} pictures"}}
+    results = {"retrieval": {"value": f_v, "f_t": f_t, "unit": f"{unit} among {n} pictures"}}
     if by_class:
         unit = f"{unit} of {len(y.unique())} classes (paper: of 50)"
         results = {"t2i-enc-zs": {"value": f_v, "f_t": f_t, "unit": unit, "paper": 54.0}}
@@ -684,7 +746,8 @@ def evaluate(r, nets, pictures, train, test):
         names = extra.get("attribute_names") or [f"attribute{i}" for i in range(len(counts))]
         # Half of what is held out, thrice, teaches the judge too: it would not name a pair that it never saw.
         half = len(test.images) // 2
-        images = torch.cat([train.images, *3 * [test.images[:half]]])
+        real = crop(test.images)
+        images = torch.cat([crop(train.images), *3 * [real[:half]]])
         shown = torch.cat([train.attributes, *3 * [test.attributes[:half]]])
         one_hot = torch.cat([F.one_hot(c, k) for c, k in zip(shown.T, counts)], 1).to(torch.uint8)
         cache = Path(args.data_dir) / "cache" / f"classifier-{pictures.name}-attributes-{images.shape[-1]}.pt"
@@ -697,12 +760,12 @@ def evaluate(r, nets, pictures, train, test):
             held = (draw(G, h_1) + 1) / 2
             h_seen = texts_of(phi_t, train.t[:len(held), :args.captions], args.device).mean(1)
             seen = (draw(G, h_seen) + 1) / 2
-        ceiling = judge(test.images[half:], test.attributes[half:])
+        ceiling = judge(real[half:], test.attributes[half:])
         results["t2i-agreement"] = {
             **judge(held, test.attributes), "unit": "% of attributes as the caption has them",
             "ceiling": ceiling, "seen": judge(seen, train.attributes[:len(seen)])}
-        results["frechet"] = {"value": metrics.frechet_distance(clf, held, test.images)}
-    if test.style is not None and args.style_steps:
+        results["frechet"] = {"value": metrics.frechet_distance(clf, held, real)}
+    if test.style is not None and "style_names" in extra and args.style_steps:
         columns = {name: j for j, name in enumerate(extra["style_names"])}
         alone = torch.ones(len(h), dtype=torch.bool)
         if "relation" in extra.get("attribute_names", ()):
@@ -729,6 +792,8 @@ def main(argv=None):
             sentences += [s.strip() for s in Path(args.prompts).read_text().splitlines() if s.strip()]
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"--prompts {args.prompts} cannot be read ({data.brief(e)})") from None
+        if not sentences:
+            raise UserError(f"--prompts {args.prompts} is empty: a sentence a line expected")
     r = run.Run(args)
     if sentences:
         return draw_prompts(r, sentences)
@@ -739,7 +804,10 @@ def main(argv=None):
     phi_t, phi_v, G, _, S, G_bar = nets.values()
     if args.encoder and not args.resume:
         run.fetch(args.encoder, OTHER, args.device, phi_t=phi_t, phi_v=phi_v)
-    r.keep(**nets, **opts, batches=batches)
+    near = nn.Module()
+    n = len(train.images)
+    near.register_buffer("of", torch.arange(n, device=args.device)[:, None].repeat(1, min(8, n)))
+    r.keep(**nets, **opts, batches=batches, near=near)
     if args.sample:
         h = texts_of(phi_t, test.t[:, 0], args.device)
         return r.sample(lambda n: draw(G_bar, h[torch.randint(len(h), (n,), device=h.device)]), (-1.0, 1.0))
@@ -764,7 +832,15 @@ def main(argv=None):
             learnt = True
         x, i = next(batches)
         if step <= ends[0]:
-            anneal(opts["opt_phi"], LR_PHI, (ends[0] - step + 1) / args.encoder_steps)
+            k = args.encoder_steps - (ends[0] - step + 1)   # updates of phi_t so far
+            anneal(opts["opt_phi"], LR_PHI, 1 - k / args.encoder_steps)
+            if k and k % EVERY == 0:
+                h = texts_of(phi_t, train.t[:, 0], args.device)
+                near.of.copy_(neighbours(h, train.content.to(args.device)))
+            if k >= EVERY:                                  # [dev 14]
+                half = len(i) // 2
+                j = near.of[i[:half], torch.randint(near.of.shape[1], (half,), device=i.device)]
+                x, i = torch.cat([x[:half], batches.pictures(j)]), torch.cat([i[:half], j])
         elif step <= ends[1]:
             for name, lr in (("opt_G", args.lr_G), ("opt_D", args.lr_D)):
                 anneal(opts[name], lr, (ends[1] - step + 1) / gan_steps)

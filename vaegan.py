@@ -307,8 +307,8 @@ def build(args, dy):
     """The model's networks, with them Dec_bar, the average of Dec, and optimizers by name, and its fused
     iteration."""
     nets = dict(zip(("Enc", "Dec", "Dis"), networks(args.net, args.z_dim, dy, args.width)))
-    nets = {name: place(args, nets[name]) for name in MODELS[args.model]}
-    nets["Dec_bar"] = averaged(nets["Dec"])
+    nets = {name: nets[name] for name in MODELS[args.model]} | {"Dec_bar": averaged(nets["Dec"])}
+    nets = dict(zip(nets, place(args, *nets.values())))
     Enc, Dec, Dis, Dec_bar = (nets.get(name) for name in ("Enc", "Dec", "Dis", "Dec_bar"))
     if args.model == "vae_dis":
         Dis.eval()                                          # a fixed metric, BatchNorm's statistics included

@@ -281,7 +281,11 @@ def captioned(path, root, size, channels):
     Whole classes are the test part: those of testclasses.txt or testids.txt, those not in trainvalclasses.txt
     or trainvalids.txt (a class's name, or its number from 1, a line), or else the last quarter.
     """
-    texts = {t.stem: t for t in sorted((path / "text_c10").glob("*/*.txt"))}
+    found = sorted((path / "text_c10").glob("*/*.txt"))
+    texts = {t.stem: t for t in found}
+    if len(texts) < len(found):
+        twice = next(t.name for t in found if texts[t.stem] != t)
+        raise UserError(f"{path}/text_c10 has {twice} in two classes: expected each name once")
     within = "jpg" if (path / "jpg").is_dir() else "images"
     if not (path / within).is_dir():
         raise UserError(f"{path} has text_c10/, but no images/ or jpg/: expected the pictures there")
@@ -305,6 +309,9 @@ def captioned(path, root, size, channels):
                           ("testclasses.txt", True)):
         if (path / file).is_file():
             listed = set((path / file).read_text().split())
+            if listed.isdisjoint(classes) and listed.isdisjoint(map(str, range(1, len(classes) + 1))):
+                raise UserError(f"{path / file} names none of the {len(classes)} classes: expected some, as "
+                                f"{classes[0]} or 1, one a line")
             test = {c for i, c in enumerate(classes, 1) if bool({c, str(i)} & listed) == is_test}
     y = torch.tensor([classes.index(texts[stem].parent.name) for stem in stems])
     held = torch.tensor([classes[i] in test for i in y.tolist()])
@@ -642,10 +649,18 @@ class Batches:
             self._advance()
             self.ahead = self._fetch()
             items = [t.to(self.device, non_blocking=True) for t in items]
-        low, high = self.scale
-        x = items[0].float().div_(255)
-        x = x if (low, high) == (0, 1) else x.mul_(high - low).add_(low)
+        x = self._scaled(items[0])
         return (x, *items[1:]) if len(items) > 1 else x
+
+    def pictures(self, index):
+        """x of the pictures numbered `index` (n,), on any device, as next() gives them."""
+        images = self.tensors[0]
+        return self._scaled(images.index_select(0, index.to(images.device)).to(self.device))
+
+    def _scaled(self, images):
+        low, high = self.scale
+        x = images.float().div_(255)
+        return x if (low, high) == (0, 1) else x.mul_(high - low).add_(low)
 
     def _advance(self):
         self.position += 1
@@ -687,7 +702,8 @@ class Batches:
         for key, what in (("n", "number of pictures"), ("batch", "batch of all ranks"), ("seed", "seed")):
             if state[key] != getattr(self, key):
                 raise UserError(f"the checkpoint's {what} is {state[key]}, that of this run "
-                                f"{getattr(self, key)}: expected the same")
+                                f"{getattr(self, key)}: expected the same"
+                                + ", see --batch-size, of each rank" * (key == "batch"))
         if not self.resident and self.ahead:
             self.ahead.result()  # read ahead for nothing: let it end before its place changes
             self.ahead = None

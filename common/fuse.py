@@ -81,7 +81,8 @@ def descend(*losses_and_opts):
              in enumerate(zip(losses, params), 1)]
     for opt, ps, gs in zip(opts, params, map(_average, grads)):
         for p, g in zip(ps, gs):
-            p.grad = g
+            # Fused Adam pairs memory, not indices: a mean over ranks is in plain order, weights channels_last.
+            p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
         if device.type == "cuda":
             for group in opt.param_groups:
                 if "capturable" in group:
@@ -123,11 +124,11 @@ def average(bar, net, decay):
     at most, so that the first, random ones are soon forgotten.
     """
     share = 1 - ((1 + bar.t) / (10 + bar.t)).clamp(max=decay)
-    bar.t.add_(1)
     for p_bar, p in zip(bar.parameters(), net.parameters()):
         p_bar.lerp_(p, share)  # torch._foreach_lerp_ would make a Python number of it
     for name, buffer in net.named_buffers():
         bar.get_buffer(name).copy_(buffer)
+    bar.t.add_(1)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from common.fuse import describe, has_bf16
 FREE = {"resume", "sample", "check", "steps", "device", "amp", "compile", "graph", "log_every", "save_every",
         "data_dir", "out", "name",
         "batch_size"}  # on another number of ranks; Batches holds the batch of all of them to what it was
+NEGATABLE = {"amp", "compile", "graph", "bn", "views"}  # False says --no-..., of other flags that none was given
 TOO_LARGE = ("can't allocate memory", "size calculation overflowed", "Overflow when unpacking")  # torch, CPU
 UNWRITABLE = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EPERM, errno.EROFS}
 
@@ -382,13 +383,14 @@ def _device(name):
 
 
 def _flags(asked):
-    """The flags of a run as they would be typed, those that are None, empty or False left out."""
+    """The flags of a run as they would be typed, those that are None or empty, or False unasked, left out."""
     words = []
     for k, v in asked.items():
-        flag = "--" + k.replace("_", "-")
-        if k == "script" or v is None or v is False or v == "":
-            continue
-        words += [flag] if v is True else [flag, str(v)]
+        flag = k.replace("_", "-")
+        if v is False and k in NEGATABLE:
+            words.append(f"--no-{flag}")
+        elif k != "script" and v is not None and v is not False and v != "":
+            words += [f"--{flag}"] if v is True else [f"--{flag}", str(v)]
     return words
 
 

@@ -565,8 +565,13 @@ def test_bad_captions_are_named(tmp_path, birds):
     text.unlink()
     one_line(lambda: load(birds, tmp_path, size=8), "Bee_2.jpg", "no captions", "text_c10/CLASS/Bee_2.txt")
     text.write_text("a bee\n")
+    (birds / "testids.txt").write_text("Horse\n")
+    one_line(lambda: load(birds, tmp_path, size=8), "testids.txt names none of the 4 classes", "001.Auk or 1")
     (birds / "testids.txt").write_text("1 2 3 4")
     one_line(lambda: load(birds, tmp_path, size=8), "all of its 4 classes")
+    (birds / "text_c10" / "001.Auk" / "Bee_2.txt").write_text("an auk\n")
+    one_line(lambda: load(birds, tmp_path, size=8), "Bee_2.txt in two classes")
+    (birds / "text_c10" / "001.Auk" / "Bee_2.txt").unlink()
     (birds / "images").rename(birds / "pictures")
     one_line(lambda: load(birds, tmp_path, size=8), "no images/ or jpg/")
 
@@ -851,6 +856,13 @@ def test_kinds_and_scale(resident):
         assert torch.equal(v, z[w]) and torch.equal(k, m[w]) and sorted(w.tolist()) == list(range(16))
     assert torch.is_tensor(next(Batches(x, batch_size=4, resident=resident)))
     assert iter(b) is b
+
+
+@HOME
+def test_pictures_of_ones_choice(resident):
+    images = torch.arange(40, dtype=torch.uint8).view(10, 1, 2, 2)
+    b = Batches(images, batch_size=2, scale=(-1.0, 1.0), resident=resident)
+    torch.testing.assert_close(b.pictures(torch.tensor([7, 0, 7])), images[[7, 0, 7]].float() / 127.5 - 1)
 
 
 @HOME

@@ -7,6 +7,7 @@ from argparse import Namespace
 import pytest
 import torch
 from conftest import cuda
+from torch import distributed as dist
 from torch import nn
 
 from common import data
@@ -73,6 +74,24 @@ def test_the_average_forgets_the_first_parameters_and_copies_buffers():
     assert (bar[1].running_mean == 1).all() and bar.t == 4 and not bar[0].weight.requires_grad
     average(bar, G, 0.0)
     assert same(weights(bar), weights(G))
+
+
+def test_adam_of_a_rank_moves_channels_last_weights_as_alone(tmp_path):
+    """Fused Adam goes through memory: the exchange between ranks must not leave gradients in another order."""
+    def moved():
+        torch.manual_seed(0)
+        net = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+        opt = torch.optim.Adam(net.parameters(), 0.1, fused=True)
+        for _ in range(2):
+            descend(net(torch.rand(5, 3, 6, 6)).square().mean(), opt)
+        return net.weight.detach()
+
+    alone = moved()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        torch.testing.assert_close(moved(), alone)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_descend_refuses_an_open_autocast_block():

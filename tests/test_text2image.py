@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -220,7 +221,7 @@ def part(n=12):
 
 def built(*words):
     torch.manual_seed(0)
-    a = text2image.parse_args([*NARROW, *words])
+    a = text2image.parse_args([*NARROW, "--image-features", "own", *words])
     a.device, a.amp, a.compile, a.graph = "cpu", False, False, False
     return text2image.build(a, part())
 
@@ -244,6 +245,43 @@ def test_each_phase_moves_its_own_networks():
     assert moved(gan_step, nets)[0] == {"G", "D", "G_bar"}
     assert moved(style_step, nets)[0] == {"S"}                                  # not G's averages either
     assert [int(nets[k].t) for k in ("phi_t", "G", "S")] == [1, 1, 1]
+
+
+def test_features_of_a_frozen_classifier_of_attributes(tmp_path):
+    """[dev 1]"""
+    data_dir = "--data-dir", str(tmp_path)
+    nets, _, (encoder_step, *_), _ = built("--image-features", "attributes", *data_dir)
+    before = {k: v.clone() for k, v in nets["phi_v"].state_dict().items()}
+    assert moved(encoder_step, nets)[0] == {"phi_t", "phi_v"}
+    changed = {k.split(".")[0] for k, v in nets["phi_v"].state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"top"} and nets["phi_v"](torch.zeros(2, 3, 64, 64)).shape == (2, 1024)
+    assert type(built(*data_dir)[0]["phi_v"]) is nn.Sequential
+    bare = replace(part(), attributes=None)
+    with pytest.raises(UserError, match="no attributes: --image-features own does without"):
+        text2image.attribute_classifier(text2image.parse_args(NARROW), bare)
+
+
+def test_texts_are_scaled_to_the_spread_that_G_begins_with():
+    """[dev 13]"""
+    nets, *_, learn = built()
+    learn()
+    h = text2image.texts_of(nets["phi_t"], part().t, "cpu")
+    assert h.std((0, 1)).mean().item() == pytest.approx(0.2, rel=1e-4)
+    learn()                                                                     # again: no further
+    assert torch.allclose(text2image.texts_of(nets["phi_t"], part().t, "cpu"), h)
+
+
+def test_neighbours_are_the_nearest_of_other_content():
+    """[dev 14], against a search one by one."""
+    torch.manual_seed(0)
+    h, content = torch.randn(30, 5), torch.arange(30) % 12
+    near = text2image.neighbours(h, content, 4)
+    f = h - h.mean(0)
+    for i in range(30):
+        others = [j for j in range(30) if content[j] != content[i]]
+        others.sort(key=lambda j: -torch.cosine_similarity(f[i], f[j], dim=0).item())
+        assert near[i].tolist() == others[:4]
+    assert text2image.neighbours(h[:3], content[:3]).shape == (3, 3)
 
 
 def test_rates_fall_over_the_second_half_of_a_phase():
@@ -378,6 +416,15 @@ def test_parts(tiny, tmp_path):
     a.dataset = str(tmp_path / "plain.npz")
     _, train, test = text2image.parts_of(a)                                     # the last tenth is held out
     assert len(train.images) == 27 and len(test.captions) == 3 and train.content.tolist() == list(range(27))
+    np.savez(tmp_path / "one.npz", images=d["images"][:30], captions=d["captions"][:30, 0])
+    a.dataset = str(tmp_path / "one.npz")                                       # a sentence a picture
+    assert text2image.parts_of(a)[1].captions[1] == [d["captions"][1, 0]]
+    for extra, line in (({"attributes": d["attributes"][:20]}, "attributes of 20 pictures, of 30 expected"),
+                        ({"captions": [*d["captions"][:29, 0], " "]}, "a picture without a caption found")):
+        np.savez(tmp_path / "wrong.npz", images=d["images"][:30], **{"captions": d["captions"][:30]} | extra)
+        a.dataset = str(tmp_path / "wrong.npz")
+        with pytest.raises(UserError, match=line):
+            text2image.parts_of(a)
     np.savez(tmp_path / "bare.npz", images=d["images"][:30])
     a.dataset = str(tmp_path / "bare.npz")
     with pytest.raises(UserError, match="no captions: expected shapes, coco"):
@@ -444,6 +491,9 @@ def test_prompts(folder, tmp_path, capsys):
     assert (folder / "checkpoint.pt").read_bytes() == before
     with pytest.raises(UserError, match="cannot be read"):
         text2image.main(["--resume", str(folder), "--prompts", str(tmp_path / "none.txt")])
+    more.write_text("\n")
+    with pytest.raises(UserError, match="is empty: a sentence a line expected"):
+        text2image.main(["--resume", str(folder), "--prompts", str(more)])
     with pytest.raises(SystemExit):
         text2image.main(["--prompt", "a red circle"])
 
@@ -465,7 +515,8 @@ def test_another_runs_encoder_and_generator(folder, tiny, tmp_path, capsys):
         text2image.main([*words, "--name", "y", "--encoder", str(tmp_path / "none")])
 
 
-def test_resumed_steps_equal_uninterrupted_ones(tiny, tmp_path):
+def test_resumed_steps_equal_uninterrupted_ones(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(text2image, "EVERY", 1)                                 # neighbours from the second on
     common = [*NARROW, "--dataset", str(tiny), "--out", str(tmp_path), "--data-dir", str(tiny.parent),
               "--batch-size", "8", "--encoder-steps", "2", "--style-steps", "0"]
     text2image.main([*common, "--name", "a", "--steps", "4"])
