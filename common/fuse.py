@@ -81,7 +81,7 @@ def descend(*losses_and_opts):
              in enumerate(zip(losses, params), 1)]
     for opt, ps, gs in zip(opts, params, map(_average, grads)):
         for p, g in zip(ps, gs):
-            # Fused Adam pairs memory, not indices: a mean over ranks is in plain order, weights channels_last.
+            # Fused Adam goes by memory: a mean over ranks is in plain order, weights are channels_last.
             p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
         if device.type == "cuda":
             for group in opt.param_groups:

@@ -28,7 +28,7 @@ from common.fuse import describe, has_bf16
 FREE = {"resume", "sample", "check", "steps", "device", "amp", "compile", "graph", "log_every", "save_every",
         "data_dir", "out", "name",
         "batch_size"}  # on another number of ranks; Batches holds the batch of all of them to what it was
-NEGATABLE = {"amp", "compile", "graph", "bn", "views"}  # False says --no-..., of other flags that none was given
+NEGATABLE = {"amp", "compile", "graph", "bn", "views"}  # False: --no-..., of other flags: not given
 TOO_LARGE = ("can't allocate memory", "size calculation overflowed", "Overflow when unpacking")  # torch, CPU
 UNWRITABLE = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EPERM, errno.EROFS}
 

@@ -77,7 +77,7 @@ def test_the_average_forgets_the_first_parameters_and_copies_buffers():
 
 
 def test_adam_of_a_rank_moves_channels_last_weights_as_alone(tmp_path):
-    """Fused Adam goes through memory: the exchange between ranks must not leave gradients in another order."""
+    """Fused Adam goes by memory: the exchange between ranks must leave gradients in their order."""
     def moved():
         torch.manual_seed(0)
         net = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)

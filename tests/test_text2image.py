@@ -253,7 +253,8 @@ def test_features_of_a_frozen_classifier_of_attributes(tmp_path):
     nets, _, (encoder_step, *_), _ = built("--image-features", "attributes", *data_dir)
     before = {k: v.clone() for k, v in nets["phi_v"].state_dict().items()}
     assert moved(encoder_step, nets)[0] == {"phi_t", "phi_v"}
-    changed = {k.split(".")[0] for k, v in nets["phi_v"].state_dict().items() if not torch.equal(v, before[k])}
+    after = nets["phi_v"].state_dict()
+    changed = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
     assert changed == {"top"} and nets["phi_v"](torch.zeros(2, 3, 64, 64)).shape == (2, 1024)
     assert type(built(*data_dir)[0]["phi_v"]) is nn.Sequential
     bare = replace(part(), attributes=None)
@@ -516,7 +517,7 @@ def test_another_runs_encoder_and_generator(folder, tiny, tmp_path, capsys):
 
 
 def test_resumed_steps_equal_uninterrupted_ones(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(text2image, "EVERY", 1)                                 # neighbours from the second on
+    monkeypatch.setattr(text2image, "EVERY", 1)                             # neighbours from the second on
     common = [*NARROW, "--dataset", str(tiny), "--out", str(tmp_path), "--data-dir", str(tiny.parent),
               "--batch-size", "8", "--encoder-steps", "2", "--style-steps", "0"]
     text2image.main([*common, "--name", "a", "--steps", "4"])
