@@ -683,13 +683,15 @@ def agreement(a, attributes, counts, names):
     """% of pictures in which an attribute's largest logit is the right one, a (N, sum of counts).
 
     "value" is the mean over kinds of attribute, which are the first words of the names, "least" that of the
-    worst kind; "all": all at once.
+    worst kind; "all": all at once.  An attribute of -1, of an object that is not there, does not count.
     """
     right = torch.stack([a_i.argmax(1) == y for a_i, y in zip(a.split(counts, 1), attributes.T)], 1).double()
-    kinds = [name.split()[0] for name in names]
-    share = {kind: 100 * right[:, [k == kind for k in kinds]].mean().item() for kind in dict.fromkeys(kinds)}
+    there, kinds, share = attributes >= 0, [name.split()[0] for name in names], {}
+    for kind in dict.fromkeys(kinds):
+        columns = [k == kind for k in kinds]
+        share[kind] = 100 * right[:, columns][there[:, columns]].mean().item()
     return {"value": sum(share.values()) / len(share), **share, "least": min(share.values()),
-            "all": 100 * right.amin(1).mean().item()}
+            "all": 100 * right.masked_fill(~there, 1.0).amin(1).mean().item()}
 
 
 def clusters(x, k, steps=30):
@@ -753,8 +755,12 @@ def evaluate(r, nets, pictures, train, test):
         cache = Path(args.data_dir) / "cache" / f"classifier-{pictures.name}-attributes-{images.shape[-1]}.pt"
         clf = metrics.classifier(images, one_hot, args.device, cache, steps=max(20, len(images) // 5))
 
+        values = extra.get("attribute_values") or [[]] * len(counts)
+        none = torch.tensor([v.index("none") if "none" in v else -1 for v in values])
+
         def judge(x, attributes):
-            return agreement(metrics.logits(clf, x).cpu(), attributes, counts, names)
+            there = attributes.masked_fill(attributes == none, -1)
+            return agreement(metrics.logits(clf, x).cpu(), there, counts, names)
 
         with r.aside():
             held = (draw(G, h_1) + 1) / 2

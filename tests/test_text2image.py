@@ -365,6 +365,8 @@ def test_agreement_of_each_kind():
     a[0, :2] = a[0, :2].flip(0)                                                 # one of four sizes wrong
     assert text2image.agreement(a, attributes, counts, names) == {
         "value": 87.5, "size": 75, "shape": 100, "least": 75, "all": 50}
+    attributes[0, 0] = -1                                                       # which does not count
+    assert text2image.agreement(a, attributes, counts, names) == perfect
 
 
 def test_area_under_the_curve():
