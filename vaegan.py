@@ -34,13 +34,15 @@ Deviations
     [dev 1] Dis ascends L_GAN and Dec descends it: in Eq. 10 it is a log-likelihood, and Algorithm 1 as
             printed would have them do the reverse.
     [dev 2] x, x~ and x_p pass Dis as one batch, z and z_p Dec: BatchNorm's statistics are shared, as those of
-            data and generated pictures are in the authors' code.  Apart, they hide brightness from Dis.
+            data and generated pictures are in the authors' code, where the likelihood sees x and x~ alone.
+            Apart, they hide brightness from Dis.
     [dev 3] gamma, which the paper does not give, is the 1e-5 of the authors' code for the sum over the 16,384
             features of Dis_l; with fewer features or pixels it is larger by as much.
     [dev 4] The learning rate is constant and pictures are not augmented: the authors' code anneals the rate
             and shifts, turns and recolours its pictures.
-    [dev 5] Networks for 32 x 32 and 28 x 28, which the paper does not give, are Table 1 cut short; Dis_l is
-            the second strided convolution, whose 8 x 8 or 7 x 7 is nearest to Table 1's 8 x 8.
+    [dev 5] The paper has no network below 64 x 64.  32 x 32: Table 1 down to 4 x 4 in place of 8 x 8 (in the
+            authors' code 192 maps where Dec and Dis have their second 256).  28 x 28: two strided convolutions.
+            Dis_l is the second strided one, whose 8 x 8 or 7 x 7 is nearest to Table 1's.
     [dev 6] Attributes are the data set's, or its labels, each with mean 0 and variance 1; the regressor is
             the small strided network of common/metrics.py, whatever the width.
     [dev 7] With --gating log Dis(x) counts as much as both generated terms, so that Dis = 1/2 is the balance
@@ -49,7 +51,8 @@ Deviations
             Dis soon tells all of them apart by the finest texture, and Dec draws nothing else.  --noise 0.
     [dev 9] Dec descends -log Dis of its pictures in place of log(1 - Dis), whose gradient is nothing while
             Dis wins.  --loss minimax: Eq. 9.
-    [dev 10] What draws is a running average of Dec's weights.  --average 0: Dec as it is.
+    [dev 10] What draws is a running average of Dec's weights with BatchNorm's statistics taken anew: those
+            of Dec are too wide for it.  --average 0: Dec's last weights.
 """
 
 from dataclasses import replace
@@ -61,7 +64,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import UserError, data, log, metrics, run
-from common.fuse import autocast, average, averaged, descend, frozen, fuse, place, sampling
+from common.fuse import autocast, average, averaged, calibrate, descend, frozen, fuse, place, sampling
 
 MODELS = {  # of Sec. 4.1, with their networks; VAE/GAN_Dis0 is VAE/GAN with the likelihood of pixels
     "vaegan": ("Enc", "Dec", "Dis"), "vae": ("Enc", "Dec"), "gan": ("Dec", "Dis"),
@@ -187,7 +190,9 @@ def init(module):
 
 
 class RMSProp(torch.optim.Optimizer):
-    """s <- .9 s + .1 g^2, theta <- theta - lr g / (sqrt s + 1e-8), g with weight decay 1e-5 (authors' code).
+    """s <- .9 s + .1 g^2, theta <- theta - lr g / (sqrt s + 1e-8), g with weight decay 1e-5.
+
+    As in the authors' code, where the decay stands beside gradients summed over the batch.
 
     `gate` in `param_groups` is a 0-dim tensor: set to 0 in place, which works in a captured CUDA graph too, a
     step leaves theta and s as they are.  torch.optim.RMSprop would go on averaging.
@@ -276,7 +281,7 @@ def parse_args(argv=None):
     positive = run.number(float, 0, open_low=True)
     add("--model", choices=MODELS, default="vaegan", help="of those compared in Sec. 4.1 [%(default)s]")
     add("--net", type=int, choices=CHANNELS,
-        help="size of pictures: 64 (Table 1), 32 or 28 [that of the data set, else 64]")
+        help="size of pictures: 64 (Table 1), 32 or 28 [32 or 28 for the small named sets, else 64]")
     add("--width", type=positive, default=1.0, help="feature maps as a share of the paper's [%(default)s]")
     add("--z-dim", type=run.number(int, 1), help="size of z; 2: also draw the plane [128, at 32 x 32 256]")
     add("--gamma", type=run.number(float, 0),
@@ -456,6 +461,19 @@ def some(y, n):
     return y[torch.randint(len(y), (n,))]
 
 
+def settled(args, Enc, Dec, pictures):
+    """The average of Dec with statistics of its own for BatchNorm, over 20 minibatches [dev 10]."""
+    def minibatches():
+        for i in torch.randint(len(pictures.images), (20, args.batch_size)):
+            y = pictures.extra["y"][i].to(args.device)
+            z = torch.randn(len(i), args.z_dim, device=args.device)
+            if Enc:                                         # z and z_p
+                z, y = torch.cat([each(args, Enc, pictures.images[i], y), z]), y.repeat(2, 1)
+            yield z, y
+
+    return calibrate(Dec, minibatches())
+
+
 def plane(args, Dec, n):
     """z = (z1, z2) on an n x n grid over [-1.5, 1.5]^2, z1 to the right and z2 up: (n, n, C, H, W)."""
     t = torch.linspace(-1.5, 1.5, n, device=args.device)
@@ -620,19 +638,24 @@ def main(argv=None):
         run.fetch(args.dis, "a run with --model gan and this one's --net, --width and --conditional", Dis=Dis)
     r.keep(**parts, batches=batches)
     if args.sample:
-        return r.sample(lambda n: draw(args, Dec, some(test_y, n)), (-1, 1))
+        with r.aside():
+            settled(args, Enc, Dec, pictures)
+            return r.sample(lambda n: draw(args, Dec, some(test_y, n)), (-1, 1))
 
     for _ in r.loop():
         r.log(train_step(*next(batches)))
         if r.every(args.save_every):
             with r.aside():
+                settled(args, Enc, Dec, pictures)
                 r.show("samples", log.grid(draw(args, Dec, some(test_y, 64)), 8, (-1, 1)))
 
     if r.lead:
+        with r.aside():
+            settled(args, Enc, Dec, pictures)
         figures(r, Enc, Dec, pictures)
         results = evaluate(r, Enc, Dec, Dis, pictures)
         sharp = args.model != "vaegan" or results["vg-celeba-recon"]["sharpness"] >= 0.5
-        near = (args.model, args.dataset) != ("gan", "cifar10") or results["vg-knn"]["value"] <= 33.73
+        near = (args.model, pictures.name) != ("gan", "cifar10") or results["vg-knn"]["value"] <= 33.73
         r.results(results, passed=sharp and near)
 
 

@@ -12,6 +12,7 @@ import copy
 
 import torch
 from torch import distributed as dist
+from torch import nn
 
 
 def fuse(args):
@@ -129,6 +130,25 @@ def average(bar, net, decay):
     for name, buffer in net.named_buffers():
         bar.get_buffer(name).copy_(buffer)
     bar.t.add_(1)
+
+
+@torch.no_grad()
+def calibrate(net, batches):
+    """BatchNorm's statistics in `net` become the plain mean over `batches`, each the inputs of one pass.
+
+    Those that average() copies belong to other weights.  Returns `net` in eval mode.
+    """
+    norms = [m for m in net.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # the plain mean of all batches
+    net.train()
+    for inputs in batches:
+        net(*inputs)
+    for m, momentum in zip(norms, momenta):
+        m.momentum = momentum
+    return net.eval()
 
 
 @contextlib.contextmanager

@@ -319,7 +319,7 @@ def test_forget_drops_the_maps_that_make_it(monkeypatch):
     z = torch.rand(200, 48)
     G = nn.Sequential(nn.Unflatten(1, (3, 4, 4)), nn.ReLU(), Bright(), nn.Identity())
     a = (z[:, :16].mean(1)[:, None] + 1) / 2 - 0.75
-    result, rows = dcgan.forget(G, z, None, ["glasses"], a)
+    result, rows = dcgan.forget(G, z, None, ["glasses"], a, "glasses")
     assert result["value"] == 0 and 1 <= result["maps"] <= 3 and rows.shape == (30, 1, 16, 16)
 
 
@@ -330,7 +330,8 @@ def test_exemplars_by_eye(tmp_path):
     assert set(picks) == {"left", "right"} and picks["right"].tolist() == [[4, 5, 6, 1999]]
     for bad in ('{"left": [0, 1, 2, 3]}', '{"A": [1, 2, 3], "B": [1, 2, 3], "C": [1, 2]}', "[1]", "{", "{}",
                 '{"left": [0, 1, 2, 2000], "right": [0, 1, 2, 3]}',
-                '{"left": "0123", "right": [0, 1, 2, 3]}'):
+                '{"left": "0123", "right": [0, 1, 2, 3]}',
+                '{"left": [null, 1, 2, 3], "right": [0, 1, 2, 3]}'):
         path.write_text(bad)
         with pytest.raises(UserError, match="picks.json"):
             dcgan.by_eye(path)

@@ -17,6 +17,7 @@ from common.fuse import (
     autocast,
     average,
     averaged,
+    calibrate,
     descend,
     describe,
     frozen,
@@ -74,6 +75,16 @@ def test_the_average_forgets_the_first_parameters_and_copies_buffers():
     assert (bar[1].running_mean == 1).all() and bar.t == 4 and not bar[0].weight.requires_grad
     average(bar, G, 0.0)
     assert same(weights(bar), weights(G))
+
+
+def test_calibrated_statistics_are_the_mean_over_minibatches():
+    G, _ = pair()
+    before, batches = weights(G), [(torch.randn(9, 4),) for _ in range(3)]
+    h = [G[0](x) for x, in batches]
+    assert calibrate(G, batches) is G and not G.training
+    torch.testing.assert_close(G[1].running_mean, torch.stack([part.mean(0) for part in h]).mean(0))
+    torch.testing.assert_close(G[1].running_var, torch.stack([part.var(0) for part in h]).mean(0))
+    assert G[1].momentum == 0.1 and all(torch.equal(p, q) for p, q in zip(before, weights(G)))
 
 
 def test_adam_of_a_rank_moves_channels_last_weights_as_alone(tmp_path):
