@@ -590,8 +590,9 @@ def warp(x, amount=1.0, share=0.8):
     turn, shear, wide, high, right, down = (bound * part for bound, part in zip(bounds, drawn))
     maps = torch.stack([wide.exp() * turn.cos(), shear - high.exp() * turn.sin(), right,
                         wide.exp() * turn.sin(), high.exp() * turn.cos(), down], 1).unflatten(1, (2, 3))
-    grid = F.affine_grid(maps, x.shape, align_corners=False)
-    return F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
+    with torch.autocast(x.device.type, enabled=False):      # a bfloat16 grid blurs those left as they are too
+        grid = F.affine_grid(maps, x.shape, align_corners=False)
+        return F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
 
 
 class Batches:

@@ -390,7 +390,7 @@ def _flags(asked):
         if v is False and k in NEGATABLE:
             words.append(f"--no-{flag}")
         elif k != "script" and v is not None and v is not False and v != "":
-            words += [f"--{flag}"] if v is True else [f"--{flag}", str(v)]
+            words += [f"--{flag}", *map(str, [] if v is True else v if isinstance(v, list) else [v])]
     return words
 
 

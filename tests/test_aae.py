@@ -1,8 +1,10 @@
 """aae.py: samplers and equations against closed forms, label draws and cluster labels, who moves in each
 phase, figures and numbers."""
 
+import contextlib
 import json
 import math
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -160,6 +162,18 @@ def test_a_cluster_takes_the_label_of_its_surest_validation_picture_not_of_the_m
     y = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.9, 0.1], [0.2, 0.8]])
     labels = torch.tensor([5, 5, 7, 3])
     assert aae.head_labels(y, labels).tolist() == [7, 3]
+
+
+def test_views_of_a_picture_name_a_cluster_together(monkeypatch):
+    """[dev 11]: the surest on average, not in one view."""
+    views = iter(torch.tensor([[0.9, 0.1], [0.8, 0.2]]) if i else torch.tensor([[0.1, 0.9], [0.8, 0.2]])
+                 for i in range(16))
+    monkeypatch.setattr(aae, "encode", lambda *_: (None, next(views)))
+    run = Namespace(aside=contextlib.nullcontext, args=Namespace(device="cpu"))
+    sets = {"valid": (None, torch.tensor([4, 9]))}
+    assert aae.name_clusters(run, Namespace(warp=1.0), None, sets).tolist() == [4, 9]
+    views = iter([torch.tensor([[0.1, 0.9], [0.8, 0.2]])])
+    assert aae.name_clusters(run, Namespace(warp=0.0), None, sets).tolist() == [9, 4]
 
 
 def test_error_counts_categories_or_their_labels():

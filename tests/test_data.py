@@ -808,6 +808,8 @@ def test_warp_of_nothing_and_of_edges_and_its_gradient():
     torch.testing.assert_close(data.warp(torch.full((50, 1, 9, 9), 0.7)), torch.full((50, 1, 9, 9), 0.7))
     assert data.warp(x).shape == x.shape and data.warp(x).dtype == torch.float32
     assert (torch.autograd.grad(data.warp(x).sum(), x)[0] != 0).any()
+    with torch.autocast("cpu", torch.bfloat16):             # what is left alone stays sharp
+        torch.testing.assert_close(data.warp(x, share=0.0), x, atol=1e-4, rtol=0)
 
 
 # ---- minibatches -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import math
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -313,6 +314,24 @@ def test_known_factors_are_matched_with_codes(tmp_path):
     assert all((folder / f"fig3{letter}.png").exists() for letter in "abcd")
     found = json.loads((folder / "results.json").read_text())["results"]["ig-faces"]
     assert len({found[n]["code"] for n in "abcd"}) == 4 and 0 <= found["value"] <= 1
+
+
+def test_more_factors_than_codes_keep_their_names(monkeypatch):
+    factors = torch.rand(50, 4)
+    factors[:, 0] = 1.0                                                         # a constant one
+    monkeypatch.setattr(infogan, "read", lambda *_: None)
+    monkeypatch.setattr(infogan, "split_q", lambda *_: (None, factors[:, [3, 2]], None))
+    pictures = Namespace(images=factors, extra={"factors": factors})
+    found = infogan.match_factors(None, pictures, Namespace(m=2), "cpu")
+    assert {j: i for j, (i, _) in found.items()} == {2: 1, 3: 0}
+    assert [rho for _, rho in found.values()] == pytest.approx([1, 1])
+
+
+def test_lam_0_is_the_regular_gan():
+    settled = infogan.settle(infogan.parse_args(["--dataset", "faces", "--lam", "0"]))[1]
+    assert settled.lam == settled.lam_cont == 0
+    asked = infogan.settle(infogan.parse_args(["--dataset", "faces", "--lam", "0", "--lam-cont", "2"]))[1]
+    assert asked.lam_cont == 2
 
 
 def test_ig_cls_error_is_zero_for_a_perfect_code_whatever_its_order():
