@@ -56,10 +56,12 @@ Deviations
     [dev 11] What draws, and teaches S, is a running average of G's weights.  --average 0: G as it is.
     [dev 12] D's inputs carry Gaussian noise of std .1, and the rate of G is three times D's 2e-4, the paper's
             for both: without, D wins by the finest texture, and G heeds neither shapes nor z.
-    [dev 13] h is scaled to a deviation of .2 over the training texts.  As phi_t gives it, G's projection of
-            it begins at a sixtieth of z, and interpolated texts (Fig. 8) all ended at one picture.
+    [dev 13] h is scaled to a deviation of .1 over the training texts.  As phi_t gives it, G's projection of
+            it begins at a sixtieth of z, and interpolated texts (Fig. 8) all ended at one picture; at .2 G
+            draws one picture a text, whatever z.
     [dev 14] After 1,000 steps half of the encoders' minibatch are neighbours of the other half, pictures of
-            whose texts phi_t makes much the same: pairs at random differ in more than shapes.
+            whose texts phi_t makes much the same, and so are half of the texts that mismatch in Alg. 1 line
+            4: pairs at random differ in so much that textures and shapes need not be looked at.
 """
 
 import argparse
@@ -483,8 +485,9 @@ def attribute_classifier(args, train):
 
 
 def build(args, train):
-    """The networks, G_bar, the average of G, among them, their optimizers, and the fused iterations of the
-    three phases; `learn` makes the texts h of the second and third from the phi_t of the first."""
+    """The networks, G_bar, the average of G, among them, with `near`, which holds neighbours; optimizers; the
+    fused iterations of the three phases; and seek() and beside() [dev 14], and learn(), which makes the texts
+    h of the second and third phase from the phi_t of the first."""
     kind = args.image_features or ("own" if train.attributes is None else "attributes")
     clf = attribute_classifier(args, train) if kind == "attributes" else None
     nets = networks(args.width, kind, clf)
@@ -496,6 +499,16 @@ def build(args, train):
     amp, beta, cls, int_ = autocast(args), args.beta, "cls" in args.variant, "int" in args.variant
     t, content = train.t.to(args.device), train.content.to(args.device)
     h_all = torch.zeros(*t.shape[:2], NH, device=args.device)
+    near = nn.Module()                                      # of each picture, found by seek()
+    near.register_buffer("of", torch.arange(len(t), device=args.device)[:, None].repeat(1, min(8, len(t))))
+
+    def seek():
+        near.of.copy_(neighbours(texts_of(phi_t, train.t[:, 0], args.device), content))
+
+    def beside(i):
+        """A neighbour of each of the first half of the pictures i (n,): (n // 2,)."""
+        i = i[:len(i) // 2]
+        return near.of[i, torch.randint(near.of.shape[1], i.shape, device=i.device)]
 
     @fuse(args)
     def encoder_step(x, i):                                 # x (n, 3, H, W) in [-1, 1], i (n,) their numbers
@@ -515,7 +528,10 @@ def build(args, train):
         x, h = view(x), some(h_all[i], args.captions)       # Alg. 1 line 3
         h_fake = torch.cat([h, interpolate(h, beta)]) if int_ else h
         z = torch.randn(len(h_fake), NZ, device=x.device)   # line 5
-        h_wrong = h[mismatched(content[i])] if cls else None                    # line 4
+        h_wrong = None
+        if cls:                                             # line 4, [dev 14]
+            j = beside(i)
+            h_wrong = torch.cat([some(h_all[j], args.captions), h[mismatched(content[i])][len(j):]])
         with amp:
             x_fake = G(z, h_fake)                           # line 6
             both = noisy(torch.cat([x, x_fake[:len(x)].detach()]))
@@ -549,10 +565,11 @@ def build(args, train):
     def learn():
         phi_t.scale.fill_(1.0)
         h = texts_of(phi_t, train.t, args.device)
-        phi_t.scale.copy_(0.2 / h.std((0, 1)).mean().clamp_min(1e-6))            # [dev 13]
+        phi_t.scale.copy_(0.1 / h.std((0, 1)).mean().clamp_min(1e-6))            # [dev 13]
         h_all.copy_(phi_t.scale * h)
+        seek()
 
-    return nets, opts, (encoder_step, gan_step, style_step), learn
+    return nets | {"near": near}, opts, (encoder_step, gan_step, style_step), (seek, beside, learn)
 
 
 def texts_of(phi_t, t, device):
@@ -626,7 +643,7 @@ def between(a, b, n=8):
 
 def figures(r, nets, test):
     """Draw the paper's figures into the run's folder."""
-    args, (phi_t, _, _, _, S, G) = r.args, nets.values()    # G: the average, which draws
+    args, (phi_t, _, _, _, S, G, _) = r.args, nets.values()     # G: the average, which draws
     name = "fig4" if "flowers" in args.dataset else "fig7" if args.dataset == "coco" else "fig3"
     with r.aside():
         r.show(name, draw_captions(test, [(G, phi_t)], args.device))
@@ -729,7 +746,7 @@ def verify(f, style):
 
 def evaluate(r, nets, pictures, train, test):
     """The numbers on what is held out: experiment id -> dict with "value", and the paper's if it has one."""
-    args, extra, (phi_t, phi_v, _, _, S, G) = r.args, pictures.extra, nets.values()   # G: the average
+    args, extra, (phi_t, phi_v, _, _, S, G, _) = r.args, pictures.extra, nets.values()    # G: the average
     h, v = texts_of(phi_t, test.t, args.device), see(phi_v, test.images, args.device)
     h_1 = h[:, :args.captions].mean(1)
     y, unit = test.content.to(args.device), "% right by Eq. 3 (f_t: by Eq. 4)"
@@ -806,14 +823,11 @@ def main(argv=None):
     pictures, train, test = parts_of(args)
     batches = data.Batches(train.images, torch.arange(len(train.images)), batch_size=args.batch_size,
                            device=args.device, seed=args.seed, scale=(-1.0, 1.0), rank=r.rank, world=r.world)
-    nets, opts, steps, learn = build(args, train)
-    phi_t, phi_v, G, _, S, G_bar = nets.values()
+    nets, opts, steps, (seek, beside, learn) = build(args, train)
+    phi_t, phi_v, G, _, S, G_bar, _ = nets.values()
     if args.encoder and not args.resume:
         run.fetch(args.encoder, OTHER, args.device, phi_t=phi_t, phi_v=phi_v)
-    near = nn.Module()
-    n = len(train.images)
-    near.register_buffer("of", torch.arange(n, device=args.device)[:, None].repeat(1, min(8, n)))
-    r.keep(**nets, **opts, batches=batches, near=near)
+    r.keep(**nets, **opts, batches=batches)
     if args.sample:
         h = texts_of(phi_t, test.t[:, 0], args.device)
         return r.sample(lambda n: draw(G_bar, h[torch.randint(len(h), (n,), device=h.device)]), (-1.0, 1.0))
@@ -841,12 +855,10 @@ def main(argv=None):
             k = args.encoder_steps - (ends[0] - step + 1)   # updates of phi_t so far
             anneal(opts["opt_phi"], LR_PHI, 1 - k / args.encoder_steps)
             if k and k % EVERY == 0:
-                h = texts_of(phi_t, train.t[:, 0], args.device)
-                near.of.copy_(neighbours(h, train.content.to(args.device)))
+                seek()
             if k >= EVERY:                                  # [dev 14]
-                half = len(i) // 2
-                j = near.of[i[:half], torch.randint(near.of.shape[1], (half,), device=i.device)]
-                x, i = torch.cat([x[:half], batches.pictures(j)]), torch.cat([i[:half], j])
+                j = beside(i)
+                x, i = (torch.cat([a[:len(j)], b]) for a, b in ((x, batches.pictures(j)), (i, j)))
         elif step <= ends[1]:
             for name, lr in (("opt_G", args.lr_G), ("opt_D", args.lr_D)):
                 anneal(opts[name], lr, (ends[1] - step + 1) / gan_steps)
