@@ -26,8 +26,8 @@ Run
     python aae.py --task reduce --labels 100        (or 1000, or 0; with --z-dim 10 in ten dimensions)
 
 Expect
-    aae-mnist100  1.70 % error (paper 1.90), supervised alone 22.4 (paper 25.80): --steps 6000
-                  --nn-steps 1000, 7.6 minutes
+    aae-mnist100  1.70 and 2.61 % error (seeds 0 and 1; paper 1.90), supervised alone 22.4 and 25.3 (paper
+                  25.80): --steps 6000 --nn-steps 1000, 7.6 minutes
     aae-dim-2d-100  3.58 % error (paper 6.08): --steps 3000, 3.5 minutes
     aae-clu16     6.77 % error (paper 9.55): --width .33 --steps 3000, 7.9 minutes on a shared core
     aae-style     94.2 % of samples have the label that P was given: --steps 5000, 4 minutes.  These four on
