@@ -31,7 +31,7 @@ Expect
     aae-dim-2d-100  3.58 % error (paper 6.08): --steps 3000, 3.5 minutes
     aae-clu16     6.77 % error (paper 9.55): --width .33 --steps 3000, 7.9 minutes on a shared core
     aae-style     94.2 % of samples have the label that P was given: --steps 5000, 4 minutes.  These four on
-                  one core of an AMD EPYC with AVX512-BF16, torch 2.14.1, bfloat16, seed 0 alone
+                  one core of an AMD EPYC with AVX512-BF16, torch 2.14.1, bfloat16, seed 0 where none is named
     aae-prior-4   sliced Wasserstein distance of q(z) and p(z) .038 (two draws of p(z): .020), 93 % of the
                   held-out digits on their own component: --steps 3600, 12 minutes
     aae-mnist-ll  318.0 nats (paper 340): --steps 10000, 15 minutes.  These two on a busy core, torch 2.15.0,
