@@ -50,14 +50,14 @@ Deviations
     [dev 9] D sees data, mismatches and samples as one batch (authors' code: three).  With statistics of their
             own, BatchNorm hides from D how bright and how contrasty samples are.
     [dev 10] The surrogate of Eq. 2 has, beside all mismatches, the hardest of each row, as the argmax of Eqs.
-            3 and 4 would have it: 96.5 % of unseen pictures pick their own captions out of 100, without 93.6.
-            Its rate is 3e-4 and falls to 0 over the second half; from the 7e-4 of the authors' code, which
-            falls by .98 an epoch, it is 77.5 %.
+            3 and 4 would have it: 96.5 % of unseen pictures pick their own captions out of 100, without 93.6
+            (both before [dev 14]).  The rate is 3e-4 and falls to 0 over the second half; from the 7e-4 of
+            the authors' code, which falls by .98 an epoch, it is 77.5 %.
     [dev 11] What draws, and teaches S, is a running average of G's weights.  --average 0: G as it is.
     [dev 12] D's inputs carry Gaussian noise of std .1, and the rate of G is three times D's 2e-4, the paper's
             for both: without, D wins by the finest texture, and G does not heed z.
     [dev 13] h is scaled to a deviation of .1 over the training texts.  As phi_t gives it, G's projection of
-            it begins at a sixtieth of z and is heeded late; at .2 G draws one picture a text, whatever z.
+            it begins far below z and is heeded late; at .2 G draws nearly one picture a text, whatever z.
     [dev 14] After 1,000 steps half of the encoders' minibatch are neighbours of the other half, pictures of
             whose texts phi_t makes much the same, and so are half of the texts that mismatch in Alg. 1 line
             4: pairs at random differ in so much that textures and shapes need not be looked at.
@@ -473,13 +473,11 @@ def anneal(opt, lr, left):
     opt.param_groups[0]["lr"].fill_(lr * min(1.0, 2 * left))
 
 
-def attribute_classifier(args, train):
-    """A classifier of what is trained on by its attributes, logits (n, sum of their counts) [dev 1]."""
-    if train.attributes is None:
-        raise UserError(f"{args.dataset} has no attributes: --image-features own does without")
-    one_hot = torch.cat([F.one_hot(c) for c in train.attributes.long().T], 1).to(torch.uint8)
-    images = crop(train.images)
-    cache = Path(args.data_dir) / "cache" / f"classifier-{Path(args.dataset).stem}-phi_v.pt"
+def attribute_classifier(args, images, attributes, counts, what):
+    """A classifier of pictures (N, 3, 64, 64) by attributes (N, A) of so many values each, logits (n, sum of
+    counts); `what` ends the name of its file."""
+    one_hot = torch.cat([F.one_hot(c, k) for c, k in zip(attributes.T, counts)], 1).to(torch.uint8)
+    cache = Path(args.data_dir) / "cache" / f"classifier-{Path(args.dataset).stem}-{what}.pt"
     return metrics.classifier(images, one_hot, args.device, cache, steps=max(20, len(images) // 5))
 
 
@@ -488,7 +486,12 @@ def build(args, train):
     fused iterations of the three phases; and seek() and beside() [dev 14], and learn(), which makes the texts
     h of the second and third phase from the phi_t of the first."""
     kind = args.image_features or ("own" if train.attributes is None else "attributes")
-    clf = attribute_classifier(args, train) if kind == "attributes" else None
+    clf = None
+    if kind == "attributes":                                # [dev 1]
+        if train.attributes is None:
+            raise UserError(f"{args.dataset} has no attributes: --image-features own does without")
+        counts = (train.attributes.amax(0) + 1).tolist()
+        clf = attribute_classifier(args, crop(train.images), train.attributes, counts, "phi_v")
     nets = networks(args.width, kind, clf)
     nets["G_bar"] = averaged(nets["G"])
     nets = dict(zip(nets, place(args, *nets.values())))
@@ -501,8 +504,9 @@ def build(args, train):
     near = nn.Module()                                      # of each picture, found by seek()
     near.register_buffer("of", torch.arange(len(t), device=args.device)[:, None].repeat(1, min(8, len(t))))
 
-    def seek():
-        near.of.copy_(neighbours(texts_of(phi_t, train.t[:, 0], args.device), content))
+    def seek(h):
+        """Find the neighbours of all pictures by their texts h (N, 1024)."""
+        near.of.copy_(neighbours(h, content))
 
     def beside(i):
         """A neighbour of each of the first half of the pictures i (n,): (n // 2,)."""
@@ -566,7 +570,7 @@ def build(args, train):
         h = texts_of(phi_t, train.t, args.device)
         phi_t.scale.copy_(0.1 / h.std((0, 1)).mean().clamp_min(1e-6))            # [dev 13]
         h_all.copy_(phi_t.scale * h)
-        seek()
+        seek(h[:, 0])
 
     return nets | {"near": near}, opts, (encoder_step, gan_step, style_step), (seek, beside, learn)
 
@@ -767,9 +771,7 @@ def evaluate(r, nets, pictures, train, test):
         real = crop(test.images)
         images = torch.cat([crop(train.images), *3 * [real[:half]]])
         shown = torch.cat([train.attributes, *3 * [test.attributes[:half]]])
-        one_hot = torch.cat([F.one_hot(c, k) for c, k in zip(shown.T, counts)], 1).to(torch.uint8)
-        cache = Path(args.data_dir) / "cache" / f"classifier-{pictures.name}-attributes-{images.shape[-1]}.pt"
-        clf = metrics.classifier(images, one_hot, args.device, cache, steps=max(20, len(images) // 5))
+        clf = attribute_classifier(args, images, shown, counts, "attributes-64")
 
         values = extra.get("attribute_values") or [[]] * len(counts)
         none = torch.tensor([v.index("none") if "none" in v else -1 for v in values])
@@ -854,7 +856,7 @@ def main(argv=None):
             k = args.encoder_steps - (ends[0] - step + 1)   # updates of phi_t so far
             anneal(opts["opt_phi"], LR_PHI, 1 - k / args.encoder_steps)
             if k and k % EVERY == 0:
-                seek()
+                seek(texts_of(phi_t, train.t[:, 0], args.device))
             if k >= EVERY:                                  # [dev 14]
                 j = beside(i)
                 x, i = (torch.cat([a[:len(j)], b]) for a, b in ((x, batches.pictures(j)), (i, j)))

@@ -219,11 +219,11 @@ def part(n=12):
     return text2image.Part(d["images"], d["captions"], t, torch.arange(n), d["attributes"], d["style"])
 
 
-def built(*words):
+def built(*words, train=None):
     torch.manual_seed(0)
     a = text2image.parse_args([*NARROW, "--image-features", "own", *words])
     a.device, a.amp, a.compile, a.graph = "cpu", False, False, False
-    return text2image.build(a, part())
+    return text2image.build(a, train or part())
 
 
 def moved(step, nets):
@@ -257,9 +257,8 @@ def test_features_of_a_frozen_classifier_of_attributes(tmp_path):
     changed = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
     assert changed == {"top"} and nets["phi_v"](torch.zeros(2, 3, 64, 64)).shape == (2, 1024)
     assert type(built(*data_dir)[0]["phi_v"]) is nn.Sequential
-    bare = replace(part(), attributes=None)
     with pytest.raises(UserError, match="no attributes: --image-features own does without"):
-        text2image.attribute_classifier(text2image.parse_args(NARROW), bare)
+        built("--image-features", "attributes", train=replace(part(), attributes=None))
 
 
 def test_texts_are_scaled_to_the_spread_that_G_begins_with():
