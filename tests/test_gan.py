@@ -258,8 +258,8 @@ def test_a_run_on_digits_draws_figures_and_writes_numbers(digits, tmp_path):
 def test_digits_under_the_network_for_faces(digits, tmp_path, monkeypatch):
     pictures = gan.data.load(digits, size=48)
     monkeypatch.setattr(gan.data, "load", lambda *_: pictures)
-    gan.main(["--net", "tfd", "--width", ".01", "--steps", "1", "--check", "--out", str(tmp_path), "--data-dir",
-              str(tmp_path / "data"), "--device", "cpu"])
+    gan.main(["--net", "tfd", "--width", ".01", "--steps", "1", "--check", "--out", str(tmp_path),
+              "--data-dir", str(tmp_path / "data"), "--device", "cpu"])
     results = json.loads((tmp_path / "gan-mnist" / "results.json").read_text())["results"]
     assert "paper" not in results["gan-tfd-ll"]
 
