@@ -18,10 +18,10 @@ Run
     python infogan.py --dataset faces --steps 1800
 
 Expect
-    ig-cls  median 3.79 % error of five runs, seeds 0 to 3 and seed 0 with the regular GAN beside (3.50, 4.02,
-            3.79, 3.96, 3.32; paper about 5), Frechet distance 5.5 to 8.4, and
-    ig-mi   2.300 to 2.301 nats (paper 2.30), after 3,000 steps: 13 to 17 minutes, 18 with the regular GAN, on
-            one core of an AMD EPYC with AVX512-BF16, torch 2.14.1, bfloat16
+    ig-cls  median 3.41 % error of seeds 0 to 4 (4.57, 3.38, 3.60, 3.20, 3.41; paper about 5), Frechet
+            distance 6.2 to 7.9, and
+    ig-mi   2.300 to 2.302 nats (paper 2.30), after 3,000 steps: 15 to 18 minutes on one core of an AMD EPYC
+            with AVX512-BF16, torch 2.14.1, bfloat16
     ig-faces  |rank correlation| with the code that found it: azimuth .91, lighting .91, elevation .73, width
             .53, mean .77 (paper: pictures only), 1,800 steps, 39 minutes on one core, seed 0 alone
 
