@@ -64,14 +64,11 @@ Deviations
 """
 
 import argparse
-import textwrap
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn import functional as F
 
@@ -599,15 +596,7 @@ def see(net, images, device):
 
 def sheet(rows, sentences):
     """Rows of pictures, each (m, 3, 64, 64) in [-1, 1], each under its sentence: uint8 (3, H, W)."""
-    picture = []
-    for x, sentence in zip(rows, sentences):
-        row = log.grid(x, len(x), (-1.0, 1.0))
-        lines = textwrap.wrap(sentence, max(12, row.shape[2] * 2 // 11))
-        strip = Image.new("RGB", (row.shape[2], 4 + 14 * len(lines)), "white")
-        for i, line in enumerate(lines):
-            ImageDraw.Draw(strip).text((3, 2 + 14 * i), line, fill="black", font_size=11)
-        picture += [torch.from_numpy(np.array(strip)).permute(2, 0, 1), row]
-    return torch.cat(picture, 1)
+    return log.captioned([log.grid(x, len(x), (-1.0, 1.0)) for x in rows], sentences)
 
 
 def picked(test, n):

@@ -12,7 +12,7 @@ pixel but in the features of the GAN's discriminator.
     Eq. 8, 9   L = L_prior + L_llike^Dis_l + L_GAN; gamma L_llike in Dec's part of it   -> vaegan_step()
     Alg. 1     one forward pass, then Enc, Dec and Dis each down its own part of L      -> vaegan_step()
     Table 1    networks                                                                 -> networks()
-    Figs. 3-5  samples, reconstructions (Fig. 5: at several gammas, a run each)         -> figures()
+    Figs. 3-5  samples, reconstructions (Fig. 5: at several gammas, a run each)         -> figures(), beside()
     Figs. 6, 7 visual attribute vectors: mean z with less mean z without, Sec. 4.1.1    -> attribute_vectors()
     Table 2    attributes asked for against those that a regressor reads, Sec. 4.2      -> similarity()
     Sec. 4     error of the nearest neighbours in a GAN's features and in pixels        -> knn_error()
@@ -25,6 +25,8 @@ Run
     python vaegan.py --dataset mnist --model vae --z-dim 2   (the plane of z; also --model gan)
     python vaegan.py --model gan --name gan                  (whose Dis is the metric of the next)
     python vaegan.py --model vae_dis --dis runs/vaegan-faces-gan --name vae_dis
+    python vaegan.py --resume runs/vaegan-faces --beside runs/vaegan-faces-gan runs/vaegan-faces-vae_dis
+                                                             (Figs. 3-5 with a row or block of each run)
 
 Expect
     vg-lfw  on the built-in heads cosine .875 and .889 (seeds 0 and 1), with --model vae .746 and .738, gan
@@ -298,7 +300,11 @@ def parse_args(argv=None):
     add("--conditional", action="store_true", help="all networks are given the attributes, Sec. 4.2")
     add("--dis", metavar="RUN", help="vae_dis: folder of the GAN run whose Dis is its fixed metric")
     add("--lr", type=positive, default=3e-4, help="RMSProp's rate [%(default)s]")
-    args = run.parse(p, argv)
+    add("--beside", metavar="RUN", nargs="+",
+        help="with --resume: Figs. 3-5 with this run and these, of any --model and --gamma")
+    args = run.parse(p, argv, free=("beside",))
+    if args.beside and not args.resume:
+        p.error("--beside needs --resume RUN: the run that the others stand beside")
     if (args.model == "vae_dis") != bool(args.dis):
         p.error("--model vae_dis and --dis RUN need each other: train the GAN first, --model gan")
     if args.gating and "Dis" not in MODELS[args.model]:
@@ -525,6 +531,38 @@ def figures(r, Enc, Dec, pictures):
         show("plane", plane(args, Dec, 20))
 
 
+def trained(args, where, dy):
+    """(flags, Enc or None, average of Dec) of the run `where`, of this run's data and sizes."""
+    other = parse_args(["--resume", where])
+    for k in ("dataset", "net", "width", "conditional"):
+        found, expected = getattr(other, k), getattr(args, k)
+        if found != expected:
+            raise UserError(f"{where} was run with --{k} {found}, {expected} expected, as in {args.resume}")
+    other.device = args.device
+    nets = {name: net for name, net in build(other, dy)[0].items() if name in ("Enc", "Dec_bar")}
+    run.fetch(where, "a vaegan run past its first checkpoint", args.device, **nets)
+    return other, nets.get("Enc"), nets["Dec_bar"]
+
+
+def beside(r, runs, pictures):
+    """--beside: Figs. 3-5 with a block or row of each (flags, Enc or None, Dec) of runs, under its name."""
+    y, x = pictures.extra["test_y"], each(r.args, nn.Identity(), pictures.test_images[:8])
+    samples, rows = [], [("data", x)]
+    for args, Enc, Dec in runs:
+        name = args.model + (f", gamma {args.gamma:g}" if args.gamma is not None else "")
+        with r.aside():
+            settled(args, Enc, Dec, pictures)
+        with r.aside():                                     # the same z wherever its size is the same
+            samples.append((name, draw(args, Dec, some(y, 24))))
+        if Enc:
+            rows.append((name, each(args, Dec, each(args, Enc, x, y[:8]), y[:8])))
+    for title, blocks in (("beside_fig3", samples), ("beside_fig4", rows)):
+        if len(blocks) > 1:                                 # a GAN has no reconstructions
+            names, blocks = zip(*blocks)
+            r.show(title, log.captioned([log.grid(b, min(8, len(b)), (-1, 1)) for b in blocks], names))
+    print(f"from top to bottom {', '.join(map(str, [r.folder, *r.args.beside]))}: {r.folder}/beside_*.png")
+
+
 # ---------------------------------------------------------------------------------------------------- numbers
 
 def sharpness(x):
@@ -643,6 +681,9 @@ def main(argv=None):
         with r.aside():
             settled(args, Enc, Dec, pictures)
             return r.sample(lambda n: draw(args, Dec, some(test_y, n)), (-1, 1))
+    if args.beside:
+        others = (trained(args, where, y.shape[1]) for where in args.beside)
+        return beside(r, [(args, Enc, Dec), *others], pictures)
 
     for _ in r.loop():
         r.log(train_step(*next(batches)))

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import time
 
 import numpy as np
@@ -117,6 +118,18 @@ def grid(x, columns, scale=(0.0, 1.0)):
     x = torch.cat([x, x.new_full((-len(x) % columns, *x.shape[1:]), 128)])
     x = F.pad(rearrange(x, "(r c) k h w -> k (r h) (c w)", c=columns), (2, 0, 2, 0), value=128)
     return x.expand(3, -1, -1).contiguous()
+
+
+def captioned(pictures, captions):
+    """uint8 pictures (3, H, W) of one width stacked, each under its caption: uint8 (3, H', W)."""
+    parts = []
+    for x, caption in zip(pictures, captions):
+        lines = textwrap.wrap(caption, max(12, x.shape[2] * 2 // 11))
+        strip = Image.new("RGB", (x.shape[2], 4 + 14 * len(lines)), "white")
+        for i, line in enumerate(lines):
+            ImageDraw.Draw(strip).text((3, 2 + 14 * i), line, fill="black", font_size=11)
+        parts += [torch.from_numpy(np.array(strip)).permute(2, 0, 1), x]
+    return torch.cat(parts, 1)
 
 
 def save_png(path, image):

@@ -90,7 +90,7 @@ def parse(p, argv=None, free=()):
     try:
         saved = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path} not found: --resume takes the folder of an earlier run") from None
+        raise UserError(f"{path} not found: the folder of an earlier run expected") from None
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read ({e}): the flags of the run are lost") from None
     if not isinstance(saved, dict) or saved.get("script") != args.script:

@@ -486,10 +486,50 @@ def test_resumed_it_goes_on_to_the_bit(digits, tmp_path, monkeypatch):
             assert torch.equal(state["s"], parts[f"opt_{net}"]["state"][i]["s"])
 
 
+def test_runs_side_by_side(digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(vaegan, "figures", lambda *a: None)
+    monkeypatch.setattr(vaegan, "evaluate", lambda *a: {"vg-celeba-recon": {"value": 0, "sharpness": 1}})
+    runs = {"vaegan": ["--gamma", ".002"], "vae": [], "gan": ["--z-dim", "3", "--seed", "1"]}
+    for model, words in runs.items():
+        vaegan.main(small(digits, tmp_path, "--steps", 2, "--model", model, "--name", model, *words))
+    here, vae, gan = (tmp_path / f"vaegan-digits-{model}" for model in runs)
+    before, captions, captioned = (here / "checkpoint.pt").read_bytes(), [], vaegan.log.captioned
+    monkeypatch.setattr(vaegan.log, "captioned", lambda x, c: captions.append(c) or captioned(x, c))
+
+    def beside(*others):
+        vaegan.main(["--resume", str(here), "--beside", *map(str, others)])
+
+    beside(gan, here, vae)
+    name = "vaegan, gamma 0.002"
+    assert [list(c) for c in captions] == [[name, "gan", name, "vae"], ["data", name, name, "vae"]]
+    assert f"{here}, {gan}, {here}, {vae}: {here}/beside_*.png" in capsys.readouterr().out
+    for figure, rows, same in (("beside_fig3", 3, (0, 2)), ("beside_fig4", 1, (1, 2))):
+        x = np.asarray(Image.open(here / f"{figure}.png"))
+        assert x.shape == (4 * (18 + 30 * rows), 2 + 8 * 30, 3)
+        blocks = [b[18:] for b in np.split(x, 4)]           # less the caption
+        alike = {(i, j) for i in range(4) for j in range(i) if np.array_equal(blocks[i], blocks[j])}
+        assert alike == {same[::-1]}, figure
+    held_out = torch.from_numpy(np.load(digits)["test_images"][:8])
+    assert np.array_equal(blocks[0], vaegan.log.grid(held_out / 255, 8).permute(1, 2, 0))
+    assert (here / "checkpoint.pt").read_bytes() == before
+
+    other = json.loads((vae / "args.json").read_text())
+    with pytest.raises(UserError, match="args.json not found: the folder of an earlier run expected"):
+        beside(gan, tmp_path)
+    for found, said in (({"width": 0.25}, "was run with --width 0.25, 0.125 expected, as in"),
+                        ({"dataset": "mnist"}, "was run with --dataset mnist, .* expected, as in"),
+                        ({"script": "aae"}, "is a run of aae.py, a run of vaegan.py expected"),
+                        ({}, "No such file .*: a vaegan run past its first checkpoint expected")):
+        (tmp_path / "args.json").write_text(json.dumps(other | found))
+        with pytest.raises(UserError, match=said):
+            beside(gan, tmp_path)
+
+
 @pytest.mark.parametrize(
     "words, line",
     [
         (["--model", "vae_dis"], "need each other"),
+        (["--beside", "runs/gan"], "needs --resume"),
         (["--dis", "x"], "need each other"),
         (["--model", "vae", "--gating"], "has none"),
         (["--gamma", "-1"], "at least 0"),
