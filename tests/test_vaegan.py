@@ -505,7 +505,7 @@ def test_runs_side_by_side(digits, tmp_path, monkeypatch, capsys):
     assert f"{here}, {gan}, {here}, {vae}: {here}/beside_*.png" in capsys.readouterr().out
     for figure, rows, same in (("beside_fig3", 3, (0, 2)), ("beside_fig4", 1, (1, 2))):
         x = np.asarray(Image.open(here / f"{figure}.png"))
-        assert x.shape == (4 * (18 + 30 * rows), 2 + 8 * 30, 3)
+        assert x.shape == (4 * (18 + 2 + 30 * rows), 2 + 8 * 30, 3)
         blocks = [b[18:] for b in np.split(x, 4)]           # less the caption
         alike = {(i, j) for i in range(4) for j in range(i) if np.array_equal(blocks[i], blocks[j])}
         assert alike == {same[::-1]}, figure
