@@ -231,7 +231,7 @@ def parse_args(argv=None):
         help="what G ascends: log D(G(z)) of Sec. 3, or -log(1 - D(G(z))) of Eq. 1 [%(default)s]")
     add("--lr-D", type=positive, help="D's first learning rate, divided by 1.000004 each step [MNIST .15]")
     add("--lr-G", type=positive, help="the same for G [MNIST .3]")
-    add("--average", type=run.number(float, 0, 1), default=0.999,
+    add("--average", type=run.number(float, 0, 1), default=0.9999,
         help="decay of the running average of G that draws, 0: G as it is [%(default)s]")
     return run.parse(p, argv)
 
