@@ -5,10 +5,13 @@
     x, y = next(batches)                              # x (128, 3, 64, 64) in [-1, 1], y (128,), on the device
 """
 
+import errno
+import functools
 import gzip
 import hashlib
 import itertools
 import json
+import math
 import os
 import pickle
 import re
@@ -252,27 +255,32 @@ def folder(path, root, size, channels):
     if not files:
         raise UserError(f"{path} holds no pictures: expected {' '.join(SUFFIXES)} in it, or in a sub-folder "
                         "for each class")
-    tops = [Path(f).parts[0] for f in files]
+    tops = [f.split(os.sep, 1)[0] for f in files]
     flat = sum(top == f for top, f in zip(tops, files))
     if 0 < flat < len(files):
         raise UserError(f"{path} holds {flat} pictures beside {len(files) - flat} in sub-folders: "
                         "expected pictures alone, or a sub-folder for each class")
-    stats = [os.stat(path / f) for f in files]
-    stats = [(f, s.st_size, s.st_mtime_ns) for f, s in zip(files, stats)]
-    digest = hashlib.sha256(json.dumps([str(path.resolve()), stats]).encode()).hexdigest()[:16]
-    rest = {"files": [Path(f).as_posix() for f in files]}
+    digest, comma = hashlib.sha256(f"[{json.dumps(str(path.resolve()))}, [".encode()), ""
+    for f in files:  # one at a time: a stat_result takes 690 bytes
+        s = os.stat(path / f)
+        digest.update(f"{comma}{json.dumps((f, s.st_size, s.st_mtime_ns))}".encode())
+        comma = ", "
+    digest.update(b"]]")
+    rest = {"files": [f.replace(os.sep, "/") for f in files]}
     if not flat:
         rest["classes"] = sorted(set(tops))
         index = {c: i for i, c in enumerate(rest["classes"])}
         rest["labels"] = torch.tensor([index[top] for top in tops])
 
     def make():
-        sources = [path / f for f in files]
+        sources = [os.path.join(path, f) for f in files]  # a Path takes several times the memory
         c, h, w = own_shape(sources, size, channels)
-        return (len(files), c, h, w), decoded(path.name, sources, len(files), size, c), rest
+        blocks = functools.partial(decoded, path.name, sources, len(files), size, c, None)
+        return (len(files), c, h, w), blocks, rest
 
     label = re.sub(r"[^\w.-]", "_", path.resolve().name)
-    return cached(root / "cache" / f"{label}-{size or 'own'}x{channels or 'own'}-{digest}", make)
+    return cached(root / "cache" / f"{label}-{size or 'own'}x{channels or 'own'}-{digest.hexdigest()[:16]}",
+                  make)
 
 
 def captioned(path, root, size, channels):
@@ -339,24 +347,28 @@ def large(name, root, size, channels, download):
                 blocks, n, rest = stl10(root, size, channels, download)
             else:
                 sources, n, rest = listed(name, root, download)
-                blocks = decoded(name, sources, n, size, channels, BOX.get(name))
+                blocks = functools.partial(decoded, name, sources, n, size, channels, BOX.get(name))
         return (n, channels, size, size), blocks, rest
 
     return cached(root / "cache" / f"{name}-{size}x{channels}", make)
 
 
 def listed(name, root, download):
-    """(sources, how many, further arrays) of a set whose pictures are files, or entries of a data base."""
+    """(sources, how many, further arrays) of a set whose pictures are files, or entries of a data base.
+
+    sources: a list, or a function of the number of the first one wanted.
+    """
     if name == "lsun":
         import lmdb
         path = root / "lsun" / "bedroom_train_lmdb"
         env = lmdb.open(str(path), create=False, readonly=True, lock=False)
 
-        def values():  # in the order of the file: random keys would seek
+        def values(start):  # in the order of the file: random keys would seek
             with env.begin() as txn:
-                for key, value in txn.cursor():
-                    yield f"{path}: {key.decode(errors='replace')}", BytesIO(value)
-        return values(), env.stat()["entries"], {}
+                cursor = txn.cursor()
+                for key in itertools.islice(cursor.iternext(values=False), start, None):
+                    yield f"{path}: {key.decode(errors='replace')}", BytesIO(cursor.value())
+        return values, env.stat()["entries"], {}
     if name == "coco":
         lists = json.loads((root / "coco" / "annotations" / "captions_train2014.json").read_text())
         captions = {}
@@ -464,22 +476,28 @@ def own_shape(sources, size, channels):
 
     with ThreadPoolExecutor(threads()) as pool:  # in blocks, since map() makes an object a picture at once
         blocks = (pool.map(header, sources[i:i + BLOCK]) for i in range(0, len(sources), BLOCK))
-        shapes, grey = zip(*itertools.chain.from_iterable(blocks))
-    odd = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
-    if size is None and odd is not None:
-        found = " and ".join("{1}x{0} {2}".format(*shapes[i], sources[i]) for i in (0, odd))
-        raise UserError(f"pictures of several sizes, {found}: give the one to bring them to, --size 64 say")
-    return (channels or (1 if all(grey) else 3), *((size, size) if size else shapes[0]))
+        headers = itertools.chain.from_iterable(blocks)
+        first, all_grey = next(headers)
+        for source, (shape, grey) in zip(sources[1:], headers):
+            all_grey &= grey
+            if size is None and shape != first:
+                found = "{1}x{0} {2} and {4}x{3} {5}".format(*first, sources[0], *shape, source)
+                raise UserError(f"pictures of several sizes, {found}: give the one to bring them to, "
+                                "--size 64 say")
+    return (channels or (1 if all_grey else 3), *((size, size) if size else first))
 
 
-def decoded(name, sources, n, size, channels, box=None):
-    """Blocks uint8 (up to BLOCK, C, H, W) of the n pictures, decoded in threads (Pillow releases the GIL)."""
-    sources, start, done, live = iter(sources), time.monotonic(), 0, sys.stderr.isatty()
+def decoded(name, sources, n, size, channels, box, start):
+    """Blocks uint8 (BLOCK or fewer, C, H, W) of pictures start to n, decoded in threads (without the GIL)."""
+    began, done, live = time.monotonic(), start, sys.stderr.isatty()
+    sources = sources(start) if callable(sources) else iter(sources[start:])
+    if start:
+        print(f"preparing {name}: going on at picture {start + 1:,} of {n:,}", file=sys.stderr, flush=True)
     with ThreadPoolExecutor(threads()) as pool:
         while part := list(itertools.islice(sources, BLOCK)):
             yield np.stack(list(pool.map(lambda s: picture(s, size, channels, box), part)))
             done += len(part)
-            rate = done / (time.monotonic() - start)
+            rate = (done - start) / (time.monotonic() - began)
             if live or done == n or done % (32 * BLOCK) == 0:
                 print("\r" * live + f"preparing {name}: {done:,} of {n:,} pictures, {rate:,.0f}/s, "
                       f"{(n - done) / rate:.0f} s left  ", end="" if live and done < n else "\n",
@@ -507,16 +525,21 @@ def cached(where, make):
     """images, memory-mapped, and further arrays from the folder `where`; made first if it is not there.
 
     make() -> (shape, blocks of images, further arrays), written in a temporary folder beside `where` that is
-    renamed at the end.
+    renamed at the end.  blocks(i), starting from picture i, goes on where an interrupted process ended; plain
+    blocks start over.
     """
     try:
         if not where.exists():
             where.parent.mkdir(parents=True, exist_ok=True)
             with locked(where.with_name(f"{where.name}.lock")):
-                for stale in where.parent.glob(f"{where.name}.tmp*"):  # the lock is ours: its maker is gone
-                    shutil.rmtree(stale, ignore_errors=True)
+                mine = where.with_name(f"{where.name}.tmp{os.getpid()}")
+                for left in sorted(where.parent.glob(f"{where.name}.tmp*")):
+                    try:  # the lock is ours, so its maker is gone; if not, Windows refuses, as files are open
+                        left.rename(mine)
+                    except OSError:
+                        shutil.rmtree(left, ignore_errors=True)
                 if not where.exists():
-                    write(where, where.with_name(f"{where.name}.tmp{os.getpid()}"), *make())
+                    write(where, mine, *make())
     except OSError as e:
         raise UserError(f"{where} cannot be written ({e.strerror or e}): free some space, "
                         "or give another --data-dir") from e
@@ -537,23 +560,51 @@ def cached(where, make):
 
 
 def write(where, temporary, shape, blocks, rest):
-    """images.npy and rest.pt in the folder `where`, by way of `temporary`."""
-    temporary.mkdir()
+    """images.npy and rest.pt in the folder `where`, by way of `temporary`, where another may have begun.
+
+    Its file done has 4 bytes a block: the checksum of shape, rest and all pictures so far.  What agrees is
+    kept, so that neither a kill nor a changed list nor a damaged file leaves a wrong picture.
+    """
+    n, each, done, head, packed = shape[0], math.prod(shape[1:]), 0, BytesIO(), BytesIO()
+    np.lib.format.write_array_header_1_0(
+        head, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
+    torch.save(rest, packed)
+    head, packed = head.getvalue(), packed.getvalue()
+    crc = zlib.crc32(packed, zlib.crc32(head))
+    files = temporary / "images.npy", temporary / "done"
+    held = files[0].stat().st_size if files[0].exists() else 0
+    if shutil.disk_usage(where.parent).free < n * each - held:
+        raise OSError(errno.ENOSPC, f"{n * each / 1e9:.1f} GB are needed")
     try:
-        with open(temporary / "images.npy", "wb") as f:
-            np.lib.format.write_array_header_1_0(
-                f, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
-            f.writelines(np.ascontiguousarray(block).data for block in blocks)
-            f.flush()
-            os.fsync(f.fileno())
-        torch.save(rest, temporary / "rest.pt")
-        try:
-            temporary.rename(where)
-        except OSError:
-            if not where.exists():  # else another process was faster: its copy is as good
-                raise
-    finally:
+        temporary.mkdir(exist_ok=True)
+        (temporary / "rest.pt").write_bytes(packed)
+        for file in files:
+            file.touch()
+        with open(files[0], "r+b") as images, open(files[1], "r+b") as marks:
+            images.seek(len(head))
+            while callable(blocks) and done < n:
+                after = zlib.crc32(images.read(min(BLOCK, n - done) * each), crc)
+                if marks.read(4) != struct.pack("<I", after):
+                    break
+                done, crc = min(done + BLOCK, n), after
+            images.seek(0)
+            images.write(head)
+            images.truncate(images.seek(len(head) + done * each))
+            marks.truncate(marks.seek(-(-done // BLOCK) * 4))
+            for block in blocks(done) if callable(blocks) else blocks:
+                block = np.ascontiguousarray(block).data
+                images.write(block)
+                images.flush()
+                crc = zlib.crc32(block, crc)
+                marks.write(struct.pack("<I", crc))
+                marks.flush()  # after the pictures
+            os.fsync(images.fileno())
+        temporary.rename(where)
+        (where / "done").unlink()
+    except Exception:  # an interrupt is none
         shutil.rmtree(temporary, ignore_errors=True)
+        if not where.exists():  # else another process was faster: its copy is as good
+            raise
 
 
 @contextmanager

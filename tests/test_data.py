@@ -346,15 +346,101 @@ def test_killed_and_then_two_at_once(tmp_path, pictures, monkeypatch, request):
     assert f"sum {int(mine.sum())}\n" in out
     for x, path in zip(mine, sorted(pictures.iterdir())):
         assert np.array_equal(x, np.asarray(Image.open(path)).transpose(2, 0, 1))
-    (made,) = cache_of(tmp_path)  # what the killed one left is gone
+    (made,) = cache_of(tmp_path)  # nothing is left of what the killed one began
     assert made.name == half.name.split(".tmp")[0]
     if data.fcntl:
         assert len(count) + out.count("decoded") == 24  # one prepared, the other waited
 
 
+@pytest.mark.parametrize("change, start", [
+    ("nothing", 8), ("a pixel", 4), ("cut off", 4), ("more", 8), ("header", 8), ("rest", 8), ("torn mark", 4),
+    ("wrong mark", 0), ("no marks", 0), ("no images", 0), ("another list", 0), ("fewer", 0)])
+def test_interrupted_preparation_goes_on(tmp_path, monkeypatch, change, start):
+    """Whatever became of the part that is there: each block is kept that is as it was written."""
+    monkeypatch.setattr(data, "BLOCK", 4)
+    x, starts, files = noise(10, 3, 2, 2), [], ["a", "b"]
+
+    def make(stop):
+        def blocks(start):
+            starts.append(start)
+            for i in range(start, len(x), 4):
+                if i == stop:
+                    raise KeyboardInterrupt
+                yield x[i:i + 4]
+        return lambda: (x.shape, blocks, {"files": files})
+
+    with pytest.raises(KeyboardInterrupt):
+        data.cached(tmp_path / "set", make(8))
+    (half,) = tmp_path.glob("set.tmp*")
+    half = half.rename(tmp_path / "set.tmp0")  # of a process with another number
+    images, marks = half / "images.npy", half / "done"
+    a, m = images.read_bytes(), marks.read_bytes()
+    assert len(a) == 128 + 8 * 12 and len(m) == 8
+    if change == "a pixel":
+        images.write_bytes(a[:-1] + bytes([a[-1] ^ 1]))
+    elif change in ("cut off", "more"):
+        images.write_bytes(a[:-1] if change == "cut off" else a + b"more")
+    elif change == "header":
+        images.write_bytes(b"?" + a[1:])
+    elif change == "rest":
+        (half / "rest.pt").write_bytes(b"?")
+    elif change.endswith("mark"):
+        marks.write_bytes(m[:-1] if change == "torn mark" else b"????" + m[4:])
+    elif change.startswith("no "):
+        (marks if change == "no marks" else images).unlink()
+    elif change == "another list":
+        files = ["a", "c"]
+    elif change == "fewer":
+        x = x[:9]
+    found = data.cached(tmp_path / "set", make(None))
+    assert starts == [0, start]
+    assert np.array_equal(found["images"], x) and found["files"] == files
+    assert {p.name for p in tmp_path.iterdir()} == {"set", "set.lock"}
+    assert {p.name for p in (tmp_path / "set").iterdir()} == {"images.npy", "rest.pt"}
+
+
+def test_interrupted_folder_goes_on(tmp_path, pictures, monkeypatch, capsys):
+    expected, decode = load(pictures, tmp_path / "reference").images, data.picture
+    count, seen = itertools.count(), []
+
+    def picture(source, *a):
+        seen.append(Path(source).name)
+        if next(count) == 10:
+            raise KeyboardInterrupt
+        return decode(source, *a)
+
+    monkeypatch.setattr(data, "BLOCK", 4)
+    monkeypatch.setattr(data, "picture", picture)
+    with pytest.raises(KeyboardInterrupt):
+        load(pictures, tmp_path)
+    capsys.readouterr()
+    seen.clear()
+    assert torch.equal(load(pictures, tmp_path).images, expected)
+    assert sorted(seen) == [f"{i:02}.png" for i in range(8, 24)]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "preparing f: going on at picture 9 of 24" and "24 of 24 pictures" in lines[-1]
+
+
+def test_a_disk_too_small_is_told_at_once(tmp_path, pictures, monkeypatch):
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=4607))
+    one_line(lambda: load(pictures, tmp_path), "0.0 GB are needed", "--data-dir")
+    assert cache_of(tmp_path) == []
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=4608))
+    assert len(load(pictures, tmp_path).images) == 24
+
+
+def test_name_of_a_prepared_folder(tmp_path, pictures):
+    """As it has been from the start, so that what is prepared stays in use."""
+    load(pictures, tmp_path)
+    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(pictures.iterdir())]
+    digest = hashlib.sha256(json.dumps([str(pictures.resolve()), stats]).encode()).hexdigest()[:16]
+    assert [p.name for p in cache_of(tmp_path)] == [f"f-ownxown-{digest}"]
+
+
 def test_slower_of_two_without_locks(tmp_path, pictures, monkeypatch):
     """Where there are no file locks, a process that finds another's whole set at the end takes that."""
-    decode, remove, faster = data.picture, data.shutil.rmtree, []
+    decode, remove, rename, faster = data.picture, data.shutil.rmtree, Path.rename, []
+    pid = os.getpid()
 
     def picture(*a):
         if not faster:  # the other one starts and ends in the midst of this one
@@ -363,13 +449,19 @@ def test_slower_of_two_without_locks(tmp_path, pictures, monkeypatch):
             faster[0] = load(pictures, tmp_path).images
         return decode(*a)
 
-    def rmtree(path, **kw):  # as on Windows: nothing that is open goes away
+    def rmtree(path, **kw):  # as on Windows: nothing that is open goes away or gets another name
         if path.name.endswith(".tmp1"):
             remove(path, **kw)
+
+    def renamed(path, to):
+        if path.name.endswith(f".tmp{pid}") and ".tmp" in to.name:
+            raise PermissionError
+        return rename(path, to)
 
     monkeypatch.setattr(data, "fcntl", None)
     monkeypatch.setattr(data, "picture", picture)
     monkeypatch.setattr(data.shutil, "rmtree", rmtree)
+    monkeypatch.setattr(data.Path, "rename", renamed)
     assert torch.equal(load(pictures, tmp_path).images, faster[0])
 
 
@@ -753,6 +845,9 @@ def test_lsun(tmp_path):
             txn.put(b"%d" % i, save(tmp_path / "x.webp", np.full((20, 30, 3), 50 * i, np.uint8)).read_bytes())
     d = load("lsun", tmp_path, size=8)
     assert (d.images[:, 0, 4, 4] - torch.tensor([0, 50, 100])).abs().max() <= 3 and len(d.images) == 3
+    sources, n, _ = data.listed("lsun", tmp_path, False)
+    ((name, file),) = sources(2)
+    assert n == 3 and name.endswith(": 2") and abs(np.asarray(Image.open(file)).mean() - 100) <= 3
 
 
 @pytest.mark.parametrize("name", [name for name in data.PLACE if name != "lsun"])
