@@ -533,8 +533,8 @@ def figures(r, G, D, net, images):
         r.show("fig3", log.grid(decode(G, sample_z(100, net, args.device)), 10, (-1, 1)))
         r.show("fig4", log.grid(decode(G, walk(sample_z(9, net, args.device))), 10, (-1, 1)))
         untrained = networks(net, images.shape[1], args.width)[1].to(args.device)
-        some = images[::-(-len(images) // 1000)]            # strided: folders are sorted by class
-        left, right = (log.grid(draw_fig5(net_D, some, args.device), 8, (-1, 1)) for net_D in (untrained, D))
+        left, right = (log.grid(draw_fig5(net_D, images[:1000], args.device), 8, (-1, 1))
+                       for net_D in (untrained, D))
         r.show("fig5", torch.cat([left, left.new_full((3, left.shape[1], 8), 255), right], 2))
 
 
@@ -563,7 +563,7 @@ def evaluate(r, G, net, pictures):
         clf = metrics.classifier(pictures.images, pictures.labels, device, cache=cache)
     if clf is not None:
         real = pictures.images if pictures.test_images is None else pictures.test_images
-        real = real[::-(-len(real) // POOL)]
+        real = real[::-(-len(real) // POOL)]                # strided: a test part may be sorted by class
         results["frechet"] = {"value": metrics.frechet_distance(clf, (x + 1) / 2, real)}
     if r.args.exemplars:
         picks |= by_eye(r.args.exemplars)

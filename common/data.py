@@ -68,6 +68,7 @@ BOX = {"celeba": (15, 40, 163, 188), "lfw": (50, 50, 200, 200)}  # left, top, ri
 OWN_SIZE = {"celeba": 148, "lfw": 150, "stl10": 96}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 GREY = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B")
+NAMES = ("names", "values", "words", "classes")     # ends of arrays that are about no picture of their own
 BLOCK = 1024           # pictures decoded, resized and written at a time: what preparing a set holds in memory
 GPU_SHARE = 0.5        # of a GPU's free memory that a data set may take
 DAMAGED = (OSError, EOFError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError, ValueError,
@@ -208,8 +209,19 @@ def npz(path):
         if n and arrays[f"{part}images"].shape[1:] != arrays["images"].shape[1:]:
             raise UserError(f"{path}: images are {arrays['images'].shape[1:]} and test_images "
                             f"{arrays['test_images'].shape[1:]}: expected one (C, H, W)")
-    return arrays | {key: arrays[key].long() if "labels" in key else torch.from_numpy(arrays[key])
-                     for key in ("images", "labels", "test_images", "test_labels") if key in arrays}
+    arrays |= {key: arrays[key].long() if "labels" in key else torch.from_numpy(arrays[key])
+               for key in ("images", "labels", "test_images", "test_labels") if key in arrays}
+    labels = arrays.get("labels", torch.zeros(0))
+    if len(labels.unique()) > 1 and (labels.diff() >= 0).all():         # class after class
+        for key, a in arrays.items():
+            if len(a) == len(labels) and not key.startswith("test_") and not key.endswith(NAMES):
+                arrays[key] = a[mixed(range(len(a)))] if torch.is_tensor(a) else mixed(a)
+    return arrays
+
+
+def mixed(rows):
+    """The rows as a list in an order at random, always the same: a part held out has all classes."""
+    return [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()]
 
 
 def plain(a, what):
@@ -245,7 +257,10 @@ def fit(images, size, channels):
 # ---- pictures in files, decoded and resized once into a memory-mapped array
 
 def folder(path, root, size, channels):
-    """A folder of pictures; the sub-folders that hold some, at any depth, are the classes, sorted by name."""
+    """A folder of pictures; the sub-folders that hold some, at any depth, are the classes, sorted by name.
+
+    Pictures come by name, those of classes mixed.
+    """
     files = []
     for at, below, names in os.walk(path, followlinks=True):
         below[:] = [d for d in below if not d.startswith(".")]
@@ -260,6 +275,9 @@ def folder(path, root, size, channels):
     if 0 < flat < len(files):
         raise UserError(f"{path} holds {flat} pictures beside {len(files) - flat} in sub-folders: "
                         "expected pictures alone, or a sub-folder for each class")
+    if not flat:
+        files = mixed(files)
+        tops = [f.split(os.sep, 1)[0] for f in files]
     digest, comma = hashlib.sha256(f"[{json.dumps(str(path.resolve()))}, [".encode()), ""
     for f in files:  # one at a time: a stat_result takes 690 bytes
         s = os.stat(path / f)
@@ -395,7 +413,7 @@ def listed(name, root, download):
     else:
         d = datasets.ImageNet(root / "imagenet", split="train")
         pairs, classes = d.samples, [", ".join(c) for c in d.classes]
-    files, labels = zip(*pairs)
+    files, labels = zip(*mixed(pairs))
     return files, len(files), {"labels": torch.tensor(labels), "classes": classes,
                                "files": [Path(f).name for f in files]}
 

@@ -148,9 +148,11 @@ def test_folder_with_classes(tmp_path):
     (tmp_path / "pets" / "cat" / "._0.png").write_bytes(b"not a picture")
     (tmp_path / "pets" / "cat" / "notes.txt").write_text("not a picture")
     d = load(tmp_path / "pets", tmp_path)
-    assert d.name == "pets" and d.classes == ["cat", "dog"] and d.labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert d.name == "pets" and d.classes == ["cat", "dog"]
+    assert d.labels.tolist() == [f.startswith("dog") for f in d.extra["files"]]
+    assert (d.labels.diff() < 0).any()                      # mixed, so that a part held out has both
     assert d.labels.dtype == torch.int64 and d.images.shape == (7, 3, 6, 5) and d.images.dtype == torch.uint8
-    assert d.extra["files"] == sorted(a)
+    assert sorted(d.extra["files"]) == sorted(a)
     for x, name in zip(d.images, d.extra["files"]):
         assert np.array_equal(x, a[name].transpose(2, 0, 1))
 
@@ -473,7 +475,7 @@ def test_npz(tmp_path, monkeypatch):
     np.savez_compressed(
         tmp_path / "s.npz",
         images=images,
-        labels=np.arange(6, dtype=np.uint8),
+        labels=np.arange(5, -1, -1, dtype=np.uint8),
         test_images=images[:2],
         test_labels=np.array([1, 0], np.int32),
         classes=np.array(list("uvwxyz")),
@@ -488,11 +490,24 @@ def test_npz(tmp_path, monkeypatch):
     d = load(tmp_path / "s.npz", tmp_path)
     assert sorted(read) == sorted(set(read)) and len(read) == 9  # nothing is decompressed twice
     assert d.name == "s" and np.array_equal(d.images, images) and np.array_equal(d.test_images, images[:2])
-    assert d.labels.dtype == d.test_labels.dtype == torch.int64 and d.labels.tolist() == [0, 1, 2, 3, 4, 5]
+    assert d.labels.dtype == d.test_labels.dtype == torch.int64 and d.labels.tolist() == [5, 4, 3, 2, 1, 0]
     assert d.test_labels.tolist() == [1, 0] and d.classes == list("uvwxyz")
     assert set(d.extra) == {"factors", "factor_names", "age", "old"} and d.extra["factor_names"] == ["a", "b"]
     assert d.extra["factors"].dtype == torch.float32 and np.allclose(d.extra["factors"], factors)
     assert d.extra["age"].dtype == torch.int64 and d.extra["old"].dtype == torch.bool
+
+
+def test_an_npz_in_order_of_class_is_mixed(tmp_path):
+    i = np.arange(12, dtype=np.uint8)
+    np.savez(tmp_path / "s.npz", images=np.tile(i[:, None, None, None], (1, 1, 2, 2)), labels=i // 4, age=i,
+             captions=i.astype(str), tag_names=i.astype(str), test_images=np.zeros((12, 1, 2, 2), np.uint8),
+             test_labels=i // 4)
+    d = load(tmp_path / "s.npz", tmp_path)
+    order = d.images[:, 0, 0, 0].tolist()
+    assert sorted(order) == i.tolist() != order and set(d.labels[6:].tolist()) == {0, 1, 2}
+    assert d.labels.tolist() == [k // 4 for k in order] and d.extra["age"].tolist() == order
+    assert d.extra["captions"] == [str(k) for k in order]
+    assert d.extra["tag_names"] == [str(k) for k in i] and d.test_labels.tolist() == (i // 4).tolist()
 
 
 OK = np.zeros((4, 3, 8, 8), np.uint8)
@@ -617,11 +632,12 @@ def test_birds_hold_out_the_last_quarter_of_classes(tmp_path, birds):
     d = load(birds, tmp_path, size=8)
     assert d.name == "birds" and d.classes == ["001.Auk", "002.Bee", "003.Crow", "004.Duck"]
     assert d.images.shape == (9, 3, 8, 8) and d.test_images.shape == (3, 3, 8, 8)
-    assert d.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and d.test_labels.tolist() == [3, 3, 3]
-    assert (d.images[:, 0, 0, 0].int() - torch.tensor([60, 120, 180] * 3)).abs().max() <= 2
-    assert d.extra["captions"][1] == ["Auk 2 said 0", "Auk 2 said 1"]
-    assert d.extra["test_captions"][0] == ["Duck 1 said 0"]
-    assert d.extra["test_files"][2] == "004.Duck/Duck_3.jpg"
+    assert sorted(d.labels.tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2] and d.test_labels.tolist() == [3, 3, 3]
+    numbers = torch.tensor([int(f[-5]) for f in d.extra["files"]])
+    assert (d.images[:, 0, 0, 0].int() - 60 * numbers).abs().max() <= 2
+    said = d.extra["captions"][d.extra["files"].index("001.Auk/Auk_2.jpg")]
+    assert said == ["Auk 2 said 0", "Auk 2 said 1"]
+    assert d.extra["test_captions"][d.extra["test_files"].index("004.Duck/Duck_1.jpg")] == ["Duck 1 said 0"]
 
 
 @pytest.mark.parametrize("file, lines, held", [
@@ -805,9 +821,9 @@ def test_flowers102(tmp_path, monkeypatch):
     listed = {"label": "imagelabels.mat", "setid": "setid.mat"}
     monkeypatch.setattr(Flowers102, "_file_dict", {k: (f, md5(folder / f)) for k, f in listed.items()})
     d = load("flowers102", tmp_path, size=8, download=False)
-    assert d.images[:, 0, 0, 0].tolist() == [50, 50, 100, 100, 150, 150]
-    assert d.labels.tolist() == [8, 8, 0, 0, 4, 4]
-    assert d.extra["files"][2] == "image_00002.jpg"
+    rows = sorted(zip(d.images[:, 0, 0, 0].tolist(), d.labels.tolist(), d.extra["files"]))
+    assert rows[::2] == rows[1::2] == [(50, 8, "image_00001.jpg"), (100, 0, "image_00002.jpg"),
+                                       (150, 4, "image_00003.jpg")]
 
 
 def test_lfw(tmp_path, monkeypatch):
@@ -823,8 +839,8 @@ def test_lfw(tmp_path, monkeypatch):
     monkeypatch.setattr(LFWPeople, "file_dict", {"funneled": ("lfw_funneled", "lfw-funneled.tgz", None)})
     monkeypatch.setattr(LFWPeople, "checksums", {"people.txt": None, "lfw-names.txt": None})
     d = load("lfw", tmp_path)
-    assert d.images.shape == (3, 3, 150, 150) and d.images[:, 0, 0, 0].tolist() == [0, 60, 120]
-    assert d.labels.tolist() == [1, 0, 0] and d.classes == ["Al", "Bo"]
+    assert d.images.shape == (3, 3, 150, 150) and d.images[:, 0, 0, 0].tolist() == [120, 0, 60]
+    assert d.labels.tolist() == [0, 1, 0] and d.classes == ["Al", "Bo"]
 
 
 def test_imagenet(tmp_path):
