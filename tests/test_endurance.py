@@ -312,7 +312,7 @@ def test_a_data_file_with_a_flipped_bit_is_refused_or_whole(tmp_path):
     path, rng, refused = tmp_path / "a.npz", random.Random(0), 0
     expected = np.random.default_rng(0).integers(256, size=(9, 1, 8, 8), dtype=np.uint8)
     for save in (np.savez, np.savez_compressed):
-        save(path, images=expected, labels=np.arange(9), words=np.array(["a", "b"]))
+        save(path, images=expected, labels=np.arange(9)[::-1], words=np.array(["a", "b"]))
         whole = path.read_bytes()
         for _ in range(150):
             path.write_bytes(flipped(whole, rng))
