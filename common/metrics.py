@@ -337,70 +337,91 @@ def frechet_distance(clf, x_a, x_b):
 
 # ---- L2-SVM: DCGAN Sec. 5 ---------------------------------------------------------------------------------
 
+SINGLE = 2 ** 25  # l2_svm calculates with more features than this, in all, in float32
+
+
 @torch.no_grad()
-def l2_svm(features, labels, C=1.0, tol=1e-4, max_iter=100):
+def l2_svm(features, labels, C=1.0, tol=1e-4, max_iter=100, start=None):
     """L2-SVM, one against rest: min (|w|^2 + b^2) / 2 + C sum_i max(0, 1 - y_i (w.x_i + b))^2, y_i = +-1.
 
     features (N, d), labels (N,) integers >= 0 -> (d + 1, classes) float64, the last row b: each class's value
     within a share tol of its minimum, by Newton steps with conjugate gradients; a warning if max_iter are too
-    few.  x = -1, 1 labelled 0, 1: label 1 has w = 4 C / (1 + 4 C), b = 0.  UserError: other shapes or labels,
-    C <= 0.  Source: DCGAN Sec. 5; the objective is that of scikit-learn's LinearSVC(C=C, dual=False).
+    few.  start: weights to begin with, such as those of C / 10 (None: found here).  The features are copied
+    once, more than SINGLE numbers as float32.  x = -1, 1 labelled 0, 1: label 1 has w = 4 C / (1 + 4 C),
+    b = 0.  UserError: other shapes or labels, C <= 0.  Source: DCGAN Sec. 5; the objective is that of
+    scikit-learn's LinearSVC(C=C, dual=False).
     """
     _need(features.dim() == 2 and labels.shape == features.shape[:1] and len(labels),
           "features (N, d) and labels (N,), N > 0", _shapes(features, labels))
     _need(C > 0 and labels.min() >= 0, "C > 0 and labels >= 0", f"{C} and {int(labels.min())}")
     n, d = features.shape
-    X = torch.ones(n, d + 1, dtype=torch.float64, device=features.device)
+    # Half the memory and time, and rounding far below tol as long as C is not large.
+    dtype = torch.float32 if features.numel() > SINGLE else torch.float64
+    X = torch.ones(n, d + 1, dtype=dtype, device=features.device)
     X[:, :d] = features
-    _need(X.isfinite().all(), "finite features", "nan or inf")
-    Y = 2 * F.one_hot(labels.to(X.device).long()).to(X) - 1  # (N, classes)
-    if n <= d:  # w is in the span of the points: with X^T = Q R, w = Q u, and u solves the n x n problem R^T
+    _need(torch.stack(X.aminmax()).isfinite().all(), "finite features", "nan or inf")
+    Y = 2 * F.one_hot(labels.to(X.device).long()).T.double() - 1  # (classes, N)
+    _need(start is None or start.shape == (d + 1, len(Y)), f"start ({d + 1}, {len(Y)})",
+          start is not None and _shapes(start))
+    # w is in the span of the points: with X^T = Q R, w = Q u, and u solves the n x n problem R^T.
+    few = n <= min(d, 2000)  # of more points Q and R cost more than they save
+    if few:
         Q, R = torch.linalg.qr(X.T)
-        X = R.T
+        X, Q = R.T.contiguous(), Q.double()
 
-    w = X.new_zeros(X.shape[1], Y.shape[1])
-    # A large C is hard from w = 0 and easy from the solution at C / 10: rise to it from about 1 / |x|^2.
-    tenfold = max(0, round(math.log10(C * X.square().sum(1).mean().item())))
-    for i in range(tenfold, 0, -1):
-        w, _ = _newton(X, Y, C / 10 ** i, w, max(tol, 0.01), max_iter)
+    if start is None:
+        w = Y.new_zeros(len(Y), X.shape[1])
+        # A large C is hard from w = 0 and easy from the solution at C / 10: rise to it from about 1 / |x|^2.
+        square = sum(x.double().square().sum().item() for x in X.split(1000)) / n
+        for i in range(max(0, round(math.log10(C * square))), 0, -1):
+            w, _ = _newton(X, Y, C / 10 ** i, w, max(tol, 0.1), max_iter)
+    else:
+        w = start.to(Y).T
+        w = w @ Q if few else w
     w, gap = _newton(X, Y, C, w, tol, max_iter)
     if gap > tol:
         warnings.warn(f"l2_svm: after {max_iter} steps up to {gap:.1e} above the minimum", stacklevel=2)
-    return Q @ w if n <= d else w
+    return Q @ w.T if few else w.T.contiguous()
 
 
 def _newton(X, Y, C, w, tol, max_iter):
-    """w (d, classes) of least f = |w|^2 / 2 + C |max(0, slack)|^2, slack = 1 - Y (X w); its relative gap."""
+    """w (classes, d) of least f = |w|^2 / 2 + C |max(0, slack)|^2, slack = 1 - Y (w X^T); its gap."""
+    def times(v, A):  # with the classes as rows: A v is many times slower on a CPU
+        return (v.to(A) @ A).double()
+
     for i in range(max_iter + 1):
-        slack = 1 - Y * (X @ w)
-        f = w.square().sum(0) / 2 + C * slack.clamp(min=0).square().sum(0)
-        g = w - 2 * C * (X.T @ (Y * slack.clamp(min=0)))
+        slack = 1 - Y * times(w, X.T)
+        f = w.square().sum(1) / 2 + C * slack.clamp(min=0).square().sum(1)
+        g = w - 2 * C * times(Y * slack.clamp(min=0), X)
         # Curvature is 1 or more, so f is at most |g|^2 / 2 above its minimum.
-        gap = g.square().sum(0) / 2 / f
+        gap = g.square().sum(1) / 2 / f
         todo = gap > tol  # classes
         if i == max_iter or not todo.any():
             return w, gap.max().item()
-        # Newton: (I + 2 C X^T diag(slack > 0) X) s = -g, to tol / 10 by that bound on the quadratic model.
-        active = (slack > 0).to(X)
-        s, r = torch.zeros_like(w), -g
-        p, rr = r, r.square().sum(0)
+        # Newton: (I + 2 C X^T diag(slack > 0) X) s = -g, to |r| = |g| / 10, or to tol / 10 by that bound on
+        # the quadratic model.  Along go w X^T's changes a.
+        active = (slack > 0).double()
+        s, a, r = torch.zeros_like(w), torch.zeros_like(Y), -g
+        p, rr = r, r.square().sum(1)
+        enough = rr / 100
         for _ in range(500):
-            go = todo & (rr / 2 > tol / 10 * (f + (s * (g - r)).sum(0) / 2))
+            go = todo & (rr > enough) & (rr / 2 > tol / 10 * (f + (s * (g - r)).sum(1) / 2))
             if not go.any():
                 break
-            Hp = p + 2 * C * (X.T @ (active * (X @ p)))
-            alpha = torch.where(go, rr / (p * Hp).sum(0), 0)
-            s, r = s + alpha * p, r - alpha * Hp
-            before, rr = rr, r.square().sum(0)
-            p = r + torch.where(go, rr / before, 0) * p
+            Xp = times(p, X.T)
+            Hp = p + 2 * C * times(active * Xp, X)
+            alpha = torch.where(go, rr / (p * Hp).sum(1), 0)[:, None]
+            s, a, r = s + alpha * p, a + alpha * Xp, r - alpha * Hp
+            before, rr = rr, r.square().sum(1)
+            p = r + torch.where(go, rr / before, 0)[:, None] * p
         # The step t in [0, 2] of least f: bisection on f's slope, which rises with t; slack is linear in t.
-        change, ws, ss = -Y * (X @ s), (w * s).sum(0), s.square().sum(0)
+        change, ws, ss = -Y * a, (w * s).sum(1), s.square().sum(1)
         t, half = torch.ones_like(f), 1.0
         for _ in range(30):
             half /= 2
-            slope = ws + t * ss + 2 * C * ((slack + t * change).clamp(min=0) * change).sum(0)
+            slope = ws + t * ss + 2 * C * ((slack + t[:, None] * change).clamp(min=0) * change).sum(1)
             t = t - half * slope.sign()
-        w = w + t * s
+        w = w + t[:, None] * s
 
 
 def svm_predict(w, features):

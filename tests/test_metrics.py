@@ -471,6 +471,31 @@ def test_svm_converges_on_separable_points_with_a_large_C():
     assert (M.svm_predict(w, x) == y).all()
 
 
+@pytest.mark.parametrize("problem", [{}, {"n": 60, "d": 300}])
+@pytest.mark.parametrize("tol", [1e-4, 1e-10])
+def test_svm_goes_on_from_start(problem, tol):
+    """The minimum is where no step is needed, weights of another C are where some are."""
+    x, y = blobs(**problem)
+    w = M.l2_svm(x, y, 1e-2, tol)
+    torch.testing.assert_close(M.l2_svm(x, y, 1e-2, 1.01 * tol, 0, start=w), w, rtol=0, atol=1e-6)
+    with pytest.warns(UserWarning, match="after 0 steps"):
+        M.l2_svm(x, y, 1.0, tol, 0, start=w)
+    value, gradient = numpy_objective(M.l2_svm(x, y, 1.0, tol, start=w), x, y, 1.0)
+    assert ((gradient ** 2).sum(0) / 2 <= 1.01 * tol * value).all()
+
+
+@pytest.mark.parametrize("problem", [{"n": 2100, "d": 20}, {"n": 60, "d": 300}])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_svm_of_many_features_in_float32(problem, dtype, monkeypatch):
+    x, y = blobs(**problem)
+    x, exact = x.to(dtype), M.l2_svm(x.to(dtype), y, 1e-2)
+    monkeypatch.setattr(M, "SINGLE", 1000)
+    w = M.l2_svm(x, y, 1e-2)
+    assert w.dtype == torch.float64 and 0 < (w - exact).abs().max() < 1e-2 * exact.abs().max()
+    value, gradient = numpy_objective(w, x, y, 1e-2)
+    assert ((gradient ** 2).sum(0) / 2 <= 1.01e-4 * value).all()
+
+
 def test_svm_says_when_it_did_not_converge():
     with pytest.warns(UserWarning, match="l2_svm: after 1 steps up to"):
         M.l2_svm(*blobs(), tol=1e-12, max_iter=1)
@@ -483,6 +508,7 @@ def test_svm_says_when_it_did_not_converge():
     (lambda x, y: (x, y, 0.0), "C > 0 and labels >= 0, found 0.0 and 0"),
     (lambda x, y: (x, y - 1), "found 1.0 and -1"),
     (lambda x, y: (x / 0, y), "finite"),
+    (lambda x, y: (x, y, 1.0, 1e-4, 9, torch.zeros(12, 4)), r"start \(13, 4\), found float32 \(12, 4\)"),
 ])
 def test_svm_refuses(change, words):
     with pytest.raises(UserError, match=words):
