@@ -105,7 +105,7 @@ def networks(name, mean, width=1.0):
             nn.Linear(w(1200), w(1200)), nn.ReLU(),
             nn.Linear(w(1200), 784), nn.Sigmoid(), nn.Unflatten(1, (1, 28, 28)))
         D = maxout_D(784, w(240))
-        uniform(G, 0.05)
+        uniform(G, 0.05, width)
         G[4].bias.data.copy_(mean.flatten().clamp(1e-7, 1 - 1e-7).logit())
     elif name == "tfd":                                     # [dev 3]
         G = nn.Sequential(
@@ -113,7 +113,7 @@ def networks(name, mean, width=1.0):
             nn.Linear(w(8000), w(8000)), nn.Sigmoid(),
             nn.Linear(w(8000), 2304), nn.Sigmoid(), nn.Unflatten(1, (1, 48, 48)))
         D = maxout_D(2304, w(1200))
-        uniform(G, 0.05)
+        uniform(G, 0.05, width)
         nn.init.constant_(G[2].bias, -2.0)
         sparse(G[4].weight, 100)
         G[4].bias.data.copy_(mean.flatten().clamp(1e-7, 1 - 1e-7).logit())
@@ -123,7 +123,7 @@ def networks(name, mean, width=1.0):
             nn.Linear(w(8000), w(8000)), nn.Sigmoid(),
             nn.Linear(w(8000), 3072), nn.Unflatten(1, (3, 32, 32)))
         D = maxout_D(3072, w(1600))
-        uniform(G, 0.05)
+        uniform(G, 0.05, width)
     else:
         G = nn.Sequential(
             nn.Linear(100, w(8000)), nn.ReLU(),
@@ -136,8 +136,8 @@ def networks(name, mean, width=1.0):
             nn.Dropout(0.5), MaxoutConv(w(32), w(192), 5, 3, 2, 2),                 # 192 x 5 x 5
             nn.Flatten(), nn.Dropout(0.5), Maxout(w(192) * 5 * 5, w(500), 5),
             nn.Dropout(0.5), nn.Linear(w(500), 1), nn.Flatten(0))
-        uniform(G, 0.05)
-    uniform(D, 0.005)
+        uniform(G, 0.05, width)
+    uniform(D, 0.005, width)
     return G, D
 
 
@@ -148,10 +148,12 @@ def maxout_D(dim, n):
         nn.Dropout(0.5), nn.Linear(n, 1), nn.Flatten(0))
 
 
-def uniform(net, width):
-    """Weights Unif(-width, width), biases 0."""
-    for name, p in net.named_parameters():
-        nn.init.zeros_(p) if name.endswith("bias") else nn.init.uniform_(p, -width, width)
+def uniform(net, bound, width=1.0):
+    """Weights Unif(-bound, bound), biases 0; behind the first layer of a net of another `width` the bound is
+    such that sums over its units keep their spread."""
+    for i, (name, p) in enumerate(net.named_parameters()):
+        b = bound if i == 0 else bound / width ** 0.5
+        nn.init.zeros_(p) if name.endswith("bias") else nn.init.uniform_(p, -b, b)
 
 
 def sparse(weight, k):
