@@ -16,7 +16,7 @@ together.  Three phases, one run: the encoders phi_t and phi_v, then G and D, th
     Eq. 5    GAN-INT: G also draws beta h_1 + (1 - beta) h_2                             -> interpolate()
     Eq. 6    L_style = E_{t, z} |z - S(G(z, phi_t(t)))|^2                                -> L_style()
     Figs. 3, 4, 7  captions never trained on: the true picture, then samples             -> draw_captions()
-    Fig. 5   does S tell pictures of one style from others: ROC                          -> verify()
+    Fig. 5   does S tell pictures of one style from others: ROC                 -> verify(), draw_fig5()
     Fig. 6   style transfer: s = S(x), then G(s, phi_t(t))                               -> transfer()
     Fig. 8   between two sentences, and between two z                                    -> between()
 
@@ -633,6 +633,14 @@ def between(a, b, n=8):
     return (1 - w) * a[:, None] + w * b[:, None]
 
 
+def draw_fig5(by):
+    """Fig. 5: a line for each label's (AU-ROC, curve) of verify()."""
+    chart = log.Axes((0, 1), (0, 1), "false positive rate", "true positive rate", low=True)
+    for label, (area, curve) in by.items():
+        chart.line(np.linspace(0, 1, len(curve)), curve, label=f"{label} {area:.2f}")
+    return chart.picture()
+
+
 def figures(r, nets, test):
     """Draw the paper's figures into the run's folder."""
     args, (phi_t, _, _, _, S, G, _) = r.args, nets.values()     # G: the average, which draws
@@ -721,19 +729,28 @@ def auc(same, other):
     return below.double().mean().item() / (2 * len(other))
 
 
-def verify(f, style):
-    """Sec. 5.2: AU-ROC of the cosine of f (N, d) for pairs in one cluster of `style` (N, s) against others.
+def roc(same, other, n=201):
+    """The ROC of scores `same` (m,) against `other` (k,), straight over ties: rates of true positives (n,) at
+    n rates of false ones from 0 to 1, evenly spaced."""
+    edges = torch.cat([same, other]).unique().flip(0)
+    false, true = (1 - torch.searchsorted(s.sort().values, edges).double() / len(s) for s in (other, same))
+    return np.interp(np.linspace(0, 1, n), [0, *false], [0, *true])
 
-    The mean over 5 folds; 100 clusters, or one for 20 pictures where there are fewer.  1/2 by chance.
+
+def verify(f, style):
+    """Sec. 5.2: AU-ROC of the cosine of f (N, d) for pairs in one cluster of `style` (N, s) against others,
+    and the curve of roc().
+
+    Means over 5 folds; 100 clusters, or one for 20 pictures where there are fewer.  1/2 by chance.
     """
     f, y = F.normalize(f.cpu().float()), clusters(style.float(), max(2, min(100, len(style) // 20)))
-    areas = []
+    folds = []
     for i in torch.randperm(len(f)).chunk(5):
         pair = torch.ones(len(i), len(i), dtype=torch.bool).triu(1)
         score, same = (f[i] @ f[i].T)[pair], (y[i, None] == y[i])[pair]
         if same.any() and not same.all():
-            areas.append(auc(score[same], score[~same]))
-    return sum(areas) / max(1, len(areas))
+            folds.append((auc(score[same], score[~same]), roc(score[same], score[~same])))
+    return tuple(np.mean(values, 0) for values in zip(*folds)) or (0.0, np.zeros(2))
 
 
 def evaluate(r, nets, pictures, train, test):
@@ -784,14 +801,15 @@ def evaluate(r, nets, pictures, train, test):
         if "relation" in extra.get("attribute_names", ()):
             alone = test.attributes[:, extra["attribute_names"].index("relation")] == 0
         s = see(S, test.images, args.device).cpu()
-        for name, wanted, rows in (("t2i-pose-roc", ("x", "y"), alone),
-                                   ("t2i-bg-roc", ("red", "green", "blue"), alone | True)):
+        for name, figure, wanted, rows in (("t2i-pose-roc", "fig5a", ("x", "y"), alone),
+                                           ("t2i-bg-roc", "fig5b", ("red", "green", "blue"), alone | True)):
             if set(wanted) <= set(columns) and rows.sum() > 9:
                 style = test.style[rows][:, [columns[w] for w in wanted]]
                 with r.aside():
-                    value, text = verify(s[rows], style), verify(h_1.cpu()[rows], style)
-                results[name] = {"value": value, "paper": PAPER[name][args.variant], "unit": "AU-ROC",
-                                 "text": text, "paper, text": PAPER[name]["text"]}
+                    by = {"S": verify(s[rows], style), "text": verify(h_1.cpu()[rows], style)}
+                r.show(figure, draw_fig5(by))
+                results[name] = {"value": by["S"][0], "paper": PAPER[name][args.variant], "unit": "AU-ROC",
+                                 "text": by["text"][0], "paper, text": PAPER[name]["text"]}
     return results
 
 

@@ -146,12 +146,12 @@ COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 
 
 class Axes:
     """A small chart for the papers' line and scatter figures: data ranges, ticks, labels, drawn at twice the
-    size."""
+    size.  `low`: the legend at the bottom."""
 
-    def __init__(self, xlim, ylim, xlabel, ylabel, size=(640, 420)):
+    def __init__(self, xlim, ylim, xlabel, ylabel, size=(640, 420), low=False):
         if not all(map(math.isfinite, (*xlim, *ylim))) or xlim[0] >= xlim[1] or ylim[0] >= ylim[1]:
             raise UserError(f"a chart needs finite, rising limits, got x {xlim} and y {ylim}")
-        self.xlim, self.ylim, self.size = xlim, ylim, size
+        self.xlim, self.ylim, self.size, self.low = xlim, ylim, size, low
         self.image = Image.new("RGB", (2 * size[0], 2 * size[1]), "white")
         self.draw = ImageDraw.Draw(self.image)
         self.box = (130, 40, 2 * size[0] - 40, 2 * size[1] - 110)  # left, top, right, bottom in drawn pixels
@@ -195,8 +195,8 @@ class Axes:
 
     def legend(self, label, colour):
         if label is not None:
-            _, top, right, _ = self.box
-            y = top + 24 + 34 * self.labels
+            _, top, right, bottom = self.box
+            y = bottom - 24 - 34 * self.labels if self.low else top + 24 + 34 * self.labels
             self.draw.line((right - 40, y, right - 14, y), fill=colour, width=8)
             self.draw.text((right - 50, y), str(label), fill="black", anchor="rm", font_size=24)
         self.labels += 1

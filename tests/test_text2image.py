@@ -375,14 +375,20 @@ def test_area_under_the_curve():
     a, b = rng.normal(size=30).round(1), rng.normal(size=50).round(1)
     expected = np.mean((a[:, None] > b) + (a[:, None] == b) / 2)
     assert text2image.auc(torch.tensor(a), torch.tensor(b)) == pytest.approx(expected)
+    curve = text2image.roc(torch.tensor(a), torch.tensor(b))
+    assert np.mean((curve[1:] + curve[:-1]) / 2) == pytest.approx(expected, abs=5e-3)
+    assert text2image.roc(torch.tensor([2.0, 3]), torch.tensor([0.0, 1])).tolist() == [1] * 201
+    assert text2image.roc(torch.ones(2), torch.ones(3), 3).tolist() == [0, 0.5, 1]
 
 
 def test_style_verification():
     torch.manual_seed(0)
     angle = torch.rand(400) * 2 * math.pi
     style = torch.stack([angle.cos(), angle.sin()], 1)
-    assert text2image.verify(style, style) > 0.97
-    assert abs(text2image.verify(torch.randn(400, 9), style) - 0.5) < 0.05
+    for f, low, high in ((style, 0.97, 1), (torch.randn(400, 9), 0.45, 0.55)):
+        area, curve = text2image.verify(f, style)
+        assert low < area <= high and np.mean((curve[1:] + curve[:-1]) / 2) == pytest.approx(area, abs=5e-3)
+    assert text2image.verify(style[:4], style[:4])[0] == 0                      # no pair in any fold
     y = text2image.clusters(torch.tensor([[0.0], [0.1], [5], [5.1], [5.2]]), 2)
     assert y[0] == y[1] != y[2] == y[3] == y[4]
 
@@ -462,7 +468,7 @@ def folder(tiny):
 
 
 def test_a_run_draws_figures_and_writes_numbers(folder):
-    for figure in ("fig3", "fig6", "fig8a", "fig8b", "samples"):
+    for figure in ("fig3", "fig5a", "fig5b", "fig6", "fig8a", "fig8b", "samples"):
         assert len(np.unique(np.asarray(Image.open(folder / f"{figure}.png")))) > 30, figure
     results = json.loads((folder / "results.json").read_text())["results"]
     assert {"retrieval", "t2i-agreement", "frechet", "t2i-pose-roc", "t2i-bg-roc"} == set(results)
