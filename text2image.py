@@ -428,6 +428,8 @@ def parse_args(argv=None):
         help="matching-aware D (cls, Alg. 1), interpolated texts (int, Eq. 5), or both [%(default)s]")
     add("--width", type=positive, default=1.0, help="feature maps as a share of the paper's [%(default)s]")
     add("--beta", type=run.number(float, 0, 1), default=0.5, help="beta of Eq. 5 [%(default)s]")
+    add("--int-D", action="store_true",
+        help="int, int-cls: D too learns from the samples of interpolated texts, which the paper's never sees")
     add("--captions", type=run.number(int, 1), default=1,
         help="texts of a picture whose mean is h, the authors' code: 4 [%(default)s]")
     add("--views", action=argparse.BooleanOptionalAction, help="random crops and mirroring [all but shapes]")
@@ -532,10 +534,12 @@ def build(args, train):
         if cls:                                             # line 4, [dev 14]
             j = beside(i)
             h_wrong = torch.cat([some(h_all[j], args.captions), h[mismatched(content[i])][len(j):]])
+        m = len(h_fake) if args.int_D else len(x)           # samples that D learns from
         with amp:
             x_fake = G(z, h_fake)                           # line 6
-            both = noisy(torch.cat([x, x_fake[:len(x)].detach()]))
-            a_r, a_f, *a_w = D(both, torch.cat([h, h]), h_wrong).split(len(x))  # lines 7-9 [dev 9]
+            both = noisy(torch.cat([x, x_fake[:m].detach()]))
+            a = D(both, torch.cat([h, h_fake[:m]]), h_wrong)                    # lines 7-9 [dev 9]
+            a_r, a_f, *a_w = a.split([len(x), m] + [len(x)] * cls)
         value = L_D(a_r, *a_w, a_f) if cls else V(a_r, a_f)
         descend(-value, opts["opt_D"])                      # lines 10, 11 [dev 3]
         with amp, frozen(D):

@@ -309,19 +309,24 @@ def test_D_sees_pictures_under_noise(noise):
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("int_D", [[], ["--int-D"]])
 @pytest.mark.parametrize("variant, texts, keys", [
     ("gan", 12, {"V", "L_G", "s_r", "s_f"}), ("cls", 12, {"L_D", "L_G", "s_r", "s_f", "s_w"}),
     ("int", 18, {"V", "L_G", "s_r", "s_f"}), ("int-cls", 18, {"L_D", "L_G", "s_r", "s_f", "s_w"})])
-def test_variants(variant, texts, keys):
-    nets, _, (_, gan_step, _), (*_, learn) = built("--variant", variant)
+def test_variants(variant, texts, keys, int_D):
+    nets, _, (_, gan_step, _), (*_, learn) = built("--variant", variant, *int_D)
     learn()
-    asked, judged = [], []
+    asked, judged, a = [], [], []
     nets["G"].register_forward_pre_hook(lambda net, given: asked.append(len(given[1])))
     nets["D"].register_forward_pre_hook(
         lambda net, given: judged.append([0 if h is None else len(h) for h in given]))
-    assert set(moved(gan_step, nets)[1]) == keys
-    wrong = 12 if "cls" in variant else 0
-    assert asked == [texts] and judged == [[24, 24, wrong], [12 + texts, 12 + texts]]
+    nets["D"].register_forward_hook(lambda net, given, out: a.append(out.detach()))
+    scalars = moved(gan_step, nets)[1]
+    assert set(scalars) == keys
+    wrong, fake = 12 if "cls" in variant else 0, texts if int_D else 12
+    assert asked == [texts] and judged == [[12 + fake, 12 + fake, wrong], [12 + texts, 12 + texts]]
+    r, f, w = a[0].split([12, fake, wrong])
+    assert torch.equal(scalars["L_D" if wrong else "V"], L_D(r, w, f) if wrong else V(r, f))
 
 
 def test_one_step_of_G_raises_what_it_ascends():
