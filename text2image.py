@@ -68,6 +68,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -429,7 +430,7 @@ def parse_args(argv=None):
     add("--width", type=positive, default=1.0, help="feature maps as a share of the paper's [%(default)s]")
     add("--beta", type=run.number(float, 0, 1), default=0.5, help="beta of Eq. 5 [%(default)s]")
     add("--int-D", action="store_true",
-        help="int, int-cls: D too learns from the samples of interpolated texts, which the paper's never sees")
+        help="int, int-cls: D too learns from samples of interpolated texts, which the paper's never sees")
     add("--captions", type=run.number(int, 1), default=1,
         help="texts of a picture whose mean is h, the authors' code: 4 [%(default)s]")
     add("--views", action=argparse.BooleanOptionalAction, help="random crops and mirroring [all but shapes]")
