@@ -22,17 +22,17 @@ Run
     python gan.py --dataset cifar10    (Fig. 2c; with --net cifar-conv Fig. 2d)
 
 Expect
-    gan-mnist-ll  201.4 +- 2.3 nats (paper 225 +- 2), +- over test images, after 50,000 steps: 100 epochs, 31
-                  minutes on one core of an AMD EPYC with AVX512-BF16, torch 2.14.1, bfloat16, seed 0 alone;
-                  187 after 26,000 steps, 170 after 12,000
+    gan-mnist-ll  215.2 +- 2.2 nats (paper 225 +- 2), +- over test images, after 50,000 steps: 100 epochs, 35
+                  minutes on one core of an AMD EPYC with AVX512-BF16, torch 2.14.1, bfloat16, seed 0 alone
     gan-theory    C(G) = -1.3857 (-log 4 = -1.3863), E|D - D*| = 0.012 (20 seconds, float32)
 
 Deviations
     [dev 1] G steps together with the last of D's k steps, from the same draws and dropped-out D, both at the
             old parameters, as in the authors' code.  --alternate: Algorithm 1 as printed.
     [dev 2] Every five epochs and at the end the validation likelihood is measured, and the best G is kept:
-            the paper does not say where it stopped.  G is then the running average of its weights: 155 nats
-            against 98 at sigma .2 after 5,000 steps.  --average 0: G as it is.
+            the paper does not say where it stopped.  G is then the running average of its weights, over the
+            last ninth of the steps: 155 nats against 98 at sigma .2 after 5,000 steps; 215.2 on the test
+            images after 50,000, over 1,000 steps 201.4.  --average 0: G as it is.
     [dev 3] The TFD networks train on other faces, the Toronto data being closed, and without the second
             stage, which puts two more layers under the trained G.
     [dev 4] On MNIST the rates are .15 for D and .3 for G (authors' code: .1 for both).  Of G as it is, at
@@ -459,7 +459,7 @@ def main(argv=None):
             r.show("fig3", log.grid(fig3(best, name, 6, 12, args.device), 12, scale))
             results = evaluate(args, best, name, train, valid, test, labels, unit)
         r.results(results, passed=(args.dataset, name) != ("mnist", "mnist")
-                  or results["gan-mnist-ll"]["value"] >= 190)
+                  or results["gan-mnist-ll"]["value"] >= 205)
 
 
 if __name__ == "__main__":
