@@ -115,6 +115,16 @@ def test_G_starts_at_the_training_mean_and_weights_within_their_width():
     assert 0.049 < G[0].weight.abs().max() <= 0.05 and 0.0049 < D[2].linear.weight.abs().max() <= 0.005
 
 
+def test_narrow_nets_have_sums_as_spread_as_the_full_ones():
+    G, D = networks("tfd", torch.full((1, 48, 48), 0.5), width=0.25)
+    x = torch.rand(500, 2000)
+    full = torch.nn.Linear(8000, 500)
+    gan.uniform(torch.nn.Sequential(torch.nn.Linear(1, 1), full), 0.05)
+    narrow, wide = G[2](x).std(), full(torch.rand(500, 8000)).std()
+    assert 0.8 < narrow / wide < 1.25
+    assert 0.049 < G[0].weight.abs().max() <= 0.05 and 0.0049 < D[2].linear.weight.abs().max() <= 0.005
+
+
 def test_the_convolutional_networks_fit_cifar():
     net = torch.nn.Sequential(
         torch.nn.ConvTranspose2d(80, 3, 5, stride=3, bias=False), gan.UntiedBias(3, 32, 32)
