@@ -29,7 +29,8 @@ Expect
     aae-mnist100  1.70 and 2.61 % error (seeds 0 and 1; paper 1.90), supervised alone 22.4 and 25.3 (paper
                   25.80): --steps 6000 --nn-steps 1000, 7.6 minutes
     aae-dim-2d-100  3.58 % error (paper 6.08): --steps 3000, 3.5 minutes
-    aae-clu16     6.77 % error (paper 9.55): --width .33 --steps 3000, 7.9 minutes on a shared core
+    aae-clu16     median 14.7 % error of seeds 0 to 3 (6.77, 16.3, 13.1, 22.8; paper 9.55): --width .33
+                  --steps 3000, 4 minutes
     aae-style     94.2 % of samples have the label that P was given: --steps 5000, 4 minutes.  These four on
                   one core of an AMD EPYC with AVX512-BF16, torch 2.14.1, bfloat16, seed 0 where none is named
     aae-prior-4   sliced Wasserstein distance of q(z) and p(z) .038 (two draws of p(z): .020), 93 % of the

@@ -37,8 +37,6 @@ Deviations
             stage, which puts two more layers under the trained G.
     [dev 4] On MNIST the rates are .15 for D and .3 for G (authors' code: .1 for both).  Of G as it is, at
             sigma .2, 98 nats after 5,000 steps; with .1 for both -39, and 90 after 10,000.
-    [dev 5] CIFAR-10's convolutional D starts from Unif(-.05, .05) (authors' code: .005): from smaller ones a
-            quarter of its width still said 1/2 of every picture after 2,000 steps.
 """
 
 import copy
@@ -139,7 +137,7 @@ def networks(name, mean, width=1.0):
             nn.Flatten(), nn.Dropout(0.5), Maxout(w(192) * 5 * 5, w(500), 5),
             nn.Dropout(0.5), nn.Linear(w(500), 1), nn.Flatten(0))
         uniform(G, 0.05, width)
-    uniform(D, 0.05 if name == "cifar-conv" else 0.005, width)                  # [dev 5]
+    uniform(D, 0.005, width)
     return G, D
 
 
