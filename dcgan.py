@@ -29,7 +29,7 @@ Expect
     dcgan-turn    .978 rank correlation of the place on the turn with the predicted azimuth
     dcgan-window  .8 % still wear glasses (with as many maps dropped at random 62)
     dcgan-cifar, dcgan-cifar-400  70.1 and 58.2 +- .3 % right (paper 82.8, 73.8) by the features of a narrow,
-    short run on 100,000 ImageNet pictures of 200 classes: --net imagenet --width .5 --steps 2000, torch 2.14.1
+    short run on 100,000 ImageNet pictures of 200 classes: --net imagenet --width .5 --steps 2000
     dcgan-svhn (paper 22.48 % error): not run yet
 
 Deviations
