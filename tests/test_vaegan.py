@@ -442,7 +442,7 @@ def test_a_run_on_digits_draws_figures_and_writes_numbers(digits, tmp_path):
     found = numbers(folder)
     assert set(found) == {"vg-celeba-samples", "vg-celeba-recon", "vg-attr", "vg-knn", "deck-vae-gan"}
     assert all(math.isfinite(v["value"]) for v in found.values())
-    assert found["vg-knn"]["pixels"] < 50 and found["vg-knn"]["paper"] == 33.73
+    assert found["vg-knn"]["pixels"] < 50 and "paper" not in found["vg-knn"]
     assert {"Dis_l", "regressor", "frechet", "sharpness"} <= set(found["vg-celeba-recon"])
 
 
