@@ -46,13 +46,13 @@ Deviations
             of unit variance.  From 0 to 1 its mean outweighs it: after 1,000 steps of a narrow network a
             pixel varied by 0.000 (standard deviation) over the samples of a label, around 0 by 0.025.
     [dev 7] Of a vocabulary under 2,000 words, a sample votes for its nearest hundredth, one at least, not for
-            the nearest 20.  Words of shapes lie far apart: with five votes each, samples that are exactly the
-            picture's own tags would be right in 46 of 100 words, like the ten most frequent words.
+            the nearest 20.  Words of shapes lie far apart: with several votes each, samples that are exactly
+            the picture's own tags would vote for words that it lacks, too.
     [dev 8] Samples are drawn with G's dropout on, which the paper does not say.  It is noise like z to D, and
             G leaves most of the variety to it: near step 20,000 the log-likelihood was 26 without, 115 with.
     [dev 9] What draws is a running average of G's weights.  --average 0: G as it is.
     [dev 10] Tags: D sees word vectors, real and drawn, with noise N(0, 1.5^2) added.  Few words are isolated
-            points: without it D tells them from samples, and G ends with one word for all pictures.
+            points, which D would tell from samples by their place alone.
 """
 
 import contextlib
@@ -293,15 +293,15 @@ def parse_args(argv=None):
 def build(args, name, G, D, G_bar, minibatch):
     """Optimizers and the fused iteration on x and its condition y: x, y = minibatch(*what train_step is
     given).  G_bar: the average of G."""
-    lr = args.lr or NETS[name]["lr"]
-    if name in ("mlp", "tags"):
+    lr, perceptrons = args.lr or NETS[name]["lr"], name in ("mlp", "tags")
+    if perceptrons:
         opt_D, opt_G = (SGD(net.parameters(), lr, 0.5) for net in (D, G))
     else:                                                   # a rate that changes is a tensor, see anneal()
         opt_D, opt_G = (torch.optim.Adam(net.parameters(), torch.tensor(lr, device=args.device), fused=True,
                                          betas=(0.5, 0.999), weight_decay=2.5e-5) for net in (D, G))
     amp = autocast(args)
-    together = name in ("mlp", "tags") and not args.alternate
-    half = 0.5 if name in ("mlp", "tags") else 1.0          # GAN's code, DCGAN's
+    together = perceptrons and not args.alternate
+    half = 0.5 if perceptrons else 1.0                      # GAN's code, DCGAN's
     noise = args.noise if name == "tags" else 0.0
 
     def blurred(x):

@@ -270,25 +270,24 @@ def folder(path, root, size, channels):
     if not files:
         raise UserError(f"{path} holds no pictures: expected {' '.join(SUFFIXES)} in it, or in a sub-folder "
                         "for each class")
-    tops = [f.split(os.sep, 1)[0] for f in files]
-    flat = sum(top == f for top, f in zip(tops, files))
+    flat = sum(os.sep not in f for f in files)
     if 0 < flat < len(files):
         raise UserError(f"{path} holds {flat} pictures beside {len(files) - flat} in sub-folders: "
                         "expected pictures alone, or a sub-folder for each class")
+    rest = {}
     if not flat:
         files = mixed(files)
         tops = [f.split(os.sep, 1)[0] for f in files]
+        rest["classes"] = sorted(set(tops))
+        index = {c: i for i, c in enumerate(rest["classes"])}
+        rest["labels"] = torch.tensor([index[top] for top in tops])
+    rest["files"] = [f.replace(os.sep, "/") for f in files]
     digest, comma = hashlib.sha256(f"[{json.dumps(str(path.resolve()))}, [".encode()), ""
     for f in files:  # one at a time: a stat_result takes 690 bytes
         s = os.stat(path / f)
         digest.update(f"{comma}{json.dumps((f, s.st_size, s.st_mtime_ns))}".encode())
         comma = ", "
     digest.update(b"]]")
-    rest = {"files": [f.replace(os.sep, "/") for f in files]}
-    if not flat:
-        rest["classes"] = sorted(set(tops))
-        index = {c: i for i, c in enumerate(rest["classes"])}
-        rest["labels"] = torch.tensor([index[top] for top in tops])
 
     def make():
         sources = [os.path.join(path, f) for f in files]  # a Path takes several times the memory
