@@ -33,9 +33,9 @@ Expect
                    on one core of an AMD EPYC with AVX512-BF16, torch 2.14.1, bfloat16, seed 0 alone
 
 Deviations
-    [dev 1] phi_v is one linear layer on the features of a frozen classifier of the training pictures' own
-            attributes (paper: of GoogLeNet, which --image-features googlenet takes from torchvision); on data
-            without, or with --image-features own, a convolutional network trained with phi_t.
+    [dev 1] phi_v is D's convolutions and one linear layer, trained with phi_t, and to name the pictures'
+            attributes beside where the data have them and --image-features is not own (paper: features of
+            GoogLeNet, which --image-features googlenet takes from torchvision).
     [dev 2] The encoders train with Adam on the GAN's minibatches, in which a picture and another one's text
             of the same class or content are no pair (authors' code: RMSprop, a batch of 40 classes).
     [dev 3] L_D and L_G are ascended: Algorithm 1 prints a descent, a slip of the sign.
@@ -54,18 +54,19 @@ Deviations
             (both before [dev 14]).  The rate is 3e-4 and falls to 0 over the second half; from the 7e-4 of
             the authors' code, which falls by .98 an epoch, it is 77.5 %.
     [dev 11] What draws, and teaches S, is a running average of G's weights.  --average 0: G as it is.
-    [dev 12] D's inputs carry Gaussian noise of std .1, and the rate of G is three times D's 2e-4, the paper's
-            for both: without, D wins by the finest texture, and G does not heed z.
+    [dev 12] D's inputs carry Gaussian noise, of std .3 and falling with the rate, and the rate of G is three
+            times D's 2e-4, the paper's for both: without, D wins by the finest texture and G heeds no z.
     [dev 13] h is scaled to a deviation of .1 over the training texts.  As phi_t gives it, G's projection of
             it begins far below z and is heeded late; at .2 G draws nearly one picture a text, whatever z.
     [dev 14] After 1,000 steps half of the encoders' minibatch are neighbours of the other half, pictures of
             whose texts phi_t makes much the same, and so are half of the texts that mismatch in Alg. 1 line
             4: pairs at random differ in so much that textures and shapes need not be looked at.
+    [dev 15] D's convolutions begin as those of phi_v: from random ones D is slow to see shapes.
 """
 
 import argparse
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -139,23 +140,6 @@ class GoogLeNet(nn.Module):
         return self.net(F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True))
 
 
-class Labelled(nn.Module):
-    """phi_v: a linear layer on a frozen classifier's features, x (n, 3, 64, 64) in [-1, 1] -> (n, 1024)."""
-
-    def __init__(self, clf):
-        super().__init__()
-        d = clf.head.in_features
-        self.clf, self.top = clf, nn.Sequential(nn.BatchNorm1d(d, affine=False), nn.Linear(d, NH))
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.clf.eval()
-        return self
-
-    def forward(self, x):
-        return self.top(self.clf.features(x / 2 + 0.5))
-
-
 class Residual(nn.Module):
     """act(x + branch(x)), the branch 1x1 to `inner` maps, 3x3, 3x3 back to `outer`."""
 
@@ -202,14 +186,8 @@ class Discriminator(nn.Module):
     def __init__(self, ch):
         super().__init__()
         lrelu = nn.LeakyReLU(0.2)
-        c3, c4 = ch(256), ch(512)
-        self.trunk = nn.Sequential(
-            *down(3, ch(64), bn=False), lrelu,                                          # 64 x 32 x 32
-            *down(ch(64), ch(128)), lrelu,                                              # 128 x 16 x 16
-            # Nothing between the third BatchNorm and the fourth convolution, as in the authors' code.
-            *down(ch(128), c3),                                                         # 256 x 8 x 8
-            *down(c3, c4),                                                              # 512 x 4 x 4
-            Residual(c4, ch(128), lrelu))
+        c4 = ch(512)
+        self.trunk = trunk(ch)
         self.text = nn.Sequential(nn.Linear(NH, NT), nn.BatchNorm1d(NT), lrelu)
         self.head = nn.Sequential(
             nn.Conv2d(c4 + NT, c4, 1, bias=False), nn.BatchNorm2d(c4), lrelu,           # 512 x 4 x 4
@@ -230,26 +208,32 @@ def down(i, o, bn=True):
     return nn.Conv2d(i, o, 4, 2, 1, bias=False), *([nn.BatchNorm2d(o)] if bn else [])
 
 
+def trunk(ch):
+    """D's convolutions, x (n, 3, 64, 64) -> (n, 512, 4, 4)."""
+    lrelu = nn.LeakyReLU(0.2)
+    return nn.Sequential(
+        *down(3, ch(64), bn=False), lrelu,                                              # 64 x 32 x 32
+        *down(ch(64), ch(128)), lrelu,                                                  # 128 x 16 x 16
+        # Nothing between the third BatchNorm and the fourth convolution, as in the authors' code.
+        *down(ch(128), ch(256)),                                                        # 256 x 8 x 8
+        *down(ch(256), ch(512)),                                                        # 512 x 4 x 4
+        Residual(ch(512), ch(128), lrelu))
+
+
 def convolutions(ch, o):
     """S and phi_v: D's convolutions and one linear layer, x (n, 3, 64, 64) -> (n, o) [dev 1], [dev 7]."""
-    maps, rows = [3, ch(64), ch(128), ch(256), ch(512)], []
-    for i, (a, b) in enumerate(pairwise(maps)):
-        rows += [*down(a, b, bn=i > 0), nn.LeakyReLU(0.2)]                              # down to 512 x 4 x 4
-    return nn.Sequential(*rows, nn.Flatten(), nn.Linear(16 * maps[-1], o))
+    return nn.Sequential(trunk(ch), nn.Flatten(), nn.Linear(16 * ch(512), o))
 
 
-def networks(width=1.0, image_features="own", clf=None):
+def networks(width=1.0, image_features="own", counts=()):
     """{"phi_t", "phi_v", "G", "D", "S"} of the authors' code with `width` times its feature maps.
 
-    `clf`: the classifier of image_features "attributes".
+    phi_v's own network gives, after v, logits of attributes of so many values each, `counts`.
     """
     def ch(n):
         return max(8, round(n * width))
 
-    if image_features == "own":
-        phi_v = convolutions(ch, NH).apply(init)                                # [dev 1]
-    else:
-        phi_v = GoogLeNet() if image_features == "googlenet" else Labelled(clf)
+    phi_v = GoogLeNet() if image_features == "googlenet" else convolutions(ch, NH + sum(counts)).apply(init)
     nets = {"phi_t": Text(ch), "phi_v": phi_v, "G": Generator(ch).apply(init),
             "D": Discriminator(ch).apply(init), "S": convolutions(ch, NZ).apply(init)}
     for name in ("phi_t", "G", "S"):
@@ -436,13 +420,13 @@ def parse_args(argv=None):
     add("--views", action=argparse.BooleanOptionalAction, help="random crops and mirroring [all but shapes]")
     add("--lr-D", type=positive, default=2e-4, help="Adam's rate for D and S, Sec. 5 [%(default)s]")
     add("--lr-G", type=positive, default=6e-4, help="Adam's rate for G [%(default)s]")
-    add("--noise", type=run.number(float, 0), default=0.1,
-        help="std of the Gaussian noise on what D sees [%(default)s]")
+    add("--noise", type=run.number(float, 0), default=0.3,
+        help="first std of the Gaussian noise on what D sees [%(default)s]")
     add("--average", type=run.number(float, 0, 1), default=0.999,
         help="decay of the running average of G that draws, 0: G as it is [%(default)s]")
     add("--image-features", choices=("own", "attributes", "googlenet"),
-        help="phi_v: a network trained with phi_t; or features, of a classifier of the pictures' attributes "
-        "or of torchvision's GoogLeNet [attributes where the data have them, else own]")
+        help="phi_v: a network trained with phi_t, or to name the pictures' attributes too; or torchvision's "
+        "GoogLeNet [attributes where the data have them, else own]")
     add("--encoder-steps", type=run.number(int, 1), default=5000,
         help="steps of phi_t and phi_v, before the GAN's [%(default)s]")
     add("--encoder", metavar="RUN", help="take phi_t and phi_v from this run in place of training them")
@@ -473,26 +457,18 @@ def anneal(opt, lr, left):
     opt.param_groups[0]["lr"].fill_(lr * min(1.0, 2 * left))
 
 
-def attribute_classifier(args, images, attributes, counts, what):
-    """A classifier of pictures (N, 3, 64, 64) by attributes (N, A) of so many values each, logits (n, sum of
-    counts); `what` ends the name of its file."""
-    one_hot = torch.cat([F.one_hot(c, k) for c, k in zip(attributes.T, counts)], 1).to(torch.uint8)
-    cache = Path(args.data_dir) / "cache" / f"classifier-{Path(args.dataset).stem}-{what}.pt"
-    return metrics.classifier(images, one_hot, args.device, cache, steps=max(20, len(images) // 5))
-
-
 def build(args, train):
     """The networks, G_bar, the average of G, among them, with `near`, which holds neighbours; optimizers; the
     fused iterations of the three phases; and seek() and beside() [dev 14], and learn(), which makes the texts
     h of the second and third phase from the phi_t of the first."""
     kind = args.image_features or ("own" if train.attributes is None else "attributes")
-    clf = None
+    counts = []
     if kind == "attributes":                                # [dev 1]
         if train.attributes is None:
             raise UserError(f"{args.dataset} has no attributes: --image-features own does without")
         counts = (train.attributes.amax(0) + 1).tolist()
-        clf = attribute_classifier(args, crop(train.images), train.attributes, counts, "phi_v")
-    nets = networks(args.width, kind, clf)
+        attributes = train.attributes.to(args.device)
+    nets = networks(args.width, kind, counts)
     nets["G_bar"] = averaged(nets["G"])
     nets = dict(zip(nets, place(args, *nets.values())))
     phi_t, phi_v, G, D, S, G_bar = nets.values()
@@ -517,14 +493,16 @@ def build(args, train):
     def encoder_step(x, i):                                 # x (n, 3, H, W) in [-1, 1], i (n,) their numbers
         k = torch.randint(t.shape[1], i.shape, device=x.device)
         with amp:
-            v, h = phi_v(view(x)), phi_t(t[i, k])
-        loss = L_joint(v, h, content[i])                    # [dev 2]
-        descend(loss, opts["opt_phi"])
+            v, *logits = phi_v(view(x)).float().split([NH, *counts], 1)
+            h = phi_t(t[i, k])
+        joint = L_joint(v, h, content[i])                   # [dev 2]
+        names = [F.cross_entropy(*pair) for pair in zip(logits, attributes[i].T)] if counts else []
+        descend(sum(names, joint), opts["opt_phi"])         # [dev 1]
         phi_t.t.add_(1)
-        return {"L_joint": loss}
+        return {"L_joint": joint}
 
-    def noisy(x):
-        return x + args.noise * torch.randn_like(x)         # [dev 12]
+    def noisy(x):                                           # [dev 12]
+        return x + args.noise * opts["opt_D"].param_groups[0]["lr"] / args.lr_D * torch.randn_like(x)
 
     @fuse(args)
     def gan_step(x, i):
@@ -573,6 +551,8 @@ def build(args, train):
         phi_t.scale.copy_(0.1 / h.std((0, 1)).mean().clamp_min(1e-6))            # [dev 13]
         h_all.copy_(phi_t.scale * h)
         seek(h[:, 0])
+        if kind != "googlenet" and not int(G.t):
+            D.trunk.load_state_dict(phi_v[0].state_dict())                       # [dev 15]
 
     return nets | {"near": near}, opts, (encoder_step, gan_step, style_step), (seek, beside, learn)
 
@@ -592,9 +572,9 @@ def draw(G, h):
 
 
 def see(net, images, device):
-    """phi_v or S of uint8 pictures' middles: (N, 1024) or (N, 100)."""
+    """v or S(x) of uint8 pictures' middles: (N, 1024) or (N, 100)."""
     with sampling(net):
-        return torch.cat([net(middle(x.to(device))).float() for x in images.split(250)])
+        return torch.cat([net(middle(x.to(device)))[:, :NH].float() for x in images.split(250)])
 
 
 # ---------------------------------------------------------------------------------------------------- figures
@@ -782,7 +762,9 @@ def evaluate(r, nets, pictures, train, test):
         real = crop(test.images)
         images = torch.cat([crop(train.images), *3 * [real[:half]]])
         shown = torch.cat([train.attributes, *3 * [test.attributes[:half]]])
-        clf = attribute_classifier(args, images, shown, counts, "attributes-64")
+        one_hot = torch.cat([F.one_hot(c, k) for c, k in zip(shown.T, counts)], 1).to(torch.uint8)
+        cache = Path(args.data_dir) / "cache" / f"classifier-{Path(args.dataset).stem}-attributes-64.pt"
+        clf = metrics.classifier(images, one_hot, args.device, cache, steps=max(20, len(images) // 5))
 
         values = extra.get("attribute_values") or [[]] * len(counts)
         none = torch.tensor([v.index("none") if "none" in v else -1 for v in values])

@@ -10,6 +10,7 @@ import torch
 from conftest import script
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 
 import text2image
 from common import UserError, render
@@ -148,8 +149,9 @@ def test_networks_have_the_sizes_of_the_authors_code():
     assert count(nets["G"]) == (text + 228 * 1024 * 16 + bn(1024) + residual(1024, 256) + 1024 * 512 * 16
                                 + bn(512) + residual(512, 128) + 512 * 256 * 16 + bn(256) + 256 * 128 * 16
                                 + bn(128) + 128 * 3 * 16)
-    trunk = 3 * 64 * 16 + 64 * 128 * 16 + bn(128) + 128 * 256 * 16 + bn(256) + 256 * 512 * 16 + bn(512)
-    assert count(nets["D"]) == (trunk + residual(512, 128) + text + bn(128) + 640 * 512 + bn(512) + 512 * 16)
+    trunk = (3 * 64 * 16 + 64 * 128 * 16 + bn(128) + 128 * 256 * 16 + bn(256) + 256 * 512 * 16 + bn(512)
+             + residual(512, 128))
+    assert count(nets["D"]) == trunk + text + bn(128) + 640 * 512 + bn(512) + 512 * 16
     assert count(nets["S"]) == trunk + 512 * 16 * 100 + 100
     assert count(nets["phi_v"]) == trunk + 512 * 16 * 1024 + 1024
     assert count(nets["phi_t"]) == (70 * 384 * 4 + 384 + 384 * 512 * 4 + 512 + 512 * 256 * 4 + 256
@@ -247,18 +249,39 @@ def test_each_phase_moves_its_own_networks():
     assert [int(nets[k].t) for k in ("phi_t", "G", "S")] == [1, 1, 1]
 
 
-def test_features_of_a_frozen_classifier_of_attributes(tmp_path):
+def test_phi_v_learns_to_name_attributes():
     """[dev 1]"""
-    data_dir = "--data-dir", str(tmp_path)
-    nets, _, (encoder_step, *_), _ = built("--image-features", "attributes", *data_dir)
-    before = {k: v.clone() for k, v in nets["phi_v"].state_dict().items()}
-    assert moved(encoder_step, nets)[0] == {"phi_t", "phi_v"}
-    after = nets["phi_v"].state_dict()
-    changed = {k.split(".")[0] for k in before if not torch.equal(before[k], after[k])}
-    assert changed == {"top"} and nets["phi_v"](torch.zeros(2, 3, 64, 64)).shape == (2, 1024)
-    assert type(built(*data_dir)[0]["phi_v"]) is nn.Sequential
+    nets, _, (encoder_step, *_), _ = built("--image-features", "attributes")
+    x, i, attributes = torch.rand(12, 3, 64, 64) * 2 - 1, torch.arange(12), part().attributes
+    counts = (attributes.amax(0) + 1).tolist()
+
+    def loss():
+        with torch.no_grad():
+            _, *logits = nets["phi_v"](x).split([1024, *counts], 1)
+        return sum(F.cross_entropy(*pair) for pair in zip(logits, attributes.T))
+
+    before = loss()
+    for _ in range(60):
+        encoder_step(x, i)
+    assert loss() < before / 2
+    assert text2image.see(nets["phi_v"], part().images, "cpu").shape == (12, 1024)
+    assert built()[0]["phi_v"](x).shape == (12, 1024)
     with pytest.raises(UserError, match="no attributes: --image-features own does without"):
         built("--image-features", "attributes", train=replace(part(), attributes=None))
+
+
+def test_D_begins_as_phi_v_and_is_not_set_back():
+    """[dev 15]"""
+    nets, _, (encoder_step, gan_step, _), (*_, learn) = built()
+    moved(encoder_step, nets)
+    same = lambda: all(torch.equal(a, b) for a, b in zip(nets["D"].trunk.state_dict().values(),
+                                                          nets["phi_v"][0].state_dict().values()))
+    assert not same()
+    learn()
+    assert same()
+    moved(gan_step, nets)
+    learn()                                                                     # as a resumed run does
+    assert not same()
 
 
 def test_texts_are_scaled_to_the_spread_that_G_begins_with():
@@ -487,7 +510,7 @@ def test_a_run_draws_figures_and_writes_numbers(folder):
     state = torch.load(folder / "checkpoint.pt", weights_only=True)["parts"]
     fresh = networks(0.03)
     assert all(not torch.equal(state[name]["out.weight" if name == "phi_t" else k], v)
-               for name, k in (("G", "text.0.weight"), ("D", "text.0.weight"), ("S", "0.weight"))
+               for name, k in (("G", "text.0.weight"), ("D", "text.0.weight"), ("S", "0.0.weight"))
                for v in [fresh[name].state_dict()[k]])
 
 
