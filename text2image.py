@@ -54,14 +54,13 @@ Deviations
             (both before [dev 14]).  The rate is 3e-4 and falls to 0 over the second half; from the 7e-4 of
             the authors' code, which falls by .98 an epoch, it is 77.5 %.
     [dev 11] What draws, and teaches S, is a running average of G's weights.  --average 0: G as it is.
-    [dev 12] D's inputs carry Gaussian noise, of std .3 and falling with the rate, and the rate of G is three
+    [dev 12] D's inputs carry Gaussian noise, of std .1 and falling with the rate, and the rate of G is three
             times D's 2e-4, the paper's for both: without, D wins by the finest texture and G heeds no z.
-    [dev 13] h is scaled to a deviation of .1 over the training texts.  As phi_t gives it, G's projection of
+    [dev 13] h is scaled to a deviation of .05 over the training texts.  As phi_t gives it, G's projection of
             it begins far below z and is heeded late; at .2 G draws nearly one picture a text, whatever z.
     [dev 14] After 1,000 steps half of the encoders' minibatch are neighbours of the other half, pictures of
             whose texts phi_t makes much the same, and so are half of the texts that mismatch in Alg. 1 line
             4: pairs at random differ in so much that textures and shapes need not be looked at.
-    [dev 15] D's convolutions begin as those of phi_v: from random ones D is slow to see shapes.
 """
 
 import argparse
@@ -420,7 +419,7 @@ def parse_args(argv=None):
     add("--views", action=argparse.BooleanOptionalAction, help="random crops and mirroring [all but shapes]")
     add("--lr-D", type=positive, default=2e-4, help="Adam's rate for D and S, Sec. 5 [%(default)s]")
     add("--lr-G", type=positive, default=6e-4, help="Adam's rate for G [%(default)s]")
-    add("--noise", type=run.number(float, 0), default=0.3,
+    add("--noise", type=run.number(float, 0), default=0.1,
         help="first std of the Gaussian noise on what D sees [%(default)s]")
     add("--average", type=run.number(float, 0, 1), default=0.999,
         help="decay of the running average of G that draws, 0: G as it is [%(default)s]")
@@ -548,11 +547,9 @@ def build(args, train):
     def learn():
         phi_t.scale.fill_(1.0)
         h = texts_of(phi_t, train.t, args.device)
-        phi_t.scale.copy_(0.1 / h.std((0, 1)).mean().clamp_min(1e-6))            # [dev 13]
+        phi_t.scale.copy_(0.05 / h.std((0, 1)).mean().clamp_min(1e-6))            # [dev 13]
         h_all.copy_(phi_t.scale * h)
         seek(h[:, 0])
-        if kind != "googlenet" and not int(G.t):
-            D.trunk.load_state_dict(phi_v[0].state_dict())                       # [dev 15]
 
     return nets | {"near": near}, opts, (encoder_step, gan_step, style_step), (seek, beside, learn)
 

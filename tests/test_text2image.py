@@ -270,26 +270,12 @@ def test_phi_v_learns_to_name_attributes():
         built("--image-features", "attributes", train=replace(part(), attributes=None))
 
 
-def test_D_begins_as_phi_v_and_is_not_set_back():
-    """[dev 15]"""
-    nets, _, (encoder_step, gan_step, _), (*_, learn) = built()
-    moved(encoder_step, nets)
-    same = lambda: all(torch.equal(a, b) for a, b in zip(nets["D"].trunk.state_dict().values(),
-                                                          nets["phi_v"][0].state_dict().values()))
-    assert not same()
-    learn()
-    assert same()
-    moved(gan_step, nets)
-    learn()                                                                     # as a resumed run does
-    assert not same()
-
-
 def test_texts_are_scaled_to_the_spread_that_G_begins_with():
     """[dev 13]"""
     nets, *_, (*_, learn) = built()
     learn()
     h = text2image.texts_of(nets["phi_t"], part().t, "cpu")
-    assert h.std((0, 1)).mean().item() == pytest.approx(0.1, rel=1e-4)
+    assert h.std((0, 1)).mean().item() == pytest.approx(0.05, rel=1e-4)
     learn()                                                                     # again: no further
     assert torch.allclose(text2image.texts_of(nets["phi_t"], part().t, "cpu"), h)
 
