@@ -301,10 +301,12 @@ def test_rates_fall_over_the_second_half_of_a_phase():
         assert opts["opt_G"].param_groups[0]["lr"].item() == pytest.approx(6e-4 * share)
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.1])
-def test_D_sees_pictures_under_noise(noise):
-    """[dev 12]: data and samples alike, in both updates."""
-    nets, _, (_, gan_step, _), (*_, learn) = built("--noise", str(noise))
+@pytest.mark.parametrize("noise, left", [(0.0, 1.0), (0.1, 1.0), (0.2, 0.25)])
+def test_D_sees_pictures_under_noise(noise, left):
+    """[dev 12]: data and samples alike, in both updates; half of it a quarter before the end."""
+    nets, opts, (_, gan_step, _), (*_, learn) = built("--noise", str(noise))
+    text2image.anneal(opts["opt_D"], 2e-4, left)
+    noise *= min(1, 2 * left)
     learn()
     x, seen = torch.zeros(12, 3, 64, 64), []
     nets["D"].register_forward_pre_hook(lambda net, given: seen.append(given[0].detach()))
