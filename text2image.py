@@ -29,7 +29,7 @@ Run
 Expect
     t2i-agreement  67.4 % of attributes of unseen captions: background 98, relation 98, size 76, texture 58,
                    colour 55, shape 19 (by chance 25, 33, 50, 33, 17, 20); --variant cls 68.1, gan 66.0, int
-                   62.0; t2i-pose-roc @POSE (birds in the paper .66), t2i-bg-roc @BG (.915): --width .25
+                   62.0; t2i-pose-roc .70 (birds in the paper .66), t2i-bg-roc .67 (.915): --width .25
                    --steps 4000 --style-steps 1000, 17 minutes on one core of an AMD EPYC with AVX512-BF16,
                    torch 2.14.1, bfloat16, seed 0 alone
 
