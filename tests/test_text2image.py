@@ -151,7 +151,8 @@ def test_networks_have_the_sizes_of_the_authors_code():
                                 + bn(128) + 128 * 3 * 16)
     trunk = (3 * 64 * 16 + 64 * 128 * 16 + bn(128) + 128 * 256 * 16 + bn(256) + 256 * 512 * 16 + bn(512)
              + residual(512, 128))
-    assert count(nets["D"]) == trunk + text + bn(128) + 640 * 512 + bn(512) + 512 * 16
+    assert count(nets["D"]) == trunk + text + bn(128) + 640 * 512 + bn(512) + 512 * 16 \
+        + 512 * 16 * 1024 + 1024                                                # [dev 15]
     assert count(nets["S"]) == trunk + 512 * 16 * 100 + 100
     assert count(nets["phi_v"]) == trunk + 512 * 16 * 1024 + 1024
     assert count(nets["phi_t"]) == (70 * 384 * 4 + 384 + 384 * 512 * 4 + 512 + 512 * 256 * 4 + 256
@@ -270,6 +271,26 @@ def test_phi_v_learns_to_name_attributes():
         built("--image-features", "attributes", train=replace(part(), attributes=None))
 
 
+@pytest.mark.parametrize("kind", ["own", "attributes"])
+def test_D_begins_with_the_match_that_phi_v_sees(kind):
+    """[dev 15]: beside the head, whatever the texts' scale."""
+    nets, *_, (*_, learn) = built("--image-features", kind)
+    nn.init.normal_(nets["phi_v"][-1].weight, 0.0, 100.0)
+    learn()
+    learn()                                                                     # the scale stays
+    D, phi_t, train = nets["D"].eval(), nets["phi_t"], part()
+    v = text2image.see(nets["phi_v"], train.images, "cpu")
+    h, x = text2image.texts_of(phi_t, train.t[:, 0], "cpu"), text2image.middle(train.images)
+    nn.init.zeros_(D.head[-2].weight)
+    with torch.no_grad():
+        match = text2image.MATCH * (v * h).sum(1) / phi_t.scale
+        assert match.std() > 1e-2 and torch.allclose(D(x, h), match, rtol=1e-4, atol=1e-5)
+        nn.init.zeros_(D.project[1].weight)
+        nets["G"].t.add_(1)
+        learn()                                                                 # G and D have begun
+        assert not D.project[1].weight.any()
+
+
 def test_texts_are_scaled_to_the_spread_that_G_begins_with():
     """[dev 13]"""
     nets, *_, (*_, learn) = built()
@@ -305,7 +326,7 @@ def test_rates_fall_over_the_second_half_of_a_phase():
 def test_D_sees_pictures_under_noise(noise, left):
     """[dev 12]: data and samples alike, in both updates; half of it a quarter before the end."""
     nets, opts, (_, gan_step, _), (*_, learn) = built("--noise", str(noise))
-    text2image.anneal(opts["opt_D"], 2e-4, left)
+    text2image.anneal(opts["opt_D"], 4e-4, left)
     noise *= min(1, 2 * left)
     learn()
     x, seen = torch.zeros(12, 3, 64, 64), []
