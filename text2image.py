@@ -34,9 +34,9 @@ Expect
                    torch 2.14.1, bfloat16, seed 0 alone
 
 Deviations
-    [dev 1] phi_v is D's convolutions and one linear layer, trained with phi_t, and to name the pictures'
-            attributes beside where the data have them and --image-features is not own (paper: features of
-            GoogLeNet, which --image-features googlenet takes from torchvision).
+    [dev 1] phi_v is D's convolutions and one linear layer, trained with phi_t (paper: features of GoogLeNet,
+            which --image-features googlenet takes from torchvision).  Where the data have attributes and
+            --image-features is not own, a linear layer each on v and on h names them beside.
     [dev 2] The encoders train with Adam on the GAN's minibatches, in which a picture and another one's text
             of the same class or content are no pair (authors' code: RMSprop, a batch of 40 classes).
     [dev 3] L_D and L_G are ascended: Algorithm 1 prints a descent, a slip of the sign.
@@ -66,10 +66,13 @@ Deviations
     [dev 15] A projection of D's convolutions, times h, is added to D's logit, and both begin as phi_v (with
             GoogLeNet as phi_v: at random).  By the paper's head alone D hardly learns to tell the text of
             the right shape from that of a wrong one, and G draws all shapes alike.
+    [dev 16] --width narrows phi_t by its root alone: at a quarter of the width a quarter of the units hardly
+            tell which of two objects is what.
 """
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -204,7 +207,7 @@ class Discriminator(nn.Module):
         convs, _, last = phi_v
         self.trunk.load_state_dict(convs.state_dict())
         for mine, its in zip(self.project[1].parameters(), last.parameters()):
-            mine.data.copy_(MATCH / scale * its[:NH])
+            mine.data.copy_(MATCH / scale * its)
 
     def forward(self, x, h, wrong=None):
         f = self.trunk(x)
@@ -239,16 +242,14 @@ def convolutions(ch, o):
     return nn.Sequential(trunk(ch), nn.Flatten(), nn.Linear(16 * ch(512), o))
 
 
-def networks(width=1.0, image_features="own", counts=()):
-    """{"phi_t", "phi_v", "G", "D", "S"} of the authors' code with `width` times its feature maps.
-
-    phi_v's own network gives, after v, logits of attributes of so many values each, `counts`.
-    """
-    def ch(n):
+def networks(width=1.0, image_features="own"):
+    """{"phi_t", "phi_v", "G", "D", "S"} of the authors' code with `width` times its feature maps, phi_t with
+    the root of `width` times [dev 16]."""
+    def ch(n, width=width):
         return max(8, round(n * width))
 
-    phi_v = GoogLeNet() if image_features == "googlenet" else convolutions(ch, NH + sum(counts)).apply(init)
-    nets = {"phi_t": Text(ch), "phi_v": phi_v, "G": Generator(ch).apply(init),
+    phi_v = GoogLeNet() if image_features == "googlenet" else convolutions(ch, NH).apply(init)
+    nets = {"phi_t": Text(partial(ch, width=width ** 0.5)), "phi_v": phi_v, "G": Generator(ch).apply(init),
             "D": Discriminator(ch).apply(init), "S": convolutions(ch, NZ).apply(init)}
     for name in ("phi_t", "G", "S"):
         nets[name].register_buffer("t", torch.zeros((), dtype=torch.long))      # updates so far
@@ -395,6 +396,13 @@ def L_joint(v, h, content):
     return hinges.sum() / other.sum().clamp(min=1) + hinges.amax(2).sum() / len(v)
 
 
+def L_names(a, attributes, counts):
+    """Cross-entropy of logits a (n, sum of counts) for attributes (n, k) of `counts` values, summed over the
+    k, in nats."""
+    pairs = zip(a.float().split(counts, 1), attributes.T)
+    return sum(F.cross_entropy(a_i, y) for a_i, y in pairs)
+
+
 def V(a_r, a_f):
     """Eq. 1: E[log s_r] + E[log(1 - s_f)], s = sigmoid(a), a (n,).  -log 4 where D = 1/2 everywhere."""
     return F.logsigmoid(a_r.float()).mean() + F.logsigmoid(-a_f.float()).mean()
@@ -482,11 +490,12 @@ def build(args, train):
             raise UserError(f"{args.dataset} has no attributes: --image-features own does without")
         counts = (train.attributes.amax(0) + 1).tolist()
         attributes = train.attributes.to(args.device)
-    nets = networks(args.width, kind, counts)
+    nets = networks(args.width, kind)
     nets["G_bar"] = averaged(nets["G"])
+    nets["names"] = nn.ModuleList(nn.Linear(NH, sum(counts)) for _ in range(2 * bool(counts)))
     nets = dict(zip(nets, place(args, *nets.values())))
-    phi_t, phi_v, G, D, S, G_bar = nets.values()
-    opts = {"opt_phi": adam(args, LR_PHI, phi_t, phi_v), "opt_G": adam(args, args.lr_G, G),
+    phi_t, phi_v, G, D, S, G_bar, names = nets.values()
+    opts = {"opt_phi": adam(args, LR_PHI, phi_t, phi_v, names), "opt_G": adam(args, args.lr_G, G),
             "opt_D": adam(args, args.lr_D, D), "opt_S": adam(args, args.lr_D, S)}
     amp, beta, cls, int_ = autocast(args), args.beta, "cls" in args.variant, "int" in args.variant
     t, content = train.t.to(args.device), train.content.to(args.device)
@@ -507,11 +516,11 @@ def build(args, train):
     def encoder_step(x, i):                                 # x (n, 3, H, W) in [-1, 1], i (n,) their numbers
         k = torch.randint(t.shape[1], i.shape, device=x.device)
         with amp:
-            v, *logits = phi_v(view(x)).float().split([NH, *counts], 1)
-            h = phi_t(t[i, k])
+            v, h = phi_v(view(x)), phi_t(t[i, k])
+            logits = [name(f) for name, f in zip(names, (v, h))]
         joint = L_joint(v, h, content[i])                   # [dev 2]
-        names = [F.cross_entropy(*pair) for pair in zip(logits, attributes[i].T)] if counts else []
-        descend(sum(names, joint), opts["opt_phi"])         # [dev 1]
+        named = [L_names(a, attributes[i], counts) for a in logits]
+        descend(sum(named, joint), opts["opt_phi"])         # [dev 1]
         phi_t.t.add_(1)
         return {"L_joint": joint}
 
@@ -588,7 +597,7 @@ def draw(G, h):
 def see(net, images, device):
     """v or S(x) of uint8 pictures' middles: (N, 1024) or (N, 100)."""
     with sampling(net):
-        return torch.cat([net(middle(x.to(device)))[:, :NH].float() for x in images.split(250)])
+        return torch.cat([net(middle(x.to(device))).float() for x in images.split(250)])
 
 
 # ---------------------------------------------------------------------------------------------------- figures
@@ -642,7 +651,7 @@ def draw_fig5(by):
 
 def figures(r, nets, test):
     """Draw the paper's figures into the run's folder."""
-    args, (phi_t, _, _, _, S, G, _) = r.args, nets.values()     # G: the average, which draws
+    args, (phi_t, _, _, _, S, G, *_) = r.args, nets.values()    # G: the average, which draws
     name = "fig4" if "flowers" in args.dataset else "fig7" if args.dataset == "coco" else "fig3"
     with r.aside():
         r.show(name, draw_captions(test, [(G, phi_t)], args.device))
@@ -754,7 +763,7 @@ def verify(f, style):
 
 def evaluate(r, nets, pictures, train, test):
     """The numbers on what is held out: experiment id -> dict with "value", and the paper's if it has one."""
-    args, extra, (phi_t, phi_v, _, _, S, G, _) = r.args, pictures.extra, nets.values()    # G: the average
+    args, extra, (phi_t, phi_v, _, _, S, G, *_) = r.args, pictures.extra, nets.values()   # G: the average
     h, v = texts_of(phi_t, test.t, args.device), see(phi_v, test.images, args.device)
     h_1 = h[:, :args.captions].mean(1)
     y, unit = test.content.to(args.device), "% right by Eq. 3 (f_t: by Eq. 4)"
@@ -833,7 +842,7 @@ def main(argv=None):
     batches = data.Batches(train.images, torch.arange(len(train.images)), batch_size=args.batch_size,
                            device=args.device, seed=args.seed, scale=(-1.0, 1.0), rank=r.rank, world=r.world)
     nets, opts, steps, (seek, beside, learn) = build(args, train)
-    phi_t, phi_v, G, _, S, G_bar, _ = nets.values()
+    phi_t, phi_v, G, _, S, G_bar, *_ = nets.values()
     if args.encoder and not args.resume:
         run.fetch(args.encoder, OTHER, args.device, phi_t=phi_t, phi_v=phi_v)
     r.keep(**nets, **opts, batches=batches)

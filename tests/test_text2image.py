@@ -10,7 +10,6 @@ import torch
 from conftest import script
 from PIL import Image
 from torch import nn
-from torch.nn import functional as F
 
 import text2image
 from common import UserError, render
@@ -250,25 +249,35 @@ def test_each_phase_moves_its_own_networks():
     assert [int(nets[k].t) for k in ("phi_t", "G", "S")] == [1, 1, 1]
 
 
-def test_phi_v_learns_to_name_attributes():
+def test_both_encoders_learn_to_name_attributes():
     """[dev 1]"""
     nets, _, (encoder_step, *_), _ = built("--image-features", "attributes")
     x, i, attributes = torch.rand(12, 3, 64, 64) * 2 - 1, torch.arange(12), part().attributes
     counts = (attributes.amax(0) + 1).tolist()
 
-    def loss():
+    def losses():
         with torch.no_grad():
-            _, *logits = nets["phi_v"](x).split([1024, *counts], 1)
-        return sum(F.cross_entropy(*pair) for pair in zip(logits, attributes.T))
+            given = nets["phi_v"](x), nets["phi_t"](part().t[:, 0])
+            return [text2image.L_names(name(f), attributes, counts).item()
+                    for name, f in zip(nets["names"], given)]
 
-    before = loss()
-    for _ in range(60):
+    before = losses()
+    for _ in range(100):
         encoder_step(x, i)
-    assert loss() < before / 2
+    for was, now in zip(before, losses()):
+        assert now < was * 0.7
     assert text2image.see(nets["phi_v"], part().images, "cpu").shape == (12, 1024)
-    assert built()[0]["phi_v"](x).shape == (12, 1024)
+    assert not len(built()[0]["names"])
     with pytest.raises(UserError, match="no attributes: --image-features own does without"):
         built("--image-features", "attributes", train=replace(part(), attributes=None))
+
+
+def test_L_names_of_even_logits_and_of_sure_ones():
+    attributes, counts = torch.tensor([[0, 2], [1, 0]]), [2, 3]
+    assert text2image.L_names(torch.zeros(2, 5), attributes, counts).item() == pytest.approx(math.log(6))
+    sure = 100.0 * torch.tensor([[1, 0, 0, 0, 1], [0, 1, 1, 0, 0]])
+    assert text2image.L_names(sure, attributes, counts).item() == pytest.approx(0)
+    assert text2image.L_names(-sure, attributes, counts).item() > 100
 
 
 @pytest.mark.parametrize("kind", ["own", "attributes"])
