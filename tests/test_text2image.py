@@ -521,7 +521,7 @@ def test_a_run_draws_figures_and_writes_numbers(folder):
     agreement = results["t2i-agreement"]
     assert {"size", "colour", "shape", "texture", "relation", "background", "all"} < set(agreement)
     assert agreement["ceiling"]["background"] > agreement["background"]
-    assert results["t2i-bg-roc"]["paper"] == 0.915 and 0 <= results["t2i-bg-roc"]["value"] <= 1
+    assert results["t2i-bg-roc"]["paper"] == 0.82 and 0 <= results["t2i-bg-roc"]["value"] <= 1
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [next(k for k in line if k.startswith("L_")) for line in lines] == \
         ["L_joint"] * 2 + ["L_D"] * 4 + ["L_style"] * 2
