@@ -262,12 +262,15 @@ def test_both_encoders_learn_to_name_attributes():
                     for name, f in zip(nets["names"], given)]
 
     before = losses()
-    for _ in range(100):
+    for _ in range(60):
         encoder_step(x, i)
-    for was, now in zip(before, losses()):
-        assert now < was * 0.7
+    assert losses()[0] < before[0] / 2
+    for _ in range(90):
+        encoder_step(x, i)
+    assert losses()[1] < before[1] / 2
     assert text2image.see(nets["phi_v"], part().images, "cpu").shape == (12, 1024)
-    assert not len(built()[0]["names"])
+    own = built()[0]
+    assert own["phi_v"](x).shape == (12, 1024) and not len(own["names"])
     with pytest.raises(UserError, match="no attributes: --image-features own does without"):
         built("--image-features", "attributes", train=replace(part(), attributes=None))
 
