@@ -30,7 +30,7 @@ Expect
     t2i-agreement  86.7 % of attributes of unseen captions: background 100, size, texture and relation 99,
                    colour 71, shape 52 (by chance 25, 50, 33, 33, 17, 20); of captions trained on 96.3, shape
                    83; t2i-pose-roc .78 (birds in the paper .52, INT-CLS .66), t2i-bg-roc .67 (.82, .915):
-                   --width .25 --steps 8000 --style-steps 1000, 30 minutes on one core of an AMD EPYC with
+                   --width .25 --steps 8000 --style-steps 1000, 29 minutes on one core of an AMD EPYC with
                    AVX512-BF16, torch 2.14.1, bfloat16, seed 0 alone
 
 Deviations
@@ -52,8 +52,8 @@ Deviations
             own, BatchNorm hides from D how bright and how contrasty samples are.
     [dev 10] The surrogate of Eq. 2 has, beside all mismatches, the hardest of each row, as the argmax of Eqs.
             3 and 4 would have it: 96.5 % of unseen pictures pick their own captions out of 100, without 93.6
-            (both before [dev 14]).  The rate is 3e-4 and falls to 0 over the second half; from the 7e-4 of
-            the authors' code, which falls by .98 an epoch, it is 77.5 %.
+            (both before [dev 14] and [dev 16]).  The rate is 3e-4 and falls to 0 over the second half; from
+            the 7e-4 of the authors' code, which falls by .98 an epoch, it is 77.5 %.
     [dev 11] What draws, and teaches S, is a running average of G's weights.  --average 0: G as it is.
     [dev 12] D's inputs carry Gaussian noise, of std .1 and falling with the rate, and the rate of G is three
             times D's: without, D wins by the finest texture and G heeds no z.  D's is 4e-4, twice the
