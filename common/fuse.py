@@ -234,7 +234,7 @@ class SGD(torch.optim.Optimizer):
             params = group["params"]
             v, g = [self.state[p]["v"] for p in params], [p.grad for p in params]
             torch._foreach_mul_(v, group["momentum"])
-            torch._foreach_sub_(v, torch._foreach_mul(g, group["lr"]))
+            torch._foreach_addcmul_(v, g, [group["lr"]] * len(v), value=-1)  # lr * g would be a copy
             torch._foreach_add_(params, v)
 
 
