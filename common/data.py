@@ -718,18 +718,10 @@ class Batches:
             self._advance()
             self.ahead = self._fetch()
             items = [t.to(self.device, non_blocking=True) for t in items]
-        x = self._scaled(items[0])
-        return (x, *items[1:]) if len(items) > 1 else x
-
-    def pictures(self, index):
-        """x of the pictures numbered `index` (n,), on any device, as next() gives them."""
-        images = self.tensors[0]
-        return self._scaled(images.index_select(0, index.to(images.device)).to(self.device))
-
-    def _scaled(self, images):
         low, high = self.scale
-        x = images.float().div_(255)
-        return x if (low, high) == (0, 1) else x.mul_(high - low).add_(low)
+        x = items[0].float().div_(255)
+        x = x if (low, high) == (0, 1) else x.mul_(high - low).add_(low)
+        return (x, *items[1:]) if len(items) > 1 else x
 
     def _advance(self):
         self.position += 1

@@ -972,13 +972,6 @@ def test_kinds_and_scale(resident):
 
 
 @HOME
-def test_pictures_of_ones_choice(resident):
-    images = torch.arange(40, dtype=torch.uint8).view(10, 1, 2, 2)
-    b = Batches(images, batch_size=2, scale=(-1.0, 1.0), resident=resident)
-    torch.testing.assert_close(b.pictures(torch.tensor([7, 0, 7])), images[[7, 0, 7]].float() / 127.5 - 1)
-
-
-@HOME
 def test_resume_to_the_minibatch(resident):
     x, i = numbered(30)
     b = Batches(x, i, batch_size=7, resident=resident)

@@ -241,7 +241,7 @@ def moved(step, nets):
 
 
 def test_each_phase_moves_its_own_networks():
-    nets, _, (encoder_step, gan_step, style_step), (*_, learn) = built()
+    nets, _, (encoder_step, gan_step, style_step), learn = built()
     assert moved(encoder_step, nets)[0] == {"phi_t", "phi_v"}
     learn()
     assert moved(gan_step, nets)[0] == {"G", "D", "G_bar"}
@@ -286,7 +286,7 @@ def test_L_names_of_even_logits_and_of_sure_ones():
 @pytest.mark.parametrize("kind", ["own", "attributes"])
 def test_D_begins_with_the_match_that_phi_v_sees(kind):
     """[dev 15]: beside the head, whatever the texts' scale."""
-    nets, *_, (*_, learn) = built("--image-features", kind)
+    nets, *_, learn = built("--image-features", kind)
     nn.init.normal_(nets["phi_v"][-1].weight, 0.0, 100.0)
     learn()
     learn()                                                                     # the scale stays
@@ -305,7 +305,7 @@ def test_D_begins_with_the_match_that_phi_v_sees(kind):
 
 def test_texts_are_scaled_to_the_spread_that_G_begins_with():
     """[dev 13]"""
-    nets, *_, (*_, learn) = built()
+    nets, *_, learn = built()
     learn()
     h = text2image.texts_of(nets["phi_t"], part().t, "cpu")
     assert h.std((0, 1)).mean().item() == pytest.approx(0.05, rel=1e-4)
@@ -330,15 +330,26 @@ def test_rates_fall_over_the_second_half_of_a_phase():
     """[dev 6], [dev 10]"""
     _, opts, *_ = built()
     for left, share in ((1, 1), (0.5, 1), (0.25, 0.5), (0, 0)):
-        text2image.anneal(opts["opt_G"], 6e-4, left)
-        assert opts["opt_G"].param_groups[0]["lr"].item() == pytest.approx(6e-4 * share)
+        for opt in opts.values():
+            text2image.anneal(opt, 6e-4, left)
+            assert all(g["lr"].item() == pytest.approx(6e-4 * share) for g in opt.param_groups)
+
+
+def test_weights_of_the_encoders_alone_decay():
+    """[dev 10]: not their biases and BatchNorm."""
+    nets, opts, *_ = built("--image-features", "attributes")
+    decay = {id(p): g["weight_decay"] for opt in opts.values() for g in opt.param_groups for p in g["params"]}
+    for name, wanted in (("phi_t", 0.1), ("names", 0.1), ("phi_v", 0.3), ("G", 0.0), ("D", 0.0), ("S", 0.0)):
+        for p in nets[name].parameters():
+            assert decay.pop(id(p)) == (wanted if p.ndim > 1 else 0), name
+    assert not decay
 
 
 @pytest.mark.parametrize("noise, left", [(0.0, 1.0), (0.1, 1.0), (0.2, 0.25)])
 def test_D_sees_pictures_under_noise(noise, left):
     """[dev 12]: data and samples alike, in both updates; half of it a quarter before the end."""
-    nets, opts, (_, gan_step, _), (*_, learn) = built("--noise", str(noise))
-    text2image.anneal(opts["opt_D"], 4e-4, left)
+    nets, opts, (_, gan_step, _), learn = built("--noise", str(noise))
+    text2image.anneal(opts["opt_D"], 2e-4, left)
     noise *= min(1, 2 * left)
     learn()
     x, seen = torch.zeros(12, 3, 64, 64), []
@@ -358,7 +369,7 @@ def test_D_sees_pictures_under_noise(noise, left):
     ("gan", 12, {"V", "L_G", "s_r", "s_f"}), ("cls", 12, {"L_D", "L_G", "s_r", "s_f", "s_w"}),
     ("int", 18, {"V", "L_G", "s_r", "s_f"}), ("int-cls", 18, {"L_D", "L_G", "s_r", "s_f", "s_w"})])
 def test_variants(variant, texts, keys, int_D):
-    nets, _, (_, gan_step, _), (*_, learn) = built("--variant", variant, *int_D)
+    nets, _, (_, gan_step, _), learn = built("--variant", variant, *int_D)
     learn()
     asked, judged, a = [], [], []
     nets["G"].register_forward_pre_hook(lambda net, given: asked.append(len(given[1])))
@@ -572,8 +583,7 @@ def test_another_runs_encoder_and_generator(folder, tiny, tmp_path, capsys):
         text2image.main([*words, "--name", "y", "--encoder", str(tmp_path / "none")])
 
 
-def test_resumed_steps_equal_uninterrupted_ones(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(text2image, "EVERY", 1)                             # neighbours from the second on
+def test_resumed_steps_equal_uninterrupted_ones(tiny, tmp_path):
     common = [*NARROW, "--dataset", str(tiny), "--out", str(tmp_path), "--data-dir", str(tiny.parent),
               "--batch-size", "8", "--encoder-steps", "2", "--style-steps", "0"]
     text2image.main([*common, "--name", "a", "--steps", "4"])
