@@ -69,7 +69,7 @@ Deviations
     [dev 16] --width narrows phi_t by its root alone: at a quarter of the width a quarter of the units hardly
             tell which of two objects is what.
     [dev 17] GAN-CLS is the default.  Of shapes, INT draws some interpolated texts as noise, and some unseen
-            ones with them, as D sees no samples of them; --int-D, by which it does, helps in part.
+            ones with them, as D sees no samples of them; with --int-D it does.
 """
 
 import argparse

@@ -384,6 +384,24 @@ def test_variants(variant, texts, keys, int_D):
     assert torch.equal(scalars["L_D" if wrong else "V"], L_D(r, w, f) if wrong else V(r, f))
 
 
+def test_half_of_the_mismatching_texts_are_neighbours():
+    """[dev 14]: of the pictures of the first half; none is the picture's own."""
+    nets, _, (_, gan_step, _), learn = built()
+    learn()
+    h, seen, everywhere = text2image.texts_of(nets["phi_t"], part().t, "cpu"), [], True
+    near = text2image.neighbours(h[:, 0], part().content)
+    nets["D"].register_forward_pre_hook(lambda net, given: seen.append(given[1:]))
+    for _ in range(8):
+        gan_step(torch.zeros(12, 3, 64, 64), torch.arange(12))
+        _, h_wrong = seen[-2]                                                   # of D's update
+        j = torch.cdist(h_wrong, h.flatten(0, 1)).argmin(1) // h.shape[1]       # whose texts they are
+        assert not (j == torch.arange(12)).any()
+        inside = (near == j[:, None]).any(1)
+        assert inside[:6].all()
+        everywhere &= inside[6:].all().item()
+    assert not everywhere                                                       # the others are any texts
+
+
 def test_one_step_of_G_raises_what_it_ascends():
     nets, _, _, _ = built()
     G, D = nets["G"], nets["D"]
