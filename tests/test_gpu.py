@@ -1,0 +1,169 @@
+"""Every script as on a GPU, on a pretended one: the step as one CUDA graph equals the plain step on the CPU to
+the bit, in each phase of a run; host and device do not mix; the loop never waits."""
+
+import importlib
+import json
+
+import numpy as np
+import pretend
+import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import MappingKey, keystr, tree_flatten_with_path
+
+from common import fuse, render
+from common.fuse import SGD, descend, frozen
+from common.run import Run
+
+HEADS = "--dataset", "heads.npz", "--net"
+DIGITS = "--dataset", "digits.npz"
+SHAPES = "--dataset", "shapes.npz", "--width", ".05", "--encoder-steps", "6", "--style-steps", "6"
+RUNS = {  # each with what it draws
+    "gan": ((*DIGITS, "--width", ".1"), "fig2a"),
+    "gan alternate": ((*HEADS, "tfd", "--width", ".01", "--k", "2", "--alternate"), "fig2b"),
+    "gan convolutions": ((*HEADS, "cifar-conv", "--width", ".02"), "fig2d"),
+    "cgan": ((*DIGITS, "--width", ".1", "--nn-samples", "100"), "fig2"),
+    "cgan dcgan28": ((*DIGITS, "--net", "dcgan28", "--width", ".1", "--nn-samples", "100"), "fig2"),
+    "dcgan": ((*HEADS, "svhn", "--width", ".1"), "fig8"),
+    "aae prior": ((*DIGITS, "--width", ".1"), "fig4a"),
+    "aae semi": ((*DIGITS, "--width", ".1", "--task", "semi", "--nn-steps", "6"), "styles"),
+    "aae cluster": ((*DIGITS, "--width", ".1", "--task", "cluster"), "fig9"),
+    "aae reduce": ((*DIGITS, "--width", ".1", "--task", "reduce"), "fig10"),
+    "vaegan": ((*HEADS, "32", "--width", ".1", "--conditional", "--gating"), "fig4"),
+    "vaegan vae": ((*DIGITS, "--net", "28", "--width", ".1", "--z-dim", "2", "--model", "vae"), "plane"),
+    "text2image": (SHAPES, "fig3"),
+    "text2image int-cls": ((*SHAPES, "--variant", "int-cls"), "fig3"),
+    "infogan": ((*DIGITS, "--net", "mnist", "--gan-steps", "6"), "fig2a"),
+    "infogan faces": ((*HEADS, "faces", "--gan-steps", "0"), "fig3a"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, digits):
+    path = tmp_path_factory.mktemp("gpu")
+    for name, found in (("heads", render.faces(n=160, size=32)), ("shapes", render.shapes(120))):
+        found.pop("attribute_values", None)
+        np.savez(path / f"{name}.npz", **{k: v.numpy() if torch.is_tensor(v) else v for k, v in found.items()})
+    (path / "digits.npz").write_bytes(digits.read_bytes())
+    return path
+
+
+def differences(a, b):
+    """The names of what two runs' checkpoints do not have in common, to the bit."""
+    a, b = (tree_flatten_with_path(torch.load(run / "checkpoint.pt", weights_only=True)["parts"])[0]
+            for run in (a, b))
+    assert [path for path, _ in a] == [path for path, _ in b]
+    return [keystr(path) for (path, x), (_, y) in zip(a, b) if path[-1] != MappingKey("capturable")
+            and not (torch.equal(x, y) if torch.is_tensor(x) else x == y)]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_graph_equals_the_plain_step_and_the_loop_never_waits(name, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    script, words = importlib.import_module(name.split()[0]), RUNS[name][0]
+    words = [*words, "--steps", "6", "--batch-size", "8", "--no-amp", "--no-compile", "--seed", "3",
+             "--data-dir", str(folder)]
+    script.main([*words, "--device", "cpu", "--out", str(tmp_path / "cpu")])
+    waits, graph = {}, fuse.Graph.__call__
+    with pretend.gpu() as device:
+        def call(step, *inputs):
+            waits.setdefault(step, []).append(device.waits)
+            return graph(step, *inputs)
+
+        monkeypatch.setattr(fuse.Graph, "__call__", call)
+        script.main([*words, "--device", "cuda", "--out", str(tmp_path / "cuda")])
+    assert waits and all(step.graph and len(counts) >= 6 for step, counts in waits.items())
+    assert all(counts[1:-1] == counts[1:2] * (len(counts) - 2) for counts in waits.values()), waits.values()
+    (plain,), (fused,) = ((list((tmp_path / device).iterdir())) for device in ("cpu", "cuda"))
+    assert (fused / f"{RUNS[name][1]}.png").exists()
+    assert not differences(plain, fused)
+    a, b = (json.loads((run / "results.json").read_text()) for run in (plain, fused))
+    assert b["mode"].startswith("step: cuda-graph") and b["machine"] == "pretended GPU"
+    assert a["results"].keys() == b["results"].keys()
+
+
+@pytest.mark.parametrize("name", ["gan", "aae semi"])
+def test_resumed_steps_equal_uninterrupted_ones(name, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    script, words = importlib.import_module(name.split()[0]), [*RUNS[name][0], "--batch-size", "8", "--no-amp"]
+    words += ["--no-compile", "--device", "cuda", "--data-dir", str(folder), "--out", str(tmp_path)]
+    run = tmp_path / f"{name.split()[0]}-digits"
+    with pretend.gpu():
+        script.main([*words, "--steps", "10"])
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(Run, "_all_stop", lambda self, step: step == 5)       # as Ctrl-C does
+            script.main([*words, "--steps", "10", "--name", "half"])
+        script.main(["--resume", f"{run}-half"])
+        script.main(["--resume", f"{run}-half", "--sample", "3"])
+    assert not differences(run, run.with_name(f"{run.name}-half"))
+    assert len(list((run.with_name(f"{run.name}-half") / "samples").iterdir())) == 3
+
+
+# ------------------------------------------------------------------------------------- the pretence itself
+
+
+def gan():
+    """A GAN of a few weights on the pretended GPU: its networks, optimizers, and the iteration."""
+    torch.manual_seed(0)
+    G, D = nn.Linear(2, 3).to("cuda:0"), nn.Linear(3, 1).to("cuda:0")
+    opts = SGD(G.parameters(), 0.1, 0.5), torch.optim.Adam(D.parameters(), torch.tensor(0.1, device="cuda:0"),
+                                                           fused=True)
+
+    def step(x):
+        x_fake = G(torch.randn(len(x), 2, device=x.device))
+        descend(D(x_fake.detach()).mean() - D(x).mean(), opts[1])
+        with frozen(D):
+            loss = -D(x_fake).mean()
+        descend(loss, opts[0])
+        opts[0].param_groups[0]["lr"].mul_(0.5)
+        return {"loss": loss}
+    return G, D, opts, step
+
+
+def test_warm_up_capture_and_replay_are_one_update_a_call():
+    found = []
+    with pretend.gpu():
+        for graph in (False, True):
+            G, D, opts, step = gan()
+            run = fuse.Graph(step) if graph else step
+            x = torch.arange(24.0).view(8, 3).to("cuda:0")
+            losses = [run(x + i)["loss"].item() for i in range(7)]
+            found.append((losses, G.weight.tolist(), D.weight.tolist(), opts[0].param_groups[0]["lr"].item()))
+    assert found[0] == found[1] and found[0][-1] == pytest.approx(0.1 / 2**7)
+
+
+def test_a_number_of_python_is_baked_in():
+    rates = iter(range(100))
+    with pretend.gpu():
+        w = torch.zeros((), device="cuda:0")
+        run = fuse.Graph(lambda x: {"w": w.add_(x * next(rates))}, warmup=1)
+        x = torch.ones((), device="cuda:0")
+        assert [run(x)["w"].item() for _ in range(4)] == [0, 1, 2, 3]          # not 0, 1, 3, 6
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda x: x.sum().item(), "not permitted when stream is capturing"),
+    (lambda x: x[x > 0], "not permitted when stream is capturing"),
+    (lambda x: torch.tensor([1.0], device=x.device), "not permitted when stream is capturing"),
+    (lambda x: x.cpu(), "not permitted when stream is capturing"),
+    (lambda x: x.tolist(), "not permitted when stream is capturing"),
+    (lambda x: x + torch.ones(3), "cuda:0 and cpu"),
+    (lambda x: torch.ones(3)[x.long()], "indices should be on the same device")])
+def test_what_a_gpu_refuses_is_refused(spoil, said):
+    with pretend.gpu() as device:
+        run = fuse.Graph(lambda x: {"x": x.sum(), "y": spoil(x)}, warmup=0)
+        x = torch.ones(3, device="cuda:0")
+        assert not device.waits
+        with pytest.raises(RuntimeError, match=said):
+            run(x)
+
+
+def test_waits_are_counted_outside_of_a_capture():
+    with pretend.gpu() as device:
+        x = torch.ones(3, device="cuda:0")
+        assert (x * 2 + torch.ones(())).sum().item() == 9 and device.waits == 1
+        x.cpu(), x.tolist(), torch.nonzero(x), x[x > 0]
+        assert device.waits == 5
+        with pytest.raises(TypeError, match="numpy"):
+            x.numpy()
+        assert x.device == torch.device("cuda:0") and x.is_cuda and not x.cpu().is_cuda and device.waits == 6
