@@ -2,11 +2,13 @@
 plain step."""
 
 import copy
+import ctypes
+import sys
 from argparse import Namespace
 
 import pytest
 import torch
-from conftest import cuda
+from conftest import cuda, script
 from torch import distributed as dist
 from torch import nn
 
@@ -167,6 +169,51 @@ def test_sampling_uses_the_running_statistics():
     z = torch.randn(8, 4)
     with sampling(G):
         torch.testing.assert_close(G(z)[:1], G(z[:1]))  # in train mode a picture would depend on its batch
+
+
+def test_a_gradient_goes_through_a_flatten_in_the_layout_of_its_input():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1), nn.LeakyReLU(0.1), nn.Flatten(), nn.Linear(32, 1))
+    plain, layouts = copy.deepcopy(net), []
+    place(args(), net)
+    x = torch.randn(5, 3, 4, 4)
+    h = net[1](net[0](x))
+    h.register_hook(lambda g: layouts.append(g.is_contiguous(memory_format=torch.channels_last)))
+    (net[3](net[2](h)).sum() + 0.0 * h.contiguous().sum()).backward()
+    plain(x).sum().backward()
+    assert layouts == [True]
+    for p, q in zip(net.parameters(), plain.parameters()):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt"),
+                    reason="needs glibc")
+def test_what_a_step_frees_is_kept_for_the_next_one():
+    code = """
+import ctypes, resource, sys, torch
+from argparse import Namespace
+from common.fuse import place
+
+libc, size = ctypes.CDLL(None), 2**24
+libc.malloc.restype = ctypes.c_void_p
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        blocks = [ctypes.c_void_p(libc.malloc(size)) for _ in range(10)]
+        for block in blocks:
+            ctypes.memset(block, 1, size)
+        for block in blocks:
+            libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if "place" in sys.argv:
+    place(Namespace(device="cpu", compile=False), torch.nn.Linear(1, 1))
+faults()
+print(faults())
+"""
+    given_back, kept = (int(script("-c", code, word).stdout) for word in ("", "place"))
+    assert kept < 100 and given_back > 10000
 
 
 def test_sgd_is_classical_momentum_with_rates_changed_in_place():
