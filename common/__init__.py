@@ -1,8 +1,14 @@
 """What every script needs and no paper mentions."""
 
 import struct
+import sys
+import types
 import zipfile
 import zlib
+
+# TensorBoard's own switch for doing without TensorFlow, which it would import where that is installed: that
+# takes seconds and memory of the GPU, and writes lines of its own.
+sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
 
 
 class UserError(ValueError):

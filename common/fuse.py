@@ -224,7 +224,7 @@ def _keep_freed_memory():
     """glibc keeps what a step frees for the next one; given back each time, it costs a sixth of a step."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: larger blocks are mapped and unmapped, 32 MiB at most
+        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: larger blocks are mapped and unmapped; its maximum
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 

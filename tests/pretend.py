@@ -71,7 +71,7 @@ class OnGPU(torch.Tensor):
         return t
 
 
-PRETENCE = []
+PRETENCE = []  # the one at work
 
 
 def numbers(t):
@@ -104,8 +104,8 @@ class Pretence(TorchDispatchMode):
             return
         masks = [i for i in args[1] if i is not None] if func in INDEXING else []
         if device and host and func not in BOTH:
-            raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices, "
-                               f"cuda:0 and cpu, in {func}")
+            raise RuntimeError("Expected all tensors to be on the same device, but found at least two "
+                               f"devices, cuda:0 and cpu, in {func}")
         if masks and not isinstance(args[0], OnGPU) and device:
             raise RuntimeError(f"{func}: indices should be on the same device as the indexed tensor (cpu)")
         if (device and func in WAITS
@@ -187,11 +187,11 @@ def gpu():
     fakes = {
         "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: 1,
         "get_device_name": lambda *_: "pretended GPU", "get_device_capability": lambda *_: (9, 0),
-        "set_device": lambda _: None, "mem_get_info": lambda *_: (2**36, 2**36), "manual_seed_all": lambda _: None,
-        "get_rng_state": lambda *_: torch.get_rng_state(), "set_rng_state": lambda *_: None,
-        "is_current_stream_capturing": stream.is_capturing,
-        "Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda _: contextlib.nullcontext(),
-        "CUDAGraph": CUDAGraph, "graph": graph}
+        "set_device": lambda _: None, "mem_get_info": lambda *_: (2**36, 2**36),
+        "manual_seed_all": lambda _: None, "get_rng_state": lambda *_: torch.get_rng_state(),
+        "set_rng_state": lambda *_: None, "is_current_stream_capturing": stream.is_capturing,
+        "Stream": lambda: stream, "current_stream": lambda: stream,
+        "stream": lambda _: contextlib.nullcontext(), "CUDAGraph": CUDAGraph, "graph": graph}
     tensor, empty, save, load = torch.tensor, torch.empty, torch.save, torch.load
 
     def to_device(t):
@@ -213,7 +213,7 @@ def gpu():
                 (torch.accelerator, "current_stream", lambda *_: stream),
                 (torch.Tensor, "pin_memory", pin_memory),
                 (torch, "empty", lambda *size, pin_memory=False, **more: empty(*size, **more)),
-                (torch, "tensor", lambda values, device=None, **more: tensor(values, **more).to(device or "cpu")),
+                (torch, "tensor", lambda x, device=None, **more: tensor(x, **more).to(device or "cpu")),
                 (torch, "save", lambda what, file: save(tree_map(numbers, what), file)),
                 (torch, "load", loaded)):
             stack.enter_context(mock.patch.object(owner, name, fake))

@@ -66,6 +66,13 @@ def test_importing_a_script_does_nothing():
     assert result.returncode == 0 and result.stdout == result.stderr == ""
 
 
+def test_tensorflow_is_not_imported_where_it_is_installed(tmp_path):
+    (tmp_path / "tensorflow.py").write_text("print('imported')")
+    words = "-c", "from common import log; log.SummaryWriter(r'{}').close()".format(tmp_path / "events")
+    result = script(*words, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 0 and result.stdout == "" and any((tmp_path / "events").iterdir())
+
+
 def test_scripts_stand_alone():
     for path in SCRIPTS:
         for node in ast.walk(ast.parse(path.read_text())):

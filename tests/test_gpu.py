@@ -1,5 +1,5 @@
-"""Every script as on a GPU, on a pretended one: the step as one CUDA graph equals the plain step on the CPU to
-the bit, in each phase of a run; host and device do not mix; the loop never waits."""
+"""Every script as on a GPU, on a pretended one: the step as one CUDA graph equals the plain step on the CPU
+to the bit, in each phase of a run; host and device do not mix; the loop never waits."""
 
 import importlib
 import json
@@ -43,7 +43,8 @@ def folder(tmp_path_factory, digits):
     path = tmp_path_factory.mktemp("gpu")
     for name, found in (("heads", render.faces(n=160, size=32)), ("shapes", render.shapes(120))):
         found.pop("attribute_values", None)
-        np.savez(path / f"{name}.npz", **{k: v.numpy() if torch.is_tensor(v) else v for k, v in found.items()})
+        found = {k: v.numpy() if torch.is_tensor(v) else v for k, v in found.items()}
+        np.savez(path / f"{name}.npz", **found)
     (path / "digits.npz").write_bytes(digits.read_bytes())
     return path
 
@@ -85,8 +86,9 @@ def test_a_graph_equals_the_plain_step_and_the_loop_never_waits(name, folder, tm
 @pytest.mark.parametrize("name", ["gan", "aae semi"])
 def test_resumed_steps_equal_uninterrupted_ones(name, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
-    script, words = importlib.import_module(name.split()[0]), [*RUNS[name][0], "--batch-size", "8", "--no-amp"]
-    words += ["--no-compile", "--device", "cuda", "--data-dir", str(folder), "--out", str(tmp_path)]
+    script = importlib.import_module(name.split()[0])
+    words = [*RUNS[name][0], "--batch-size", "8", "--no-amp", "--no-compile", "--device", "cuda",
+             "--data-dir", str(folder), "--out", str(tmp_path)]
     run = tmp_path / f"{name.split()[0]}-digits"
     with pretend.gpu():
         script.main([*words, "--steps", "10"])
