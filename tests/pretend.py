@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 GPU = torch.device("cuda", 0)
-WAITS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.nonzero.default,
-         aten.masked_select.default, aten._unique2.default, aten.unique_consecutive.default}
+TO_THE_HOST = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
+WAITS = {*TO_THE_HOST, aten.nonzero.default, aten.masked_select.default, aten._unique2.default,
+         aten.unique_consecutive.default}
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
 BOTH = {aten.copy_.default, aten._to_copy.default, *INDEXING}  # the operations that may meet host and device
-TO_THE_HOST = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
 
 
 class OnGPU(torch.Tensor):
@@ -76,6 +76,10 @@ PRETENCE = []  # the one at work
 
 def numbers(t):
     return t.numbers if isinstance(t, OnGPU) else t
+
+
+def on_gpu(t):
+    return OnGPU(t) if isinstance(t, torch.Tensor) else t
 
 
 def is_device(name):
@@ -134,8 +138,7 @@ class Pretence(TorchDispatchMode):
         if not stays or func in TO_THE_HOST:
             return out
         known = {id(t.numbers): t for t in device}
-        wrapped = tree_map(lambda t: known.get(id(t)) if id(t) in known else OnGPU(t)
-                           if isinstance(t, torch.Tensor) else t, out)
+        wrapped = tree_map(lambda t: known[id(t)] if id(t) in known else on_gpu(t), out)
         return return_and_correct_aliasing(func, args, kwargs, wrapped) if device else wrapped
 
 
@@ -194,9 +197,6 @@ def gpu():
         "stream": lambda _: contextlib.nullcontext(), "CUDAGraph": CUDAGraph, "graph": graph}
     tensor, empty, save, load = torch.tensor, torch.empty, torch.save, torch.load
 
-    def to_device(t):
-        return OnGPU(t) if isinstance(t, torch.Tensor) else t
-
     def pin_memory(t):
         t = t.clone()
         t.pinned = True
@@ -204,7 +204,7 @@ def gpu():
 
     def loaded(file, map_location=None, **more):
         found = load(file, map_location="cpu", **more)
-        return tree_map(to_device, found) if is_device(map_location) else found
+        return tree_map(on_gpu, found) if is_device(map_location) else found
 
     with contextlib.ExitStack() as stack:
         for name, fake in fakes.items():

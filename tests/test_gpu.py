@@ -8,11 +8,10 @@ import numpy as np
 import pretend
 import pytest
 import torch
-from torch import nn
+from test_fuse import gan_step
 from torch.utils._pytree import MappingKey, keystr, tree_flatten_with_path
 
 from common import fuse, render
-from common.fuse import SGD, descend, frozen
 from common.run import Run
 
 HEADS = "--dataset", "heads.npz", "--net"
@@ -104,34 +103,18 @@ def test_resumed_steps_equal_uninterrupted_ones(name, folder, tmp_path, monkeypa
 # ------------------------------------------------------------------------------------- the pretence itself
 
 
-def gan():
-    """A GAN of a few weights on the pretended GPU: its networks, optimizers, and the iteration."""
-    torch.manual_seed(0)
-    G, D = nn.Linear(2, 3).to("cuda:0"), nn.Linear(3, 1).to("cuda:0")
-    opts = SGD(G.parameters(), 0.1, 0.5), torch.optim.Adam(D.parameters(), torch.tensor(0.1, device="cuda:0"),
-                                                           fused=True)
-
-    def step(x):
-        x_fake = G(torch.randn(len(x), 2, device=x.device))
-        descend(D(x_fake.detach()).mean() - D(x).mean(), opts[1])
-        with frozen(D):
-            loss = -D(x_fake).mean()
-        descend(loss, opts[0])
-        opts[0].param_groups[0]["lr"].mul_(0.5)
-        return {"loss": loss}
-    return G, D, opts, step
-
-
 def test_warm_up_capture_and_replay_are_one_update_a_call():
     found = []
     with pretend.gpu():
         for graph in (False, True):
-            G, D, opts, step = gan()
-            run = fuse.Graph(step) if graph else step
-            x = torch.arange(24.0).view(8, 3).to("cuda:0")
-            losses = [run(x + i)["loss"].item() for i in range(7)]
-            found.append((losses, G.weight.tolist(), D.weight.tolist(), opts[0].param_groups[0]["lr"].item()))
-    assert found[0] == found[1] and found[0][-1] == pytest.approx(0.1 / 2**7)
+            G, D, _, opt_G, step, count = gan_step("cuda:0", graph=graph)
+            torch.manual_seed(1)
+            x, z = torch.randn(8, 6, device="cuda:0"), torch.randn(8, 4, device="cuda:0")
+            losses = [{k: v.item() for k, v in step(x + i, z - i).items()} for i in range(7)]
+            assert count.item() == 7 and isinstance(step, fuse.Graph) == graph
+            found.append((losses, [p.tolist() for net in (G, D) for p in net.parameters()],
+                          opt_G.param_groups[0]["lr"].item()))
+    assert found[0] == found[1] and found[0][-1] == pytest.approx(1e-2 * 0.9**7)
 
 
 def test_a_number_of_python_is_baked_in():
