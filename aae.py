@@ -78,7 +78,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import UserError, data, log, metrics, run
-from common.fuse import SGD, autocast, average, averaged, descend, frozen, fuse, place, sampling
+from common.fuse import SGD, Adam, autocast, average, averaged, descend, frozen, fuse, place, sampling
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -430,13 +430,11 @@ def seen(z, y, c, net):
 def optimizer(args, net, phase, *nets):
     """Of the parameters of `nets`, with the rate of `phase` 0 to 2: Adam [dev 5], or SGD with momentum.
 
-    The rate is a tensor, so that anneal() reaches a captured step too.
     """
     params = [p for part in nets for p in part.parameters()]
     if args.optimizer == "sgd":
         return SGD(params, net.sgd[phase], net.momenta[phase])
-    return torch.optim.Adam(params, torch.tensor(net.adam[phase], device=args.device), betas=(0.5, 0.999),
-                            fused=True)
+    return Adam(params, net.adam[phase])
 
 
 def anneal(opts, rates, done):

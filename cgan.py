@@ -66,7 +66,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import UserError, data, log, metrics, run
-from common.fuse import SGD, autocast, average, averaged, descend, frozen, fuse, place, sampling
+from common.fuse import SGD, Adam, autocast, average, averaged, descend, frozen, fuse, place, sampling
 
 # --------------------------------------------------------------------------------------------------- networks
 
@@ -296,9 +296,8 @@ def build(args, name, G, D, G_bar, minibatch):
     lr, perceptrons = args.lr or NETS[name]["lr"], name in ("mlp", "tags")
     if perceptrons:
         opt_D, opt_G = (SGD(net.parameters(), lr, 0.5) for net in (D, G))
-    else:                                                   # a rate that changes is a tensor, see anneal()
-        opt_D, opt_G = (torch.optim.Adam(net.parameters(), torch.tensor(lr, device=args.device), fused=True,
-                                         betas=(0.5, 0.999), weight_decay=2.5e-5) for net in (D, G))
+    else:
+        opt_D, opt_G = (Adam(net.parameters(), lr, weight_decay=2.5e-5) for net in (D, G))
     amp = autocast(args)
     together = perceptrons and not args.alternate
     half = 0.5 if perceptrons else 1.0                      # GAN's code, DCGAN's

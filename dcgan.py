@@ -55,7 +55,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import UserError, data, log, metrics, run
-from common.fuse import autocast, calibrate, descend, frozen, fuse, place, sampling
+from common.fuse import Adam, autocast, calibrate, descend, frozen, fuse, place, sampling
 
 # --------------------------------------------------------------------------------------------------- networks
 
@@ -203,9 +203,9 @@ def settle(args):
 def build(args, net, channels):
     """G, D, their optimizers and the fused iteration: one update of D, then one of G."""
     G, D = place(args, *networks(net, channels, args.width))
+    lr = args.lr or net.lr
     # weight_decay: 1e-5 times a parameter is added to its gradient, as in the authors' code.
-    adam = {"lr": args.lr or net.lr, "betas": (0.5, 0.999), "weight_decay": 1e-5, "fused": True}
-    opt_D, opt_G = torch.optim.Adam(D.parameters(), **adam), torch.optim.Adam(G.parameters(), **adam)
+    opt_D, opt_G = (Adam(part.parameters(), lr, weight_decay=1e-5) for part in (D, G))
     amp = autocast(args)
 
     @fuse(args)

@@ -50,7 +50,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import UserError, data, log, metrics, run
-from common.fuse import SGD, autocast, average, averaged, descend, frozen, fuse, place, sampling
+from common.fuse import SGD, Adam, autocast, average, averaged, descend, frozen, fuse, place, sampling
 
 # --------------------------------------------------------------------------------------------------- networks
 
@@ -352,8 +352,7 @@ def toy(args, r):
     D = nn.Sequential(nn.Linear(1, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
     D = place(args, D)
     G.weight.data.fill_(0.5), G.bias.data.fill_(2.0)
-    opt_D = torch.optim.Adam(D.parameters(), 5e-3, betas=(0.5, 0.999), fused=True)
-    opt_G = torch.optim.Adam(G.parameters(), 1e-3, betas=(0.5, 0.999), fused=True)
+    opt_D, opt_G = Adam(D.parameters(), 5e-3), Adam(G.parameters(), 1e-3)
     x, n = torch.linspace(-5, 5, 2001, device=device).double(), args.batch_size
     alone = max(1, min(1000, args.steps // 5))              # steps of D alone
     when = [*dict.fromkeys((1, alone, 3 * alone // 2, args.steps))]

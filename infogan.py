@@ -57,7 +57,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import data, log, metrics, run
-from common.fuse import autocast, descend, frozen, fuse, place, sampling
+from common.fuse import Adam, autocast, descend, frozen, fuse, place, sampling
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -314,9 +314,7 @@ def settle(args):
 def build(args, name, net):
     """G, D with Q, their optimizers and the fused iteration of Eq. 6; lam = lam_cont = 0: the regular GAN."""
     G, D = place(args, *networks(name, net.dz + sum(net.cats) + net.m, net.dq, args.width))
-    opt_D, opt_G = (torch.optim.Adam(part.parameters(), torch.tensor(lr, device=args.device),
-                                     betas=(0.5, 0.999), fused=True)    # a tensor, for anneal()
-                    for part, lr in ((D, net.lr_D), (G, net.lr_G)))
+    opt_D, opt_G = Adam(D.parameters(), net.lr_D), Adam(G.parameters(), net.lr_G)
     amp = autocast(args)
     regular = net.lam == 0 == net.lam_cont
 

@@ -85,7 +85,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import UserError, data, log, metrics, run
-from common.fuse import autocast, average, averaged, descend, frozen, fuse, place, sampling
+from common.fuse import Adam, autocast, average, averaged, descend, frozen, fuse, place, sampling
 
 # Authors' code: 70 symbols, "-" twice, of which the last counts.
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "
@@ -151,6 +151,24 @@ class GoogLeNet(nn.Module):
         return self.net(F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True))
 
 
+class FromPoint(nn.ConvTranspose2d):
+    """A transposed convolution of a 1x1 picture, as the matrix product that it is: (n, i, 1, 1) -> (n, o, k, k).
+
+    Compiled as a convolution, its weight gradient comes in another layout than expected: PyTorch issue 171622.
+    """
+
+    def forward(self, x):
+        w = self.weight.permute(2, 3, 1, 0)                                     # k, k, o, i
+        return F.linear(x.flatten(1), w.flatten(0, 2)).unflatten(1, w.shape[:3]).permute(0, 3, 1, 2)
+
+
+class ToPoint(nn.Conv2d):
+    """A convolution of a k x k picture to one number, as the inner product that it is: (n, i, k, k) -> (n,)."""
+
+    def forward(self, x):
+        return (x * self.weight).sum((1, 2, 3))
+
+
 class Residual(nn.Module):
     """act(x + branch(x)), the branch 1x1 to `inner` maps, 3x3, 3x3 back to `outer`."""
 
@@ -176,7 +194,7 @@ class Generator(nn.Module):
         self.text = nn.Sequential(nn.Linear(NH, NT), nn.LeakyReLU(0.2))
         self.net = nn.Sequential(
             nn.Unflatten(1, (NZ + NT, 1, 1)),
-            nn.ConvTranspose2d(NZ + NT, c0, 4, bias=False), nn.BatchNorm2d(c0),         # 1024 x 4 x 4
+            FromPoint(NZ + NT, c0, 4, bias=False), nn.BatchNorm2d(c0),                  # 1024 x 4 x 4
             Residual(c0, ch(256), relu),
             up(c0, c1), nn.BatchNorm2d(c1),                                             # 512 x 8 x 8
             Residual(c1, ch(128), relu),
@@ -202,7 +220,7 @@ class Discriminator(nn.Module):
         self.text = nn.Sequential(nn.Linear(NH, NT), nn.BatchNorm1d(NT), lrelu)
         self.head = nn.Sequential(
             nn.Conv2d(c4 + NT, c4, 1, bias=False), nn.BatchNorm2d(c4), lrelu,           # 512 x 4 x 4
-            nn.Conv2d(c4, 1, 4, bias=False), nn.Flatten(0))                             # 1
+            ToPoint(c4, 1, 4, bias=False), nn.Flatten(0))                               # 1
         self.project = nn.Sequential(nn.Flatten(), nn.Linear(16 * c4, NH))
 
     def begin(self, phi_v, scale):
@@ -472,11 +490,11 @@ def parse_args(argv=None):
 # --------------------------------------------------------------------------------------------------- training
 
 def adam(args, lr, *nets, decay=(0.0,)):
-    """AdamW, beta_1 .5, its rate a tensor, for anneal().  `decay`, of each net's weights, not of its biases
+    """AdamW, beta_1 .5.  `decay`, of each net's weights, not of its biases
     and BatchNorm's: at 0 it is Adam."""
     groups = [{"params": [p for p in net.parameters() if p.requires_grad and (p.ndim > 1) == matrices],
                "weight_decay": d * matrices} for net, d in zip(nets, decay) for matrices in (True, False)]
-    return torch.optim.AdamW(groups, torch.tensor(lr, device=args.device), betas=(0.5, 0.999), fused=True)
+    return Adam(groups, lr, decoupled=True)
 
 
 def anneal(opt, lr, left):

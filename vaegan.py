@@ -210,18 +210,17 @@ class RMSProp(torch.optim.Optimizer):
         for p in params:
             self.state[p]["s"] = torch.zeros_like(p)
 
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            params, gate = group["params"], group["gate"]
-            s = [self.state[p]["s"] for p in params]
-            g = torch._foreach_add([p.grad for p in params], params, alpha=1e-5)
-            torch._foreach_mul_(s, 1 - 0.1 * gate)
-            torch._foreach_add_(s, torch._foreach_mul(torch._foreach_mul(g, g), 0.1 * gate))
-            root = torch._foreach_sqrt(s)
-            torch._foreach_add_(root, 1e-8)
-            torch._foreach_div_(g, root)
-            torch._foreach_sub_(params, torch._foreach_mul(g, group["lr"] * gate))
+    def update(self, grads):
+        group, = self.param_groups
+        params, gate = group["params"], group["gate"]
+        s = [self.state[p]["s"] for p in params]
+        g = torch._foreach_add(grads, params, alpha=1e-5)
+        torch._foreach_mul_(s, 1 - 0.1 * gate)
+        torch._foreach_add_(s, torch._foreach_mul(torch._foreach_mul(g, g), 0.1 * gate))
+        root = torch._foreach_sqrt(s)
+        torch._foreach_add_(root, 1e-8)
+        torch._foreach_div_(g, root)
+        torch._foreach_sub_(params, torch._foreach_mul(g, group["lr"] * gate))
 
 
 # ---------------------------------------------------------------------------------------------------- latents

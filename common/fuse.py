@@ -1,32 +1,86 @@
-"""A whole training iteration as one unit: mixed precision, descent, torch.compile, CUDA graph, data
-parallelism.
+"""The training step as one unit: mixed precision, descent, torch.compile, CUDA graph, data parallelism.
 
-A script writes its iteration as one plain function, sampling, losses and every update, and puts `@fuse(args)`
-on it. On a GPU that function is warmed up with real steps, captured once as a CUDA graph and then replayed:
-no Python, no kernel launches and no host synchronisation in the loop.  On a CPU, or with --no-graph, it is
-the plain function.
+A script writes its whole iteration, sampling, losses and every update, as one plain function and puts
+`@fuse(args)` on it.  Device and flags choose one of three modes before the first step:
+
+    plain       the function as it is: on a CPU, or with --no-graph
+    cuda-graph  warmed up with real steps, captured once as a CUDA graph, then replayed: no Python, no kernel
+                launches and no host synchronisation in the loop
+    compiled    --compile: the whole iteration is one graph of torch.compile, on a GPU captured as above
+
+All modes share one optimizer state, in torch.optim's layout, so a run may change its mode on --resume.
 """
 
 import contextlib
 import copy
 import ctypes
+import importlib.util
+import itertools
+import os
+import shutil
 import sys
+import sysconfig
+from pathlib import Path
 
 import torch
 from torch import distributed as dist
 from torch import nn
 
+BACKEND = "inductor"  # of torch.compile
+COUNT = itertools.count()
+
+
+# ---- the step
 
 def fuse(args):
     """Decorator: make a training iteration fast on `args.device` without changing what it computes.
 
     The iteration takes tensors and returns a dict of 0-dim tensors.  Inside it: no `.item()`, no print, no
-    Python `if` on a tensor (a condition is a torch.where, or a second fused function).  A graph's outputs are
-    overwritten by the next call.
+    Python `if` on a tensor (use torch.where, or a second fused function).  A graph's outputs are overwritten
+    by the next call.
     """
     def decorate(step):
+        step = compiled(step) if args.compile else step
         return Graph(step) if args.graph and torch.device(args.device).type == "cuda" else step
     return decorate
+
+
+def compiled(step):
+    """`step` as one graph of torch.compile, without a break.  Its outputs are detached."""
+    from torch._dynamo import config  # not at the top: seconds of imports
+
+    def detached(*inputs):
+        return {name: value.detach() for name, value in step(*inputs).items()}
+
+    # Dynamo keeps what it compiles with the code object, and two steps must not share one.
+    detached.__code__ = detached.__code__.replace(co_name=f"{step.__name__}_{next(COUNT)}")
+    whole = torch.compile(detached, fullgraph=True, dynamic=False, backend=BACKEND)
+
+    def call(*inputs):
+        with config.patch(trace_autograd_ops=True, error_on_recompile=True):
+            return whole(*inputs)
+    return call
+
+
+def cannot_compile(device):
+    """Why the iteration cannot be compiled for `device` (a torch.device), in one line; "" if it can."""
+    from torch._dynamo import config
+
+    if not hasattr(config, "trace_autograd_ops"):
+        return f"PyTorch {torch.__version__} found, 2.11 or newer needed"
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        return "it runs on one rank only"
+    names = [os.environ.get("CXX"), *(("cl",) if os.name == "nt" else ("g++", "clang++", "c++", "gcc"))]
+    if not any(name and shutil.which(name) for name in names):
+        return "no C++ compiler found"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            return "a GPU of capability 7.0 or newer is needed"
+        if not importlib.util.find_spec("triton"):
+            return "Triton is not installed"
+        if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+            return "Python.h not found: install Python's development headers"
+    return ""
 
 
 class Graph:
@@ -66,39 +120,50 @@ class Graph:
         return self.outputs
 
 
+# ---- descent
+
 def descend(*losses_and_opts):
     """descend(loss, opt): one step of `opt` down the gradient of `loss` in that optimizer's own parameters.
 
-    descend(loss_1, opt_1, loss_2, opt_2, ...): all gradients are worked out before any optimizer steps, so
-    that the losses may share one forward pass.  Gradients are averaged over ranks.  No other parameter's
-    gradient is worked out or touched.  Raises RuntimeError inside an autocast block, whose cache of cast
-    weights would go on returning those from before the step, and for a parameter that its loss does not
-    depend on.
+    descend(loss_1, opt_1, loss_2, opt_2, ...) computes all gradients before any optimizer steps, so the
+    losses may share one forward pass.  Only these parameters receive gradients.  Gradients are averaged over
+    ranks.  Raises RuntimeError inside an autocast block, whose cache of cast weights would go on returning
+    those from before the step, and for a parameter that its loss does not depend on.
     """
     losses, opts = losses_and_opts[::2], losses_and_opts[1::2]
     params = [[p for group in opt.param_groups for p in group["params"]] for opt in opts]
-    device = params[0][0].device
-    if torch.is_autocast_enabled(device.type):
+    if torch.is_autocast_enabled(params[0][0].device.type):
         raise RuntimeError("descend() inside an autocast block: close the block before the optimizer steps")
     grads = [torch.autograd.grad(loss, ps, retain_graph=i < len(losses)) for i, (loss, ps)
              in enumerate(zip(losses, params), 1)]
-    for opt, ps, gs in zip(opts, params, map(_average, grads)):
-        for p, g in zip(ps, gs):
-            # Fused Adam goes by memory: a mean over ranks is in plain order, weights are channels_last.
-            p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
-        if device.type == "cuda":
-            for group in opt.param_groups:
-                if "capturable" in group:
-                    group["capturable"] = True
-            if torch.cuda.is_current_stream_capturing():
-                # The graph holds today's state's addresses: one loaded later would be silently ignored.
-                opt.register_load_state_dict_pre_hook(_refuse_load)
-        opt.step()
-        for p in ps:
-            p.grad = None
+    for opt, ps, gs in zip(opts, params, grads):
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                opt.update(gs) if hasattr(opt, "update") else _adam(opt, gs)
+        else:
+            _step(opt, ps, _mean_over_ranks(gs))
 
 
-def _average(grads):
+def _step(opt, params, grads):
+    # Fused Adam goes by memory: a mean over ranks is in plain order, weights are channels_last.
+    grads = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for p, g in zip(params, grads)]
+    if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        # The graph holds today's state's addresses: one loaded later would be silently ignored.
+        opt.register_load_state_dict_pre_hook(_refuse_load)
+    if hasattr(opt, "update"):
+        with torch.no_grad():
+            return opt.update(grads)
+    for p, g in zip(params, grads):
+        p.grad = g
+    for group in opt.param_groups:
+        if "capturable" in group:
+            group["capturable"] = params[0].is_cuda
+    opt.step()
+    for p in params:
+        p.grad = None
+
+
+def _mean_over_ranks(grads):
     """The mean over ranks of each gradient, in one exchange."""
     if not dist.is_initialized():
         return grads
@@ -112,33 +177,134 @@ def _refuse_load(opt, state):
     raise RuntimeError("this optimizer's step is in a CUDA graph: load checkpoints before the first step")
 
 
+@contextlib.contextmanager
+def frozen(*nets):
+    """Within the block, gradients flow through `nets` to their inputs but not into their parameters."""
+    if torch.compiler.is_compiling():  # gradients that nobody asks for are dead code
+        yield
+        return
+    params = [p for net in nets for p in net.parameters() if p.requires_grad]
+    for p in params:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in params:
+            p.requires_grad_(True)
+
+
+# ---- optimizers: rates are 0-dim tensors in `param_groups`, so that set_rate() reaches a captured step
+
+def Adam(params, lr, betas=(0.5, 0.999), weight_decay=0.0, decoupled=False):
+    """torch.optim.Adam, or AdamW where weight decay is `decoupled`, with its fused kernels.
+
+    `params`: parameters or groups of them, as torch.optim takes them.  Its state exists from the start, which
+    the compiled step needs.
+    """
+    params = list(params)
+    first = params[0]["params"][0] if isinstance(params[0], dict) else params[0]
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    opt = kind(params, torch.tensor(lr, device=first.device), betas=betas, weight_decay=weight_decay,
+               fused=True)
+    for group in opt.param_groups:
+        for p in group["params"]:
+            opt.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                            "exp_avg_sq": torch.zeros_like(p)}
+    return opt
+
+
+def _adam(opt, grads):
+    """One update of Adam or AdamW for the compiled step: torch.optim's own step() would break its graph."""
+    grads = iter(grads)
+    for group in opt.param_groups:
+        ps = group["params"]
+        gs = [next(grads) for _ in ps]
+        t, m, v = ([opt.state[p][key] for p in ps] for key in ("step", "exp_avg", "exp_avg_sq"))
+        (b1, b2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
+        if decay and isinstance(opt, torch.optim.AdamW):
+            torch._foreach_mul_(ps, 1 - lr * decay)
+        elif decay:
+            gs = torch._foreach_add(gs, ps, alpha=decay)
+        torch._foreach_add_(t, 1)
+        torch._foreach_lerp_(m, gs, 1 - b1)
+        torch._foreach_mul_(v, b2)
+        torch._foreach_addcmul_(v, gs, gs, 1 - b2)
+        root = torch._foreach_sqrt(v)
+        torch._foreach_div_(root, (1 - b2 ** t[0]).sqrt())
+        torch._foreach_add_(root, group["eps"])
+        change = torch._foreach_div(m, root)
+        torch._foreach_mul_(change, -lr / (1 - b1 ** t[0]))
+        torch._foreach_add_(ps, change)
+
+
+class SGD(torch.optim.Optimizer):
+    """Classical momentum, v <- momentum v - lr g and theta <- theta + v.
+
+    Both `lr` and `momentum` are 0-dim tensors; torch.optim.SGD's momentum is a Python number, which a
+    captured step would keep for good.
+    """
+
+    def __init__(self, params, lr, momentum=0.0):
+        params = list(params)
+        tensor = [torch.tensor(float(v), device=params[0].device) for v in (lr, momentum)]
+        super().__init__(params, {"lr": tensor[0], "momentum": tensor[1]})
+        for p in params:
+            self.state[p]["v"] = torch.zeros_like(p)
+
+    def update(self, grads):
+        group, = self.param_groups
+        params, v = group["params"], [self.state[p]["v"] for p in group["params"]]
+        torch._foreach_mul_(v, group["momentum"])
+        if params[0].is_cuda:
+            torch._foreach_sub_(v, torch._foreach_mul(grads, group["lr"]))
+        else:
+            torch._foreach_addcmul_(v, grads, [group["lr"]] * len(v), value=-1)  # lr * g would be a copy
+        torch._foreach_add_(params, v)
+
+
+def set_rate(opt, lr, **others):
+    """Set the learning rate of `opt`, and `others` such as momentum, in place: a captured step follows."""
+    for group in opt.param_groups:
+        for name, value in {"lr": lr, **others}.items():
+            group[name].fill_(value)
+
+
+# ---- exponential moving averages (EMA) of weights, BatchNorm's statistics
+
 def averaged(net):
-    """A copy of `net` whose parameters average() keeps; its buffer `t` counts the updates."""
-    bar = copy.deepcopy(net).requires_grad_(False)
-    bar.register_buffer("t", torch.zeros(()))
-    return bar
+    """A copy of `net` to hold the EMA of its parameters, see average(); its buffer `t` counts the updates."""
+    ema = copy.deepcopy(net).requires_grad_(False)
+    ema.register_buffer("t", torch.zeros(()))
+    return ema
 
 
 @torch.no_grad()
-def average(bar, net, decay):
-    """bar <- decay bar + (1 - decay) net for each parameter, early on over fewer steps; copies of buffers.
+def average(ema, net, decay):
+    """ema <- decay ema + (1 - decay) net for each parameter; buffers are copied.
 
-    `bar`: made by averaged().  `decay`: from 0, the last parameters, to 1; after t updates (1 + t) / (10 + t)
-    at most, so that the first, random ones are soon forgotten.
+    `ema`: made by averaged().  `decay`: from 0, the last parameters, to 1; after t updates at most
+    (1 + t) / (10 + t), so that the first, random parameters are soon forgotten.
     """
-    share = 1 - ((1 + bar.t) / (10 + bar.t)).clamp(max=decay)
-    for p_bar, p in zip(bar.parameters(), net.parameters()):
-        p_bar.lerp_(p, share)  # torch._foreach_lerp_ would make a Python number of it
+    share = 1 - ((1 + ema.t) / (10 + ema.t)).clamp(max=decay)
+    p_ema, p = list(ema.parameters()), list(net.parameters())
+    if p[0].is_cuda or torch.compiler.is_compiling():  # few kernels
+        change = torch._foreach_sub(p, p_ema)
+        torch._foreach_mul_(change, share)
+        torch._foreach_add_(p_ema, change)
+    else:  # few passes over memory
+        for a, b in zip(p_ema, p):
+            a.lerp_(b, share)  # torch._foreach_lerp_ would make a Python number of it
     for name, buffer in net.named_buffers():
-        bar.get_buffer(name).copy_(buffer)
-    bar.t.add_(1)
+        ema.get_buffer(name).copy_(buffer)
+    ema.t.add_(1)
 
 
 @torch.no_grad()
 def calibrate(net, batches):
-    """BatchNorm's statistics in `net` become the plain mean over `batches`, each the inputs of one pass.
+    """Set BatchNorm's running statistics in `net` to their plain mean over `batches`, each a tuple of inputs.
 
-    Those that average() copies belong to other weights.  Returns `net` in eval mode.
+    EMA weights need it: the statistics that average() copies belong to other weights.  Returns `net` in eval
+    mode.
     """
     norms = [m for m in net.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
     momenta = [m.momentum for m in norms]
@@ -153,18 +319,7 @@ def calibrate(net, batches):
     return net.eval()
 
 
-@contextlib.contextmanager
-def frozen(*nets):
-    """Within the block, gradients flow through `nets` to their inputs but not into their parameters."""
-    params = [p for net in nets for p in net.parameters() if p.requires_grad]
-    for p in params:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in params:
-            p.requires_grad_(True)
-
+# ---- precision, modes of networks, devices
 
 def autocast(args):
     """A block, to be entered again and again, that runs matrix products in bfloat16 when `args.amp`.
@@ -178,41 +333,32 @@ def autocast(args):
 
 @contextlib.contextmanager
 def sampling(*nets):
-    """Within the block `nets` are in eval mode, uncompiled and without gradients: BatchNorm's buffers stay as
-    they are."""
-    state = [(net, net.training, net._compiled_call_impl) for net in nets]
+    """Within the block `nets` are in eval mode and without gradients; BatchNorm's buffers stay as they
+    are."""
+    training = [net.training for net in nets]
     for net in nets:
         net.eval()
-        net._compiled_call_impl = None
     try:
         with torch.no_grad():
             yield
     finally:
-        for net, training, compiled in state:
-            net.train(training)
-            net._compiled_call_impl = compiled
+        for net, mode in zip(nets, training):
+            net.train(mode)
 
 
 def place(args, *nets):
-    """Move `nets` to `args.device`, convolutions as channels_last, compiled in place when `args.compile`;
-    return them.
+    """Move `nets` to `args.device`, convolutions as channels_last, and return them.
 
     Under torchrun every rank gets rank 0's parameters and buffers.
     """
     if torch.device(args.device).type == "cpu":
         _keep_freed_memory()
-    if args.compile:
-        # Compiled code frees what its backward pass saved; descend() may go through one pass for two losses.
-        from torch._functorch import config  # not at the top: seconds of imports
-
-        config.donated_buffer = False
     for net in nets:
         net.to(args.device, memory_format=torch.channels_last)
         if dist.is_initialized():
             for t in net.state_dict().values():
                 dist.broadcast(t, 0)
-        if args.compile:
-            net.compile()
+        if args.compile:  # a compiled step chooses layouts itself, and takes no hooks
             continue
         for m in net.modules():
             if isinstance(m, nn.Flatten):
@@ -221,7 +367,7 @@ def place(args, *nets):
 
 
 def _keep_freed_memory():
-    """glibc keeps what a step frees for the next one; given back each time, it costs a sixth of a step."""
+    """Let glibc keep what a step frees for the next one; giving it back each time costs a sixth of a step."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: larger blocks are mapped and unmapped; its maximum
@@ -229,10 +375,10 @@ def _keep_freed_memory():
 
 
 def _one_layout(flatten, inputs):
-    """Before an nn.Flatten: the gradient goes back through it in the layout that its input has.
+    """Before an nn.Flatten: the gradient goes back through it in the layout of its input.
 
-    It would be in plain order, and an elementwise operation on plain and channels_last tensors takes fifty
-    times as long as on either (CPU).
+    In plain order, an elementwise operation on plain and channels_last tensors would take fifty times as long
+    as on either (CPU).
     """
     x, = inputs
     if x.requires_grad and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
@@ -241,38 +387,13 @@ def _one_layout(flatten, inputs):
     return x,
 
 
-class SGD(torch.optim.Optimizer):
-    """Classical momentum, v <- momentum v - lr g and theta <- theta + v, with lr and momentum that can
-    change.
-
-    Both are 0-dim tensors in `param_groups`: changed in place (`group["lr"].mul_(...)`) they take effect in a
-    captured CUDA graph too, where a Python number, as torch.optim.SGD has for the momentum, would be baked
-    in.
-    """
-
-    def __init__(self, params, lr, momentum=0.0):
-        params = list(params)
-        tensor = [torch.tensor(float(v), device=params[0].device) for v in (lr, momentum)]
-        super().__init__(params, {"lr": tensor[0], "momentum": tensor[1]})
-        for p in params:
-            self.state[p]["v"] = torch.zeros_like(p)
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            params = group["params"]
-            v, g = [self.state[p]["v"] for p in params], [p.grad for p in params]
-            torch._foreach_mul_(v, group["momentum"])
-            torch._foreach_addcmul_(v, g, [group["lr"]] * len(v), value=-1)  # lr * g would be a copy
-            torch._foreach_add_(params, v)
-
-
 def describe(args):
     """The status line: what a step of this run is, decided by device and flags alone."""
-    graph = "cuda-graph" if args.graph and torch.device(args.device).type == "cuda" else "eager"
+    graph = args.graph and torch.device(args.device).type == "cuda"
+    mode = " ".join(["compiled"] * args.compile + ["cuda-graph"] * graph) or "plain"
     world = dist.get_world_size() if dist.is_initialized() else 1
-    return (f"step: {graph} | compile {'on' if args.compile else 'off'} | {'bf16' if args.amp else 'fp32'} | "
-            f"{world} rank{'s' * (world > 1)} | {args.device}")
+    return (f"step: {mode} | {'bf16' if args.amp else 'fp32'} | {world} rank{'s' * (world > 1)} | "
+            f"{args.device}")
 
 
 def has_bf16(device):

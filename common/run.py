@@ -22,7 +22,7 @@ import torch
 from torch import distributed as dist
 
 from common import UserError, intact, log
-from common.fuse import describe, has_bf16
+from common.fuse import cannot_compile, describe, has_bf16
 
 # Flags that a resumed run may change; the others are part of what it is.
 FREE = {"resume", "sample", "check", "steps", "device", "amp", "compile", "graph", "log_every", "save_every",
@@ -67,7 +67,7 @@ def parser(file, doc, **defaults):
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random [%(default)s]")
     add("--device", default="auto", help="cpu, cuda, cuda:1 ... [%(default)s: a GPU if there is one]")
     add("--amp", action=flag, help="bfloat16 matrix products [where the hardware has them]")
-    add("--compile", action=flag, help="torch.compile the networks [on a GPU]")
+    add("--compile", action=flag, help="torch.compile the whole step [--no-compile]")
     add("--graph", action=flag, help="the step as one CUDA graph [on a GPU]")
     add("--log-every", type=number(int, 1), default=100, help="steps between log lines [%(default)s]")
     add("--save-every", type=number(int, 1), default=1000, help="steps between checkpoints [%(default)s]")
@@ -129,7 +129,10 @@ class Run:
             dist.init_process_group("nccl" if cuda else "gloo")
             atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
         args.amp = has_bf16(torch.device(args.device)) if args.amp is None else args.amp
-        args.compile = cuda if args.compile is None else args.compile
+        why_not = cannot_compile(torch.device(args.device)) if args.compile else ""
+        if why_not and self.lead:
+            print(f"not compiled: {why_not}", file=sys.stderr)
+        args.compile = bool(args.compile) and not why_not
         args.graph = cuda if args.graph is None else args.graph and cuda
         torch.manual_seed(args.seed)
         if args.resume:

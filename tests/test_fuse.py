@@ -13,19 +13,23 @@ from torch import distributed as dist
 from torch import nn
 
 from common import data
+from common import fuse as fuse_module
 from common.fuse import (
     SGD,
+    Adam,
     Graph,
     autocast,
     average,
     averaged,
     calibrate,
+    cannot_compile,
     descend,
     describe,
     frozen,
     fuse,
     place,
     sampling,
+    set_rate,
 )
 
 
@@ -256,8 +260,10 @@ def test_fuse_is_the_plain_function_on_a_cpu():
 
 
 def test_describe_says_what_runs():
-    assert describe(args(amp=True)) == "step: eager | compile off | bf16 | 1 rank | cpu"
-    assert describe(args("cuda", graph=True, compile=True)).startswith("step: cuda-graph | compile on | fp32")
+    assert describe(args(amp=True)) == "step: plain | bf16 | 1 rank | cpu"
+    assert describe(args(compile=True, graph=True)) == "step: compiled | fp32 | 1 rank | cpu"
+    assert describe(args("cuda", graph=True)).startswith("step: cuda-graph | fp32")
+    assert describe(args("cuda", graph=True, compile=True)).startswith("step: compiled cuda-graph | fp32")
 
 
 def gan_step(device, **flags):
@@ -265,8 +271,7 @@ def gan_step(device, **flags):
     BatchNorm."""
     a = args(device, **flags)
     G, D = place(a, *pair(device))
-    opt_D = torch.optim.Adam(D.parameters(), 1e-3, betas=(0.5, 0.999), fused=True)
-    opt_G = SGD(G.parameters(), 1e-2, 0.5)
+    opt_D, opt_G = Adam(D.parameters(), 1e-3), SGD(G.parameters(), 1e-2, 0.5)
     amp = autocast(a)
     count = torch.zeros((), device=device)
 
@@ -356,20 +361,110 @@ def test_graph_is_not_used_without_a_gpu():
     assert not isinstance(fuse(args(graph=True))(lambda x: x), Graph)
 
 
-def test_compiled_networks_take_the_same_steps():
-    """Also where two losses share one forward pass: compiled code must not free what the second one needs."""
-    runs = []
-    for flag in (False, True):
-        G, D = place(args(compile=flag), *pair())
-        opt_D, opt_G = (torch.optim.SGD(net.parameters(), 0.1) for net in (D, G))
-        torch.manual_seed(1)
-        for _ in range(2):
-            loss = D(G(torch.randn(8, 4))).square().mean()
-            descend(loss, opt_D, -loss, opt_G)
-            with frozen(D):
-                loss = D(G(torch.randn(8, 4))).mean()
-            descend(loss, opt_G)
-        with sampling(G):
-            runs.append([*weights(G), *weights(D), G(torch.ones(2, 4))])
-    for plain, compiled in zip(*runs, strict=True):
-        torch.testing.assert_close(plain, compiled, rtol=1e-4, atol=1e-5)
+@pytest.fixture
+def aot(monkeypatch):
+    """Dynamo and AOTAutograd trace the whole step; its operations then run one by one, without a compiler."""
+    if cannot_compile(torch.device("cpu")):
+        pytest.skip(cannot_compile(torch.device("cpu")))
+    monkeypatch.setattr(fuse_module, "BACKEND", "aot_eager")
+
+
+def steps_of(n=6, **flags):
+    """Losses and weights of gan_step() over `n` steps from one seed."""
+    G, D, opt_D, opt_G, step, count = gan_step("cpu", **flags)
+    torch.manual_seed(1)
+    losses = [step(torch.randn(8, 6), torch.randn(8, 4))["loss"] for _ in range(n)]
+    return [count, opt_G.param_groups[0]["lr"], *losses, *weights(G), *weights(D), *G.state_dict().values()]
+
+
+def test_the_compiled_step_equals_the_plain_one(aot):
+    for plain, compiled in zip(steps_of(), steps_of(compile=True), strict=True):
+        torch.testing.assert_close(plain, compiled, rtol=1e-5, atol=1e-6)
+
+
+def test_inductor_compiles_the_step(monkeypatch):
+    if cannot_compile(torch.device("cpu")):
+        pytest.skip(cannot_compile(torch.device("cpu")))
+    from torch._inductor import config
+
+    with config.patch(fallback_random=True):
+        for plain, compiled in zip(steps_of(), steps_of(compile=True), strict=True):
+            torch.testing.assert_close(plain, compiled, rtol=1e-4, atol=1e-5)
+
+
+def test_outputs_of_the_compiled_step_are_detached(aot):
+    net = nn.Linear(2, 1)
+    step = fuse(args(compile=True))(lambda x: {"y": net(x).sum()})
+    assert not step(torch.ones(3, 2))["y"].requires_grad
+
+
+def test_another_shape_is_no_second_compilation(aot):
+    step = fuse(args(compile=True))(lambda x: {"y": x.sum()})
+    assert step(torch.ones(3))["y"] == 3
+    with pytest.raises(Exception, match="[Rr]ecompil"):
+        step(torch.ones(4))
+
+
+@pytest.mark.parametrize("decay, decoupled", [(0.0, False), (1e-2, False), (1e-1, True)])
+def test_compiled_adam_is_torchs_over_50_steps(decay, decoupled):
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    torch.manual_seed(0)
+    start = [torch.randn(4, 3), torch.randn(5)]
+    mine, theirs = ([nn.Parameter(p.clone()) for p in start] for _ in "ab")
+    opt = Adam(mine, 1e-2, weight_decay=decay, decoupled=decoupled)
+    other = kind(theirs, 1e-2, betas=(0.5, 0.999), weight_decay=decay)
+    for i in range(50):
+        for p, q in zip(mine, theirs):
+            q.grad = torch.randn_like(p)
+        with torch.no_grad():
+            fuse_module._adam(opt, [q.grad for q in theirs])
+        other.step()
+        set_rate(opt, 1e-2 * 0.9 ** (i + 1))
+        other.param_groups[0]["lr"] = 1e-2 * 0.9 ** (i + 1)
+    for p, q in zip(mine, theirs):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_sgd_is_torchs_at_a_constant_rate():
+    torch.manual_seed(0)
+    mine, theirs = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    opt, other = SGD([mine], 0.1, 0.5), torch.optim.SGD([theirs], 0.1, momentum=0.5)
+    for _ in range(50):
+        a = torch.randn(4)
+        descend((a * mine).sum() + mine.square().sum(), opt)
+        descend((a * theirs).sum() + theirs.square().sum(), other)
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_goes_from_one_mode_to_another(aot):
+    """4 plain steps and 4 compiled ones equal 8 plain ones, through torch.optim's own state dict."""
+    torch.manual_seed(1)
+    batches = [(torch.randn(8, 6), torch.randn(8, 4)) for _ in range(8)]
+    found = []
+    for second in (False, True):
+        G, D, opt_D, opt_G, step, _ = gan_step("cpu")
+        for batch in batches[:4]:
+            step(*batch)
+        saved = copy.deepcopy([part.state_dict() for part in (G, D, opt_D, opt_G)])
+        G, D, opt_D, opt_G, step, _ = gan_step("cpu", compile=second)
+        for part, state in zip((G, D, opt_D, opt_G), saved):
+            part.load_state_dict(state)
+        for batch in batches[4:]:
+            step(*batch)
+        found.append([*weights(G), *weights(D)])
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(plain, compiled, rtol=1e-5, atol=1e-6)
+
+
+def test_what_compiling_lacks_is_one_line(monkeypatch):
+    monkeypatch.setattr(fuse_module.shutil, "which", lambda name: None)
+    said = cannot_compile(torch.device("cpu"))
+    assert "compiler found" in said or "2.11 or newer needed" in said
+
+
+def test_rates_are_set_in_place():
+    p = nn.Parameter(torch.ones(2))
+    opt = SGD([p], 0.1, 0.5)
+    lr, momentum = (opt.param_groups[0][key] for key in ("lr", "momentum"))
+    set_rate(opt, 0.2, momentum=0.7)
+    assert lr == pytest.approx(0.2) and momentum == pytest.approx(0.7)
