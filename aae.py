@@ -71,7 +71,6 @@ Deviations
 import argparse
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -637,8 +636,7 @@ def style(r, net, Q, P, sets):
     with r.aside():
         r.show("fig6", log.grid(styles(P, net), net.m))
         x = styles(P, net, 10000 // net.m).clamp(0, 1)
-    cache = Path(r.args.data_dir) / "cache" / f"classifier-{Path(r.args.dataset).stem}-{net.size}.pt"
-    clf = metrics.classifier(*sets["train"], r.args.device, cache=cache)
+    clf = metrics.classifier(*sets["train"], r.args.device, r.args.data_dir)
     agreement = metrics.label_agreement(clf, x, torch.arange(len(x)) % net.m)
     return {"aae-style": {"value": 100 * agreement, "unit": "% of samples with the label given"}}
 

@@ -58,7 +58,6 @@ Deviations
 import contextlib
 import copy
 import math
-from pathlib import Path
 
 import torch
 from einops import rearrange
@@ -426,8 +425,7 @@ def evaluate(args, G, name, K, train, valid, test):
         error = nn_error(((draw(G, name, y_i, K), y_i) for y_i in n.split(1000)), x_test / 255, y_test)
         entry = "dcgan-mnist-1nn" if name == "dcgan28" else "dcgan-mnist-1nn-base"
         results[entry] = {"value": error, "unit": "% error", "samples": args.nn_samples}
-    cache = f"classifier-{Path(args.dataset).stem}-{K}-{len(train[0])}-{NETS[name]['size']}.pt"
-    clf = metrics.classifier(*train, device, cache=Path(args.data_dir) / "cache" / cache)
+    clf = metrics.classifier(*train, device, args.data_dir)
     results["agreement"] = {"value": 100 * metrics.label_agreement(clf, x, y),
                             "unit": "% of samples with the label asked for",
                             "of real pictures": 100 * metrics.label_agreement(clf, x_test, y_test)}
@@ -528,10 +526,8 @@ def tagging(args, r):
     device, size = args.device, NETS["tags"]["size"]
     images, tags, test, test_tags, vocabulary = tagged(data.load(args.dataset, args.data_dir, size, 3))
     test, test_tags = test[:2000], test_tags[:2000].to(device)
-    cache = f"classifier-{Path(args.dataset).stem}-tags-{len(vocabulary)}-{len(images)}-{size}.pt"
-    clf = metrics.classifier(images, tags, device, cache=Path(args.data_dir) / "cache" / cache)
-    f, f_test = (torch.cat([clf.features(x.to(device).float() / 255) for x in part.split(500)])
-                 for part in (images, test))
+    clf = metrics.classifier(images, tags, device, args.data_dir)
+    f, f_test = (metrics.features(clf, part) for part in (images, test))
     # a unit that hardly ever fires is 100 deviations from its mean where it does: cut
     f, f_test = (((part - f.mean(0)) / f.std(0).clamp_min(1e-6)).clamp(-3, 3) for part in (f, f_test))
     tags, words = tags.to(device), word_vectors(tags).to(device)

@@ -47,6 +47,8 @@ Deviations
 
 import copy
 import json
+import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +58,7 @@ from torch.nn import functional as F
 
 from common import UserError, data, log, metrics, run
 from common.fuse import Adam, autocast, calibrate, descend, frozen, fuse, place, sampling
+from common.metrics import need, shapes
 
 # --------------------------------------------------------------------------------------------------- networks
 
@@ -290,6 +293,99 @@ def balanced(y, rows, per_class):
     return torch.cat([rows[y[rows] == k][:per_class] for k in y.unique()])
 
 
+SINGLE = 2 ** 25  # l2_svm works in float32 on more numbers than this
+
+
+@torch.no_grad()
+def l2_svm(features, labels, C=1.0, tol=1e-4, max_iter=100, start=None):
+    """L2-SVM, one against the rest: min (|w|^2 + b^2) / 2 + C sum_i max(0, 1 - y_i (w.x_i + b))^2, y_i = +-1.
+
+    features (N, d), labels (N,) integers >= 0.  Returns (d + 1, classes) float64, the last row b.  Newton's
+    method with conjugate gradients, until each class is within a fraction tol of its minimum; a warning if
+    max_iter steps do not suffice.  start: initial weights, such as those of C / 10.  The features are copied.
+    x = -1, 1 with labels 0, 1: for label 1, w = 4 C / (1 + 4 C), b = 0.  UserError: other shapes or labels,
+    C <= 0.  The objective is that of scikit-learn's LinearSVC(C=C, dual=False).
+    """
+    need(features.dim() == 2 and labels.shape == features.shape[:1] and len(labels),
+         "features (N, d) and labels (N,), N > 0", shapes(features, labels))
+    need(C > 0 and labels.min() >= 0, "C > 0 and labels >= 0", f"{C} and {int(labels.min())}")
+    n, d = features.shape
+    # Half the memory and time.  Rounding stays far below tol unless C is large.
+    dtype = torch.float32 if features.numel() > SINGLE else torch.float64
+    X = torch.ones(n, d + 1, dtype=dtype, device=features.device)
+    X[:, :d] = features
+    need(torch.stack(X.aminmax()).isfinite().all(), "finite features", "nan or inf")
+    Y = 2 * F.one_hot(labels.to(X.device).long()).T.double() - 1  # (classes, N)
+    need(start is None or start.shape == (d + 1, len(Y)), f"start ({d + 1}, {len(Y)})",
+         start is not None and shapes(start))
+    # w is in the span of the points: with X^T = Q R, w = Q u, and u solves the n x n problem R^T.
+    few = n <= min(d, 2000)                                 # for more points Q and R cost more than they save
+    if few:
+        Q, R = torch.linalg.qr(X.T)
+        X, Q = R.T.contiguous(), Q.double()
+
+    if start is None:
+        w = Y.new_zeros(len(Y), X.shape[1])
+        # A large C is hard from w = 0 and easy from the solution at C / 10: start near 1 / |x|^2 and go up.
+        square = sum(x.double().square().sum().item() for x in X.split(1000)) / n
+        for i in range(max(0, round(math.log10(C * square))), 0, -1):
+            w, _ = _newton(X, Y, C / 10 ** i, w, max(tol, 0.1), max_iter)
+    else:
+        w = start.to(Y).T
+        w = w @ Q if few else w
+    w, gap = _newton(X, Y, C, w, tol, max_iter)
+    if gap > tol:
+        warnings.warn(f"l2_svm: after {max_iter} steps up to {gap:.1e} above the minimum", stacklevel=2)
+    return Q @ w.T if few else w.T.contiguous()
+
+
+def _newton(X, Y, C, w, tol, max_iter):
+    """(w, gap): w (classes, d) minimizes f = |w|^2 / 2 + C |max(0, slack)|^2, slack = 1 - Y (w X^T)."""
+    def times(v, A):                                        # v A^T: A v is many times slower on a CPU
+        return (v.to(A) @ A).double()
+
+    for i in range(max_iter + 1):
+        slack = 1 - Y * times(w, X.T)
+        f = w.square().sum(1) / 2 + C * slack.clamp(min=0).square().sum(1)
+        g = w - 2 * C * times(Y * slack.clamp(min=0), X)
+        # The curvature is at least 1, so f is at most |g|^2 / 2 above its minimum.
+        gap = g.square().sum(1) / 2 / f
+        todo = gap > tol                                    # (classes,)
+        if i == max_iter or not todo.any():
+            return w, gap.max().item()
+        # Newton step s: (I + 2 C X^T diag(slack > 0) X) s = -g, solved to |r| = |g| / 10, or to tol / 10 by
+        # that bound on the quadratic model.  a = s X^T is updated with s.
+        active = (slack > 0).double()
+        s, a, r = torch.zeros_like(w), torch.zeros_like(Y), -g
+        p, rr = r, r.square().sum(1)
+        enough = rr / 100
+        for _ in range(500):
+            go = todo & (rr > enough) & (rr / 2 > tol / 10 * (f + (s * (g - r)).sum(1) / 2))
+            if not go.any():
+                break
+            Xp = times(p, X.T)
+            Hp = p + 2 * C * times(active * Xp, X)
+            alpha = torch.where(go, rr / (p * Hp).sum(1), 0)[:, None]
+            s, a, r = s + alpha * p, a + alpha * Xp, r - alpha * Hp
+            before, rr = rr, r.square().sum(1)
+            p = r + torch.where(go, rr / before, 0)[:, None] * p
+        # Line search in [0, 2]: bisection on the slope of f, which rises with t; slack is linear in t.
+        change, ws, ss = -Y * a, (w * s).sum(1), s.square().sum(1)
+        t, half = torch.ones_like(f), 1.0
+        for _ in range(30):
+            half /= 2
+            slope = ws + t * ss + 2 * C * ((slack + t[:, None] * change).clamp(min=0) * change).sum(1)
+            t = t - half * slope.sign()
+        w = w + t[:, None] * s
+
+
+def svm_predict(w, features):
+    """(N,) labels argmax_k w_k.x + b_k of features (N, d), for weights w (d + 1, classes) from l2_svm."""
+    d = len(w) - 1
+    need(features.dim() == 2 and features.shape[1] == d, f"features (N, {d})", shapes(features))
+    return torch.cat([(x.to(w) @ w[:-1] + w[-1]).argmax(1) for x in features.split(1000)])
+
+
 def svm(X, y, X_test, y_test, per_class=None, draws=1, tries=1, Cs=CS):
     """Test errors in % of `draws` L2-SVMs, each on `per_class` labels a class (None: on all), and their C.
 
@@ -297,19 +393,19 @@ def svm(X, y, X_test, y_test, per_class=None, draws=1, tries=1, Cs=CS):
     the same for each C.  There 1e-2 above the minimum is near enough, and the C before gives the start.
     """
     def error(w, X_eval, y_eval):
-        return 100 * (metrics.svm_predict(w, X_eval) != y_eval).double().mean().item()
+        return 100 * (svm_predict(w, X_eval) != y_eval).double().mean().item()
 
     order, n, valid = torch.randperm(len(y), device=y.device), min(10000, len(y) // 6), {}
     held, pool = order[:n], order[n:]
     trials, w = [balanced(y, pool, per_class) for _ in range(tries)], [None] * tries
     for C in Cs:
-        w = [metrics.l2_svm(X[rows], y[rows], C, 1e-2, start=start) for rows, start in zip(trials, w)]
+        w = [l2_svm(X[rows], y[rows], C, 1e-2, start=start) for rows, start in zip(trials, w)]
         valid[C] = sum(error(v, X[held], y[held]) for v in w) / tries
         if valid[C] > min(valid.values()) + 0.5:            # larger ones are worse still, and slow to solve
             break
     C = min(valid, key=valid.get)
     draws = [balanced(y, order if per_class is None else pool, per_class) for _ in range(draws)]
-    return torch.tensor([error(metrics.l2_svm(X[rows], y[rows], C), X_test, y_test) for rows in draws]), C
+    return torch.tensor([error(l2_svm(X[rows], y[rows], C), X_test, y_test) for rows in draws]), C
 
 
 def features(r, D, net, channels):
@@ -453,8 +549,7 @@ def predictor(args, pictures, columns):
     """[dev 2] A classifier of the columns of known(), and the share in % of the attributes that it gets right
     on the last tenth of the pictures, 2,000 at most, which it has not seen."""
     y, n = torch.stack([*columns.values()], 1), len(pictures.images) - min(2000, len(pictures.images) // 10)
-    cache = Path(args.data_dir) / "cache" / f"attributes-{pictures.name}-{pictures.images.shape[-1]}.pt"
-    clf = metrics.classifier(pictures.images[:n], y[:n], args.device, cache=cache)
+    clf = metrics.classifier(pictures.images[:n], y[:n], args.device, args.data_dir)
     right = (metrics.logits(clf, pictures.images[n:]) > 0).cpu() == (y[n:] > 0.5)
     return clf, 100 * right[:, [name != "azimuth" for name in columns]].double().mean().item()
 
@@ -561,8 +656,7 @@ def evaluate(r, G, net, pictures):
             results["dcgan-window"], rows = forget(G, z, clf, names, a, word)
             r.show("fig6", log.grid(rows, 10, (-1, 1)))
     elif pictures.labels is not None and pictures.labels.min() >= 0:
-        cache = Path(r.args.data_dir) / "cache" / f"classifier-{pictures.name}-{net.size}.pt"
-        clf = metrics.classifier(pictures.images, pictures.labels, device, cache=cache)
+        clf = metrics.classifier(pictures.images, pictures.labels, device, r.args.data_dir)
     if clf is not None:
         real = pictures.images if pictures.test_images is None else pictures.test_images
         real = real[::-(-len(real) // POOL)]                # strided: a test part may be sorted by class

@@ -42,7 +42,6 @@ Deviations
 
 import copy
 import math
-from pathlib import Path
 
 import torch
 from einops import rearrange
@@ -327,8 +326,7 @@ def evaluate(args, best, name, train, valid, test, labels, unit):
     if labels is not None and not name.startswith("cifar"):
         known = labels >= 0                                 # stl10 has pictures without a label
         train, labels = (t if known.all() else t[known] for t in (train, labels))
-        cache = Path(args.data_dir) / "cache" / f"classifier-{Path(args.dataset).stem}-{train.shape[-1]}.pt"
-        clf = metrics.classifier(train, labels, args.device, cache=cache)
+        clf = metrics.classifier(train, labels, args.device, args.data_dir)
         results["frechet"] = {"value": metrics.frechet_distance(clf, x[:len(test)], test)}
     return results
 

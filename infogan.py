@@ -50,7 +50,6 @@ Deviations
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -476,8 +475,7 @@ def evaluate(r, G, D, net, name, pictures):
         results["ig-faces"] = {"value": mean, "unit": "mean |rank correlation|", **factors}
     if pictures.labels is None or pictures.test_labels is None or pictures.labels.min() < 0:
         return results
-    cache = Path(r.args.data_dir) / "cache" / f"classifier-{pictures.name}-{net.size}.pt"
-    clf = metrics.classifier(pictures.images, pictures.labels, device, cache=cache)
+    clf = metrics.classifier(pictures.images, pictures.labels, device, r.args.data_dir)
     x = (x - net.scale[0]) / (net.scale[1] - net.scale[0])
     if len(net.cats) == 1:
         table, error = classify(D, pictures, net, device)

@@ -620,7 +620,7 @@ def see(net, images, device):
 
 def sheet(rows, sentences):
     """Rows of pictures, each (m, 3, 64, 64) in [-1, 1], each under its sentence: uint8 (3, H, W)."""
-    return log.captioned([log.grid(x, len(x), (-1.0, 1.0)) for x in rows], sentences)
+    return log.with_captions([log.grid(x, len(x), (-1.0, 1.0)) for x in rows], sentences)
 
 
 def picked(test, n):
@@ -802,8 +802,7 @@ def evaluate(r, nets, pictures, train, test):
         images = torch.cat([crop(train.images), *3 * [real[:half]]])
         shown = torch.cat([train.attributes, *3 * [test.attributes[:half]]])
         one_hot = torch.cat([F.one_hot(c, k) for c, k in zip(shown.T, counts)], 1).to(torch.uint8)
-        cache = Path(args.data_dir) / "cache" / f"classifier-{Path(args.dataset).stem}-attributes-64.pt"
-        clf = metrics.classifier(images, one_hot, args.device, cache, steps=max(20, len(images) // 5))
+        clf = metrics.classifier(images, one_hot, args.device, args.data_dir, steps=max(20, len(images) // 5))
 
         values = extra.get("attribute_values") or [[]] * len(counts)
         none = torch.tensor([v.index("none") if "none" in v else -1 for v in values])

@@ -61,7 +61,6 @@ Deviations
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import distributed as dist
@@ -559,7 +558,7 @@ def beside(r, runs, pictures):
     for title, blocks in (("beside_fig3", samples), ("beside_fig4", rows)):
         if len(blocks) > 1:                                 # a GAN has no reconstructions
             names, blocks = zip(*blocks)
-            r.show(title, log.captioned([log.grid(b, min(8, len(b)), (-1, 1)) for b in blocks], names))
+            r.show(title, log.with_captions([log.grid(b, min(8, len(b)), (-1, 1)) for b in blocks], names))
     print(f"from top to bottom {', '.join(map(str, [r.folder, *r.args.beside]))}: {r.folder}/beside_*.png")
 
 
@@ -615,8 +614,7 @@ def evaluate(r, Enc, Dec, Dis, pictures):
     a, names, y, test = e["attributes"], e["names"], e["test_y"][:2000], pictures.test_images[:2000]
     x = each(args, nn.Identity(), test)
     if names:                                               # [dev 6]
-        cache = Path(args.data_dir) / "cache" / f"attributes-{pictures.name}-{args.net}.pt"
-        regressor = metrics.classifier(pictures.images, a, args.device, cache=cache)
+        regressor = metrics.classifier(pictures.images, a, args.device, args.data_dir)
 
     def unit(drawn):                                        # [-1, 1] -> [0, 1]
         return drawn / 2 + 0.5

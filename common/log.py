@@ -1,6 +1,8 @@
-"""What a run leaves behind: TensorBoard events, metrics.jsonl, a progress line, and the paper's figures as
-PNG."""
+"""What a run leaves behind: TensorBoard events, metrics.jsonl, progress lines, and figures as PNG files."""
 
+import contextlib
+import errno
+import functools
 import json
 import math
 import os
@@ -18,43 +20,66 @@ from torch.utils.tensorboard import SummaryWriter
 from common import UserError
 
 
-class Logger:
-    """Adds up a step's scalars on the device and reads them once an interval, so that the loop never waits.
+def say(text, file=None, end="\n"):
+    """Print `text` to `file` (None: sys.stdout).  A closed or limited console never ends a run."""
+    file = file or sys.stdout
+    try:
+        try:
+            print(text, file=file, end=end, flush=True)
+        except UnicodeEncodeError:
+            text = text.encode(file.encoding, "backslashreplace").decode(file.encoding)
+            print(text, file=file, end=end, flush=True)
+    except (OSError, ValueError) as e:  # ValueError: the file is closed
+        if isinstance(e, OSError) and e.errno in (errno.EPIPE, errno.EIO):
+            # The reader is gone for good.  What is still buffered would fail again when Python exits.
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), file.fileno())
 
-    `folder` None: a rank that does not log.  `step`: the step a resumed run goes on from; later lines are
-    dropped.
+
+class Logger:
+    """Sums scalars on their devices and reads them once per interval, so that the loop never waits.
+
+    folder None: a rank that does not log.  step: where a resumed run starts; later lines are dropped.
     """
 
     def __init__(self, folder, steps, images_per_step, step=0):
         self.steps, self.images_per_step, self.folder = steps, images_per_step, folder
         self.sums, self.counts, self.last = {}, {}, step
         self.start = self.since = self.shown = time.perf_counter()
-        self.first, self.rate, self.line = step, 0.0, ""
-        self.tty = sys.stderr.isatty()
+        self.rate, self.line = 0.0, ""
+        self.tty = bool(sys.stderr) and sys.stderr.isatty()
         if folder is None:
             return
         self.path = folder / "metrics.jsonl"
         kept = [line for line in history(folder) if line["step"] <= step] if step else []
-        self.before = kept[-1]["seconds"] if kept else 0.0  # seconds of the runs that this one goes on from
-        temporary = folder / "metrics.tmp"  # on a full disk the old lines stay
+        self.before = kept[-1]["seconds"] if kept else 0.0  # seconds before this process
+        temporary = folder / "metrics.tmp"  # on a full disk the old lines survive
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         temporary.replace(self.path)
         self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     def add(self, scalars):
-        """Add one step's dict of 0-dim tensors to the interval's sums, name by name."""
-        values = [v.detach().float() for v in scalars.values()]
-        for name, v in zip(scalars, values):
-            if name not in self.sums:
-                self.sums[name], self.counts[name] = torch.zeros_like(v), 0
-            self.counts[name] += 1
-        torch._foreach_add_([self.sums[name] for name in scalars], values)
+        """Add one step's scalars, numbers and 0-dim tensors of any device, to the interval's sums."""
+        groups = {}  # torch adds and stacks tensors of one device and type at a time
+        for name, v in scalars.items():
+            v = v.detach().float() if isinstance(v, torch.Tensor) else torch.tensor(v, dtype=torch.float64)
+            groups.setdefault((v.device, v.dtype), {})[name] = v
+            self.counts[name] = self.counts.get(name, 0) + 1
+        for kind, values in groups.items():
+            sums = self.sums.setdefault(kind, {})
+            sums.update({name: torch.zeros_like(v) for name, v in values.items() if name not in sums})
+            torch._foreach_add_([sums[name] for name in values], list(values.values()))
 
     def write(self, step):
-        """Write the interval's means, start the next one; return them as a dict of floats.  Synchronises the
-        device."""
-        sums = torch.stack(list(self.sums.values())).tolist() if self.sums else []
-        means = {name: total / self.counts[name] for name, total in zip(self.sums, sums)}
+        """Write the interval's means and start a new interval.  Waits for each device once.
+
+        Returns the means as a dict of floats.
+        """
+        totals = dict.fromkeys(self.counts, 0.0)
+        for sums in self.sums.values():
+            for name, total in zip(sums, torch.stack(list(sums.values())).tolist()):
+                totals[name] += total
+        means = {name: total / self.counts[name] for name, total in totals.items()}
         now = time.perf_counter()
         self.rate = (step - self.last) * self.images_per_step / (now - self.since)
         self.sums, self.counts, self.last, self.since = {}, {}, step, now
@@ -68,7 +93,7 @@ class Logger:
             self.board.add_scalar("images/s", self.rate, step)
             self.line = "  ".join(f"{name} {value:.3g}" for name, value in means.items())
             if not self.tty:
-                print(self.status(step), flush=True)
+                say(self.status(step))
         return means
 
     def status(self, step):
@@ -78,52 +103,68 @@ class Logger:
         return f"step {step}/{self.steps} {percent:3.0f}%  {self.rate:.0f} images/s  ETA {eta}  {self.line}"
 
     def progress(self, step):
-        """On a terminal, one live line, twice a second at most."""
+        """On a terminal, one live line, at most twice a second."""
         if self.tty and self.folder and time.perf_counter() - self.shown > 0.5:
-            self.shown = time.perf_counter()
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns
-            sys.stderr.write("\r\033[K" + self.status(step)[:columns - 1])
-            sys.stderr.flush()
+            self.shown, columns = time.perf_counter(), 80
+            with contextlib.suppress(OSError, ValueError):  # the terminal was closed
+                columns = os.get_terminal_size(sys.stderr.fileno()).columns
+            say("\r\033[K" + self.status(step)[:columns - 1], sys.stderr, end="")
 
     def close(self):
         if self.tty and self.folder:
-            sys.stderr.write("\n")
+            say("", sys.stderr)
         if self.folder:
             self.board.close()
 
 
 def history(folder):
-    """The lines of a run's metrics.jsonl as dicts; a last line cut off by a kill is left out."""
-    lines = []
-    path = folder / "metrics.jsonl"
-    for text in path.read_text().splitlines() if path.exists() else []:
+    """The lines of a run's metrics.jsonl as dicts of numbers, each with "step" and "seconds".
+
+    Damaged lines are skipped and counted in one message.  The last line may be cut off by a kill: no message.
+    """
+    path, lines, damaged = folder / "metrics.jsonl", [], 0
+    *texts, tail = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    for text in [*texts, tail]:
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+            line = json.loads(text.decode())
+            fits = isinstance(line, dict) and {"step", "seconds"} <= line.keys() \
+                and all(isinstance(v, (int, float)) for v in line.values())
+        except (ValueError, RecursionError):
+            fits = False
+        if fits:
+            lines.append(line)
+        elif text is not tail:
+            damaged += 1
+    if damaged:
+        _say_once(f"{path}: {damaged} damaged line{'s' * (damaged > 1)} skipped")
     return lines
 
 
-# --------------------------------------------------------------------------------------------------- pictures
+@functools.cache
+def _say_once(text):
+    say(text, sys.stderr)
+
+
+# ---- Images -----------------------------------------------------------------------------------------------
 
 def to_uint8(x, scale=(0.0, 1.0)):
-    """Pictures (..., H, W) with values in `scale` as uint8 on the CPU; values outside are clipped."""
+    """Images (..., H, W) with values in `scale` as uint8 on the CPU; values outside are clipped."""
     x = (x.detach().float() - scale[0]) / (scale[1] - scale[0])
     return x.clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
 
 
 def grid(x, columns, scale=(0.0, 1.0)):
-    """Pictures (n, 1 or 3, H, W) in rows of `columns` with thin grey lines between: uint8 (3, H', W')."""
-    x = F.pad(to_uint8(x, scale), (0, 2, 0, 2), value=128)  # torchvision's make_grid costs seconds of imports
+    """Images (n, 1 or 3, H, W) in rows of `columns`, separated by grey lines: uint8 (3, H', W')."""
+    x = F.pad(to_uint8(x, scale), (0, 2, 0, 2), value=128)  # make_grid would import torchvision: 3.6 seconds
     x = torch.cat([x, x.new_full((-len(x) % columns, *x.shape[1:]), 128)])
     x = F.pad(rearrange(x, "(r c) k h w -> k (r h) (c w)", c=columns), (2, 0, 2, 0), value=128)
     return x.expand(3, -1, -1).contiguous()
 
 
-def captioned(pictures, captions):
-    """uint8 pictures (3, H, W) of one width stacked, each under its caption: uint8 (3, H', W)."""
+def with_captions(images, captions):
+    """uint8 images (3, H, W) of one width, stacked, each below its caption: uint8 (3, H', W)."""
     parts = []
-    for x, caption in zip(pictures, captions):
+    for x, caption in zip(images, captions):
         lines = textwrap.wrap(caption, max(12, x.shape[2] * 2 // 11))
         strip = Image.new("RGB", (x.shape[2], 4 + 14 * len(lines)), "white")
         for i, line in enumerate(lines):
@@ -133,7 +174,7 @@ def captioned(pictures, captions):
 
 
 def save_png(path, image):
-    """Write one uint8 picture (1 or 3, H, W) as PNG, whole or not at all."""
+    """Write one uint8 image (1 or 3, H, W) as PNG, completely or not at all."""
     array = image.permute(1, 2, 0).numpy()
     temporary = path.with_name(path.name + ".tmp")
     Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(temporary, format="PNG")
@@ -145,16 +186,19 @@ COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 
 
 
 class Axes:
-    """A small chart for the papers' line and scatter figures: data ranges, ticks, labels, drawn at twice the
-    size.  `low`: the legend at the bottom."""
+    """A small chart for line and scatter figures, drawn at twice its size.
+
+    xlim, ylim: data ranges.  low: put the legend at the bottom.  UserError: limits that are not finite or do
+    not rise.
+    """
 
     def __init__(self, xlim, ylim, xlabel, ylabel, size=(640, 420), low=False):
         if not all(map(math.isfinite, (*xlim, *ylim))) or xlim[0] >= xlim[1] or ylim[0] >= ylim[1]:
-            raise UserError(f"a chart needs finite, rising limits, got x {xlim} and y {ylim}")
+            raise UserError(f"a chart needs finite, rising limits, found x {xlim} and y {ylim}")
         self.xlim, self.ylim, self.size, self.low = xlim, ylim, size, low
         self.image = Image.new("RGB", (2 * size[0], 2 * size[1]), "white")
         self.draw = ImageDraw.Draw(self.image)
-        self.box = (130, 40, 2 * size[0] - 40, 2 * size[1] - 110)  # left, top, right, bottom in drawn pixels
+        self.box = (130, 40, 2 * size[0] - 40, 2 * size[1] - 110)  # left, top, right, bottom as drawn
         self.labels = 0
         left, _, right, bottom = self.box
         self.draw.rectangle(self.box, outline="black", width=2)
@@ -170,13 +214,13 @@ class Axes:
         self.draw.text((10, 4), ylabel, fill="black", font_size=28)
 
     def at(self, x, y):
-        """Data coordinates -> drawn pixels."""
+        """Data coordinates -> pixels as drawn."""
         left, top, right, bottom = self.box
         return (left + (x - self.xlim[0]) / (self.xlim[1] - self.xlim[0]) * (right - left),
                 bottom - (y - self.ylim[0]) / (self.ylim[1] - self.ylim[0]) * (bottom - top))
 
     def line(self, x, y, label=None, colour=None):
-        """A curve through the points (x_i, y_i), cut to the limits."""
+        """A curve through the points (x_i, y_i), clipped to the limits."""
         low, high = self.ylim
         points = [self.at(px, min(max(py, low), high)) for px, py in zip(x, y)
                   if self.xlim[0] <= px <= self.xlim[1]]
@@ -208,7 +252,7 @@ class Axes:
 
 
 def ticks(low, high):
-    """Round numbers, about five, from `low` to `high`."""
+    """About five round numbers from `low` to `high`."""
     step = 10 ** math.floor(math.log10((high - low) / 4))
     step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 6)
     first = math.ceil(low / step - 1e-9)

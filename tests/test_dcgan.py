@@ -272,6 +272,136 @@ def test_balanced_draws_as_many_of_each_label():
     assert torch.equal(dcgan.balanced(y, rows, None), rows)
 
 
+def blobs(n=200, d=12, classes=4, seed=0):
+    """Overlapping Gaussians, so that some slacks are active and some are not."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(classes, size=n)
+    x = rng.normal(size=(classes, d))[y] + 1.5 * rng.normal(size=(n, d))
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def numpy_objective(w, x, y, C):
+    """Value (classes,) and gradient (d + 1, classes), from the definition."""
+    X, w = np.hstack([x.double().numpy(), np.ones((len(x), 1))]), w.double().numpy()
+    values, gradients = [], []
+    for j in range(w.shape[1]):
+        t = np.where(y.numpy() == j, 1.0, -1.0)
+        slack = np.maximum(0, 1 - t * (X @ w[:, j]))
+        values.append(0.5 * w[:, j] @ w[:, j] + C * (slack ** 2).sum())
+        gradients.append(w[:, j] - 2 * C * X.T @ (t * slack))
+    return np.array(values), np.stack(gradients, 1)
+
+
+def test_svm_closed_form():
+    x, y = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
+    for C in (0.01, 1.0, 10.0):
+        w_1 = 4 * C / (1 + 4 * C)
+        expected = torch.tensor([[-w_1, w_1], [0, 0]], dtype=torch.float64)
+        torch.testing.assert_close(dcgan.l2_svm(x, y, C, tol=1e-12), expected, rtol=1e-6, atol=1e-6)
+
+
+PROBLEMS = pytest.mark.parametrize("problem", [{}, {"n": 60, "d": 300}, {"n": 40, "d": 40, "classes": 2}])
+
+
+@PROBLEMS
+@pytest.mark.parametrize("C", [1e-4, 1e-2, 1.0, 100.0])
+def test_svm_gradient_vanishes(problem, C):
+    x, y = blobs(**problem)
+    for tol in (1e-4, 1e-10):
+        w = dcgan.l2_svm(x.float(), y, C, tol)
+        value, gradient = numpy_objective(w, x.float(), y, C)
+        assert ((gradient ** 2).sum(0) / 2 <= 1.01 * tol * value).all()
+    for seed in range(5):  # the minimum, as no weights nearby are better
+        nearby = w + 0.01 * torch.randn(w.shape, generator=torch.Generator().manual_seed(seed))
+        assert (numpy_objective(nearby, x.float(), y, C)[0] > value).all()
+
+
+@PROBLEMS
+@pytest.mark.parametrize("C", [1e-3, 1.0])
+def test_svm_equals_scikit_learn(problem, C):
+    svm = pytest.importorskip("sklearn.svm")
+    x, y = blobs(**problem)
+    theirs = svm.LinearSVC(C=C, dual=False, tol=1e-6, max_iter=10000).fit(x.numpy(), y.numpy())
+    their_w = torch.from_numpy(np.vstack([theirs.coef_.T, theirs.intercept_]))
+    if their_w.shape[1] == 1:  # of two classes it fits the second alone; the first is its mirror image
+        their_w = torch.cat([-their_w, their_w], 1)
+    their_value = numpy_objective(their_w, x, y, C)[0]
+    for tol, atol, odd in ((1e-4, 2e-2, 0.01), (1e-10, 2e-3, 0.0)):
+        w = dcgan.l2_svm(x, y, C, tol)
+        np.testing.assert_allclose(numpy_objective(w, x, y, C)[0], their_value, rtol=max(tol, 1e-5))
+        torch.testing.assert_close(w, their_w, rtol=0, atol=atol * their_w.abs().max().item())
+        assert (dcgan.svm_predict(w, x).numpy() != theirs.predict(x.numpy())).mean() <= odd
+
+
+def test_svm_predicts_the_largest_logit():
+    x, y = blobs(classes=3)
+    w = dcgan.l2_svm(x, y)
+    a = np.hstack([x.numpy(), np.ones((len(x), 1))]) @ w.numpy()
+    assert np.array_equal(dcgan.svm_predict(w, x).numpy(), a.argmax(1))
+    assert (dcgan.svm_predict(w, x) == y).double().mean() > 0.6
+    shifted = w.clone()
+    shifted[-1, 2] += 1e6  # the last row is b
+    assert (dcgan.svm_predict(shifted, x) == 2).all()
+
+
+def test_svm_converges_on_separable_points_with_a_large_C():
+    """Newton's method of full steps, or from w = 0, does not do it in 30 steps."""
+    x, y = blobs(n=200, d=60)
+    w = dcgan.l2_svm(x, y, C=100.0, max_iter=30)
+    value, gradient = numpy_objective(w, x, y, 100.0)
+    assert ((gradient ** 2).sum(0) / 2 <= 1.01e-4 * value).all()
+    assert (dcgan.svm_predict(w, x) == y).all()
+
+
+@pytest.mark.parametrize("problem", [{}, {"n": 60, "d": 300}])
+@pytest.mark.parametrize("tol", [1e-4, 1e-10])
+def test_svm_goes_on_from_start(problem, tol):
+    """The minimum is where no step is needed, weights of another C are where some are."""
+    x, y = blobs(**problem)
+    w = dcgan.l2_svm(x, y, 1e-2, tol)
+    torch.testing.assert_close(dcgan.l2_svm(x, y, 1e-2, 1.01 * tol, 0, start=w), w, rtol=0, atol=1e-6)
+    with pytest.warns(UserWarning, match="after 0 steps"):
+        dcgan.l2_svm(x, y, 1.0, tol, 0, start=w)
+    value, gradient = numpy_objective(dcgan.l2_svm(x, y, 1.0, tol, start=w), x, y, 1.0)
+    assert ((gradient ** 2).sum(0) / 2 <= 1.01 * tol * value).all()
+
+
+@pytest.mark.parametrize("problem", [{"n": 2100, "d": 20}, {"n": 60, "d": 300}])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_svm_of_many_features_in_float32(problem, dtype, monkeypatch):
+    x, y = blobs(**problem)
+    x, exact = x.to(dtype), dcgan.l2_svm(x.to(dtype), y, 1e-2)
+    monkeypatch.setattr(dcgan, "SINGLE", 1000)
+    w = dcgan.l2_svm(x, y, 1e-2)
+    assert w.dtype == torch.float64 and 0 < (w - exact).abs().max() < 1e-2 * exact.abs().max()
+    value, gradient = numpy_objective(w, x, y, 1e-2)
+    assert ((gradient ** 2).sum(0) / 2 <= 1.01e-4 * value).all()
+
+
+def test_svm_says_when_it_did_not_converge():
+    with pytest.warns(UserWarning, match="l2_svm: after 1 steps up to"):
+        dcgan.l2_svm(*blobs(), tol=1e-12, max_iter=1)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda x, y: (x, y[:5]), r"\(20, 12\) and int64 \(5,\)"),
+    (lambda x, y: (x[0], y), r"found float64 \(12,\)"),
+    (lambda x, y: (x[:0], y[:0]), "N > 0"),
+    (lambda x, y: (x, y, 0.0), "C > 0 and labels >= 0, found 0.0 and 0"),
+    (lambda x, y: (x, y - 1), "found 1.0 and -1"),
+    (lambda x, y: (x / 0, y), "finite"),
+    (lambda x, y: (x, y, 1.0, 1e-4, 9, torch.zeros(12, 4)), r"start \(13, 4\), found float32 \(12, 4\)"),
+])
+def test_svm_refuses(change, words):
+    with pytest.raises(UserError, match=words):
+        dcgan.l2_svm(*change(*blobs(20)))
+
+
+def test_svm_predict_refuses():
+    with pytest.raises(UserError, match=r"features \(N, 12\), found float64 \(20, 11\)"):
+        dcgan.svm_predict(torch.zeros(13, 4), blobs(20)[0][:, 1:])
+
+
 def test_svm_tells_clusters_apart_and_chooses_C_by_validation():
     torch.manual_seed(0)
     centres = torch.randn(3, 20) * 2

@@ -239,9 +239,8 @@ def test_a_full_disk_while_preparing(tmp_path, pictures):
 
 def test_a_full_disk_while_the_classifier_is_saved(tmp_path):
     images, labels = torch.randint(256, (20, 1, 16, 16), dtype=torch.uint8), torch.arange(20) % 2
-    cache = tmp_path / "clf.pt"
-    text = limited(1000, lambda: metrics.classifier(images, labels, "cpu", cache=cache, steps=1))
-    assert "cannot be written" in text and not list(tmp_path.iterdir())
+    text = limited(1000, lambda: metrics.classifier(images, labels, "cpu", tmp_path, steps=1))
+    assert "cannot be written" in text and not list((tmp_path / "cache").iterdir())
 
 
 @pytest.mark.parametrize("limit", [0, 10, 3000, 12000])
@@ -425,14 +424,17 @@ def test_no_file_that_is_read_can_run_code(tmp_path, pictures):
 
 
     file = tmp_path / "checkpoint.pt"
-    torch.save({"parts": {"Dis": Payload(), "G": Payload()}, "made_from": Payload(), "weights": {}}, file)
+    torch.save({"parts": {"Dis": Payload(), "G": Payload()}}, file)
+    x, y = torch.zeros(4, 1, 16, 16, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+    metrics.classifier(x, y, "cpu", tmp_path, steps=1)
+    (classifier,) = (tmp_path / "cache").iterdir()
+    classifier.write_bytes(file.read_bytes())
     data.load(pictures, tmp_path)
     (rest,) = (tmp_path / "cache").glob("*/rest.pt")
     rest.write_bytes(file.read_bytes())
     np.savez(tmp_path / "a.npz", images=np.array([Payload()], dtype=object))
-    x, y = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
     for read in (lambda: data.load(pictures, tmp_path), lambda: data.load(tmp_path / "a.npz"),
-                 lambda: metrics.classifier(x, y, "cpu", cache=file, steps=1),
+                 lambda: metrics.classifier(x, y, "cpu", tmp_path, steps=1),
                  lambda: run.fetch(tmp_path, "another", G=nn.Linear(1, 1))):
         with pytest.raises(UserError):
             read()

@@ -1,7 +1,9 @@
 """common/metrics.py against closed forms, brute force, and float64 NumPy written from the definitions."""
 
+import io
 import itertools
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,74 @@ from common import metrics as M
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- A network on a whole data set ------------------------------------------------------------------------
+
+class Pair(torch.nn.Module):
+    """Returns (x w, None, (y, x + y)); BatchNorm and dropout show the mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(3)
+        self.drop = torch.nn.Dropout(0.5)
+        self.sizes = []
+
+    def forward(self, x, y=None):
+        self.sizes.append(len(x))
+        x = self.drop(self.norm(x))
+        return self.linear(x), None, (y, x if y is None else x + y)
+
+
+@pytest.mark.parametrize("n, size, sizes", [(7, 3, [3, 3, 1]), (6, 3, [3, 3]), (2, 500, [2]), (0, 3, [0])])
+def test_batched_equals_one_pass_in_eval_mode(n, size, sizes):
+    net, x, y = Pair(), normal(n, 3), normal(n, 3, seed=1)
+    net.norm.running_mean.fill_(0.3)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    a, none, (same, added) = M.batched(net, x, y, size=size)
+    assert net.sizes == sizes and net.training and net.drop.training and none is None
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert not a.requires_grad and torch.equal(same, y)
+    with torch.no_grad():
+        h = net.eval().norm(x)
+    torch.testing.assert_close(added, h + y)
+    torch.testing.assert_close(a, net.linear(h).detach())
+    a, none, (nothing, _) = M.batched(net, x, None, size=size)
+    assert none is nothing is None and len(a) == n and not net.training
+
+
+def test_batched_scales_uint8_alone_and_like_batches():
+    from common.data import Batches
+
+    x = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1)
+    for scale in ((0.0, 1.0), (-1.0, 1.0), (0.1, 0.7)):
+        found, floats, labels = M.batched(lambda *t: t, x, x.double(), x.long(), size=100, scale=scale)
+        assert torch.equal(floats, x.double()) and torch.equal(labels, x.long())
+        assert found[[0, 255]].flatten().tolist() == pytest.approx(scale)
+        batches = Batches(x, torch.arange(256), batch_size=256, scale=scale)
+        theirs, index = next(batches)
+        assert torch.equal(found[index], theirs)
+    # The two ways in which scripts write it, to the bit.
+    x = x.float()
+    assert torch.equal(M.batched(torch.nn.Identity(), x.to(torch.uint8), scale=(-1, 1)), x / 127.5 - 1)
+    assert M.batched(torch.nn.Identity(), x.to(torch.uint8)).dtype == torch.uint8
+
+
+def test_batched_runs_a_function_as_it_is_without_gradients():
+    net, x = torch.nn.Dropout(0.5), torch.ones(1000, 1, requires_grad=True)
+    y = M.batched(lambda x: net(x), x, size=300)
+    assert 300 < (y == 0).sum() < 700 and net.training and not y.requires_grad
+
+
+def test_batched_moves_rows_to_the_networks_device():
+    net = torch.nn.Linear(3, 2, device="meta")
+    y = M.batched(net, torch.zeros(5, 3), size=2)
+    assert y.device.type == "meta" and y.shape == (5, 2)
+
+
+def test_batched_refuses_different_lengths():
+    with pytest.raises(UserError, match=r"of one length N, found float32 \(3, 2\) and float32 \(4,\)"):
+        M.batched(torch.nn.Identity(), torch.zeros(3, 2), torch.zeros(4))
 
 
 # ---- Parzen window ----------------------------------------------------------------------------------------
@@ -108,29 +178,6 @@ def test_majority():
     assert M.majority(torch.tensor([0, 0]), torch.tensor([5, 2]), 1).tolist() == [2]  # the lowest of equals
 
 
-def test_assign_known_value():
-    cluster, y = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 0, 1, 0, 0])
-    assert M.assign(cluster, y, 2).tolist() == [1, 0]
-    assert M.majority(cluster, y, 2).tolist() == [0, 0]
-    assert M.assign(cluster, y, 4).tolist().count(-1) == 2
-    assert M.assign(torch.tensor([0, 0]), torch.tensor([5, 2]), 1).tolist() in ([2], [5])
-
-
-@pytest.mark.parametrize("k, labels", [(2, 2), (5, 5), (7, 4), (3, 6)])
-@pytest.mark.parametrize("seed", range(5))
-def test_assign_against_brute_force(k, labels, seed):
-    rng = np.random.default_rng(seed)
-    cluster, y = rng.integers(k, size=60), rng.integers(labels, size=60)
-    y[0] = labels - 1
-    counts = np.zeros((max(k, labels),) * 2, int)
-    np.add.at(counts, (cluster, y), 1)
-    best = max(counts[range(len(counts)), list(p)].sum() for p in itertools.permutations(range(len(counts))))
-    table = M.assign(torch.from_numpy(cluster), torch.from_numpy(y), k).numpy()
-    used = table[table >= 0]
-    assert len(set(used)) == len(used) == min(k, labels) and table.max() < labels
-    assert (table[cluster] == y).sum() == best
-
-
 @pytest.mark.parametrize("rows, columns", [(4, 4), (3, 6), (6, 2)])
 @pytest.mark.parametrize("seed", range(5))
 def test_matching_against_brute_force(rows, columns, seed):
@@ -144,17 +191,6 @@ def test_matching_against_brute_force(rows, columns, seed):
     assert sum(cost[i, j] for i, j in enumerate(found) if j < columns) == pytest.approx(best)
 
 
-def test_cluster_accuracy_matches_on_train_and_scores_on_test():
-    y = torch.arange(10).repeat(20)
-    shuffle = torch.randperm(10, generator=torch.Generator().manual_seed(0))
-    for match in (M.majority, M.assign):
-        assert M.cluster_accuracy(shuffle[y], y, shuffle[y], y, 10, match) == 1
-    # The table of the training part maps 0 -> 0 and 1 -> 1; a table of the test part would get 3 of 4 right.
-    train, test = torch.tensor([0, 1]), torch.tensor([0, 0, 0, 1])
-    assert M.cluster_accuracy(train, train, test, torch.tensor([1, 1, 1, 1]), 2) == 0.25
-    assert M.cluster_accuracy(train[:1], train[:1], test, test, 2) == 0.75  # no label for an unseen cluster
-
-
 @pytest.mark.parametrize("cluster, y, words", [
     ([0, 3], [0, 0], r"clusters in \[0, 3\).* found 0 to 3"),
     ([0, -1], [0, 0], "found -1 to 0"),
@@ -163,12 +199,8 @@ def test_cluster_accuracy_matches_on_train_and_scores_on_test():
     ([], [], "N > 0"),
 ])
 def test_clusters_refuse(cluster, y, words):
-    good = torch.tensor([0, 1])
-    for match in (M.majority, M.assign):
-        with pytest.raises(UserError, match=words):
-            match(torch.tensor(cluster), torch.tensor(y), 3)
-        with pytest.raises(UserError, match=words):
-            M.cluster_accuracy(good, good, torch.tensor(cluster), torch.tensor(y), 3, match)
+    with pytest.raises(UserError, match=words):
+        M.majority(torch.tensor(cluster), torch.tensor(y), 3)
 
 
 def test_rank_correlation():
@@ -202,7 +234,7 @@ def bars(n, seed=0, size=16, channels=1):
 
 @pytest.fixture(scope="module")
 def trained():
-    return M.classifier(*bars(600), "cpu", steps=60)
+    return M.classifier(*bars(600), "cpu", None, steps=60)
 
 
 def test_classifier_learns(trained):
@@ -217,69 +249,88 @@ def test_classifier_is_deterministic_and_leaves_the_random_state_alone():
     for callers_seed, seed in ((1, 0), (2, 0), (1, 1)):
         torch.manual_seed(callers_seed)
         before = torch.get_rng_state()
-        made.append(M.classifier(*bars(200), "cpu", steps=10, seed=seed).state_dict())
+        made.append(M.classifier(*bars(200), "cpu", None, steps=10, seed=seed).state_dict())
         assert torch.equal(torch.get_rng_state(), before)
     for name, value in made[0].items():
         assert torch.equal(value, made[1][name]), name
     assert not torch.equal(made[0]["head.weight"], made[2]["head.weight"])
 
 
-def test_classifier_is_cached_and_another_data_set_is_not_taken_for_it(tmp_path, monkeypatch):
-    trainings = []
-    train = M._train
+def test_classifier_is_cached_and_another_data_set_is_not_taken_for_it(tmp_path, monkeypatch, capsys):
+    trainings, train = [], M._train
     monkeypatch.setattr(M, "_train", lambda *args: (trainings.append(1), train(*args)))
     x, y = bars(200)
-    cache = tmp_path / "classifier.pt"
-    first = M.classifier(x, y, "cpu", cache, "bars", steps=5)
-    second = M.classifier(x, y, "cpu", cache, "bars", steps=5)
-    assert len(trainings) == 1 and [p.name for p in tmp_path.iterdir()] == ["classifier.pt"]
+    first = M.classifier(x, y, "cpu", tmp_path, steps=5)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert re.fullmatch("training the classifier .*once: 5 steps on 200 images\n", said.err)
+    second = M.classifier(x.clone(), y.int(), "cpu", str(tmp_path), steps=5)
+    file, = (tmp_path / "cache").iterdir()
+    assert len(trainings) == 1 and re.fullmatch(r"classifier-[0-9a-f]{16}\.pt", file.name)
+    assert capsys.readouterr() == ("", "")
     assert torch.equal(first(x.float()), second(x.float()))
     assert not second.training and not any(p.requires_grad for p in second.parameters())
-    same_sum = y.clone()
-    same_sum[(y == 2).nonzero()[0]], same_sum[(y == 1).nonzero()[0]] = 3, 0
-    wide = torch.nn.functional.pad(x, (0, 8))
-    # Each differs from the one before, which is in the cache, in one thing: shape, classes, pixels, labels.
-    dim = wide.clamp(max=99)
-    others = [(x, y), (wide, y), (wide, same_sum), (dim, same_sum), (dim, y + 1)]
-    for n, (images, labels) in enumerate(others, 2):
-        clf = M.classifier(images, labels, "cpu", cache, "dots", steps=5)
-        assert len(trainings) == n
-        assert clf(images.float()).shape == (len(images), int(labels.max()) + 1)
+    # Each differs from all others in one thing, and none has the sums of another to be told apart by.
+    swapped, one_pixel, wide = y.clone(), x.clone(), torch.nn.functional.pad(x, (0, 8))
+    swapped[[(y == 2).nonzero()[0].item(), (y == 1).nonzero()[0].item()]] = torch.tensor([1, 2])
+    one_pixel[7, 0, 3, 3] ^= 1
+    tags = torch.nn.functional.one_hot(y)
+    others = [(wide, y, {}), (x, swapped, {}), (one_pixel, y, {}), (x, y + 1, {}), (x, tags, {}),
+              (x, tags * 0.5, {}), (x, y, {"seed": 1}), (x, y, {"steps": 6})]
+    for n, (images, labels, how) in enumerate(others, 2):
+        clf = M.classifier(images, labels, "cpu", tmp_path, **{"steps": 5, **how})
+        assert len(trainings) == n == len(list((tmp_path / "cache").iterdir()))
+        assert len(clf(images.float())) == len(images)
+    monkeypatch.setattr(M, "RECIPE", M.RECIPE + 1)
+    M.classifier(x, y, "cpu", tmp_path, steps=5)
+    assert len(trainings) == len(others) + 2
+
+
+def test_classifier_of_pictures_in_a_mapped_file(tmp_path):
+    x, y = bars(1500)
+    np.save(tmp_path / "x.npy", x.numpy())
+    mapped = torch.from_numpy(np.load(tmp_path / "x.npy", mmap_mode="c"))
+    first, second = (M.classifier(images, y, "cpu", tmp_path, steps=5) for images in (x, mapped))
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert torch.equal(M.logits(first, x), M.logits(second, mapped))
 
 
 def test_a_cache_that_is_none_is_refused_and_kept(tmp_path):
-    cache = tmp_path / "classifier.pt"
-    for content in (b"", b"not a file of torch"):
+    M.classifier(*bars(20), "cpu", tmp_path, steps=5)
+    cache, = (tmp_path / "cache").iterdir()
+    whole, another = cache.read_bytes(), io.BytesIO()
+    torch.save({"step": 1}, another)
+    for content in (b"", b"not a file of torch", whole[:-100], another.getvalue()):
         cache.write_bytes(content)
-        with pytest.raises(UserError, match="classifier.pt, found an unreadable file"):
-            M.classifier(*bars(20), "cpu", cache, steps=5)
+        with pytest.raises(UserError, match="classifier-.*pt, found an unreadable file: delete it"):
+            M.classifier(*bars(20), "cpu", tmp_path, steps=5)
         assert cache.read_bytes() == content
-    torch.save({"step": 1}, cache)
-    with pytest.raises(UserError, match="classifier.pt, found a file of something else"):
-        M.classifier(*bars(20), "cpu", cache, steps=5)
-    assert torch.load(cache, weights_only=True) == {"step": 1}
 
 
-def test_an_interrupted_save_leaves_the_cache_whole(tmp_path, monkeypatch):
-    cache = tmp_path / "classifier.pt"
-    M.classifier(*bars(20), "cpu", cache, "a", steps=5)
-    before = cache.read_bytes()
-
+def test_an_interrupted_save_leaves_no_cache(tmp_path, monkeypatch):
     def cut_off(state, path):
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", cut_off)
-    with pytest.raises(KeyboardInterrupt):
-        M.classifier(*bars(20), "cpu", cache, "b", steps=5)
-    assert cache.read_bytes() == before
+    with monkeypatch.context() as m:
+        m.setattr(torch, "save", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            M.classifier(*bars(20), "cpu", tmp_path, steps=5)
+    first, second = (M.classifier(*bars(20), "cpu", tmp_path, steps=5) for _ in "ab")
+    assert torch.equal(first.head.weight, second.head.weight)
+
+
+def test_a_data_dir_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written .* give another --data-dir"):
+        M.classifier(*bars(20), "cpu", tmp_path / "file", steps=5)
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 16, 16), (3, 64, 64), (1, 17, 40), (3, 96, 80)])
 def test_classifier_takes_any_size(shape):
     clf = M.Classifier(shape, 7)
     x = torch.rand(2, *shape)
-    assert clf.features(x).shape == (2, 128) and clf(x).shape == (2, 7)
+    assert clf.trunk(x).shape == (2, 128) and clf(x).shape == (2, 7)
 
 
 def test_classifier_layers_of_mnist():
@@ -311,11 +362,11 @@ def test_label_agreement_of_equal_logits_and_of_both_kinds_of_pictures(trained):
 ])
 def test_classifier_refuses(change, words):
     with pytest.raises(UserError, match=words):
-        M.classifier(*change(*bars(20)), "cpu", steps=5)
+        M.classifier(*change(*bars(20)), "cpu", None, steps=5)
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda x, y: (x.repeat(1, 3, 1, 1), y), r"pictures \(N, \*\(1, 16, 16\)\), N > 0, found uint8 \(20, 3,"),
+    (lambda x, y: (x.repeat(1, 3, 1, 1), y), r"images \(N, \*\(1, 16, 16\)\), N > 0, found uint8 \(20, 3,"),
     (lambda x, y: (x.float() / 127.5 - 1, y), r"in \[0, 1\], found -1 to"),
     (lambda x, y: (x * math.nan, y), "nan"),
     (lambda x, y: (x, y[:3]), r"labels \(20,\)"),
@@ -323,6 +374,18 @@ def test_classifier_refuses(change, words):
 def test_label_agreement_refuses(trained, change, words):
     with pytest.raises(UserError, match=words):
         M.label_agreement(trained, *change(*bars(20)))
+
+
+def test_classifier_learns_independent_attributes():
+    """Left half bright and top half bright, in all four combinations."""
+    rng = torch.Generator().manual_seed(0)
+    y = torch.randint(2, (512, 2), generator=rng)
+    x = torch.randint(60, (512, 1, 16, 16), generator=rng)
+    x[:, :, :, :8] += 90 * y[:, 0, None, None, None]
+    x[:, :, :8] += 90 * y[:, 1, None, None, None]
+    clf = M.classifier(x[:400].to(torch.uint8), y[:400].float(), "cpu", None, steps=100)
+    agree = (M.logits(clf, x[400:].to(torch.uint8)) > 0) == (y[400:] > 0)
+    assert agree.float().mean(0).min() > 0.9
 
 
 # ---- Frechet distance -------------------------------------------------------------------------------------
@@ -372,149 +435,5 @@ def test_frechet_distance_orders_pictures(trained):
     (x, _), (same, _), (other, y) = (bars(300, seed=s) for s in (1, 2, 3))
     near, far = M.frechet_distance(trained, x, same), M.frechet_distance(trained, x, other[y == 0])
     assert M.frechet_distance(trained, x, x) < 1e-6 < near < far / 5
-    features = [trained.features(t.float() / 255) for t in (x, same)]
+    features = [trained.trunk(t.float() / 255) for t in (x, same)]
     assert near == pytest.approx(M.frechet(*features), rel=1e-4)
-
-
-# ---- L2-SVM -----------------------------------------------------------------------------------------------
-
-def blobs(n=200, d=12, classes=4, seed=0):
-    """Overlapping Gaussians, so that some slacks are active and some are not."""
-    rng = np.random.default_rng(seed)
-    y = rng.integers(classes, size=n)
-    x = rng.normal(size=(classes, d))[y] + 1.5 * rng.normal(size=(n, d))
-    return torch.from_numpy(x), torch.from_numpy(y)
-
-
-def numpy_objective(w, x, y, C):
-    """Value (classes,) and gradient (d + 1, classes), from the definition."""
-    X, w = np.hstack([x.double().numpy(), np.ones((len(x), 1))]), w.double().numpy()
-    values, gradients = [], []
-    for j in range(w.shape[1]):
-        t = np.where(y.numpy() == j, 1.0, -1.0)
-        slack = np.maximum(0, 1 - t * (X @ w[:, j]))
-        values.append(0.5 * w[:, j] @ w[:, j] + C * (slack ** 2).sum())
-        gradients.append(w[:, j] - 2 * C * X.T @ (t * slack))
-    return np.array(values), np.stack(gradients, 1)
-
-
-def test_svm_closed_form():
-    x, y = torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1])
-    for C in (0.01, 1.0, 10.0):
-        w_1 = 4 * C / (1 + 4 * C)
-        expected = torch.tensor([[-w_1, w_1], [0, 0]], dtype=torch.float64)
-        torch.testing.assert_close(M.l2_svm(x, y, C, tol=1e-12), expected, rtol=1e-6, atol=1e-6)
-
-
-PROBLEMS = pytest.mark.parametrize("problem", [{}, {"n": 60, "d": 300}, {"n": 40, "d": 40, "classes": 2}])
-
-
-@PROBLEMS
-@pytest.mark.parametrize("C", [1e-4, 1e-2, 1.0, 100.0])
-def test_svm_gradient_vanishes(problem, C):
-    x, y = blobs(**problem)
-    for tol in (1e-4, 1e-10):
-        w = M.l2_svm(x.float(), y, C, tol)
-        value, gradient = numpy_objective(w, x.float(), y, C)
-        assert ((gradient ** 2).sum(0) / 2 <= 1.01 * tol * value).all()
-    for seed in range(5):  # the minimum, as no weights nearby are better
-        nearby = w + 0.01 * normal(*w.shape, seed=seed)
-        assert (numpy_objective(nearby, x.float(), y, C)[0] > value).all()
-
-
-@PROBLEMS
-@pytest.mark.parametrize("C", [1e-3, 1.0])
-def test_svm_equals_scikit_learn(problem, C):
-    svm = pytest.importorskip("sklearn.svm")
-    x, y = blobs(**problem)
-    theirs = svm.LinearSVC(C=C, dual=False, tol=1e-6, max_iter=10000).fit(x.numpy(), y.numpy())
-    their_w = torch.from_numpy(np.vstack([theirs.coef_.T, theirs.intercept_]))
-    if their_w.shape[1] == 1:  # of two classes it fits the second alone; the first is its mirror image
-        their_w = torch.cat([-their_w, their_w], 1)
-    their_value = numpy_objective(their_w, x, y, C)[0]
-    for tol, atol, odd in ((1e-4, 2e-2, 0.01), (1e-10, 2e-3, 0.0)):
-        w = M.l2_svm(x, y, C, tol)
-        np.testing.assert_allclose(numpy_objective(w, x, y, C)[0], their_value, rtol=max(tol, 1e-5))
-        torch.testing.assert_close(w, their_w, rtol=0, atol=atol * their_w.abs().max().item())
-        assert (M.svm_predict(w, x).numpy() != theirs.predict(x.numpy())).mean() <= odd
-
-
-def test_classifier_learns_independent_attributes():
-    """Left half bright and top half bright, in all four combinations."""
-    rng = torch.Generator().manual_seed(0)
-    y = torch.randint(2, (512, 2), generator=rng)
-    x = torch.randint(60, (512, 1, 16, 16), generator=rng)
-    x[:, :, :, :8] += 90 * y[:, 0, None, None, None]
-    x[:, :, :8] += 90 * y[:, 1, None, None, None]
-    clf = M.classifier(x[:400].to(torch.uint8), y[:400].float(), "cpu", steps=100)
-    agree = (M.logits(clf, x[400:].to(torch.uint8)) > 0) == (y[400:] > 0)
-    assert agree.float().mean(0).min() > 0.9
-
-
-def test_svm_predicts_the_largest_logit():
-    x, y = blobs(classes=3)
-    w = M.l2_svm(x, y)
-    a = np.hstack([x.numpy(), np.ones((len(x), 1))]) @ w.numpy()
-    assert np.array_equal(M.svm_predict(w, x).numpy(), a.argmax(1))
-    assert (M.svm_predict(w, x) == y).double().mean() > 0.6
-    shifted = w.clone()
-    shifted[-1, 2] += 1e6  # the last row is b
-    assert (M.svm_predict(shifted, x) == 2).all()
-
-
-def test_svm_converges_on_separable_points_with_a_large_C():
-    """Newton's method of full steps, or from w = 0, does not do it in 30 steps."""
-    x, y = blobs(n=200, d=60)
-    w = M.l2_svm(x, y, C=100.0, max_iter=30)
-    value, gradient = numpy_objective(w, x, y, 100.0)
-    assert ((gradient ** 2).sum(0) / 2 <= 1.01e-4 * value).all()
-    assert (M.svm_predict(w, x) == y).all()
-
-
-@pytest.mark.parametrize("problem", [{}, {"n": 60, "d": 300}])
-@pytest.mark.parametrize("tol", [1e-4, 1e-10])
-def test_svm_goes_on_from_start(problem, tol):
-    """The minimum is where no step is needed, weights of another C are where some are."""
-    x, y = blobs(**problem)
-    w = M.l2_svm(x, y, 1e-2, tol)
-    torch.testing.assert_close(M.l2_svm(x, y, 1e-2, 1.01 * tol, 0, start=w), w, rtol=0, atol=1e-6)
-    with pytest.warns(UserWarning, match="after 0 steps"):
-        M.l2_svm(x, y, 1.0, tol, 0, start=w)
-    value, gradient = numpy_objective(M.l2_svm(x, y, 1.0, tol, start=w), x, y, 1.0)
-    assert ((gradient ** 2).sum(0) / 2 <= 1.01 * tol * value).all()
-
-
-@pytest.mark.parametrize("problem", [{"n": 2100, "d": 20}, {"n": 60, "d": 300}])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_svm_of_many_features_in_float32(problem, dtype, monkeypatch):
-    x, y = blobs(**problem)
-    x, exact = x.to(dtype), M.l2_svm(x.to(dtype), y, 1e-2)
-    monkeypatch.setattr(M, "SINGLE", 1000)
-    w = M.l2_svm(x, y, 1e-2)
-    assert w.dtype == torch.float64 and 0 < (w - exact).abs().max() < 1e-2 * exact.abs().max()
-    value, gradient = numpy_objective(w, x, y, 1e-2)
-    assert ((gradient ** 2).sum(0) / 2 <= 1.01e-4 * value).all()
-
-
-def test_svm_says_when_it_did_not_converge():
-    with pytest.warns(UserWarning, match="l2_svm: after 1 steps up to"):
-        M.l2_svm(*blobs(), tol=1e-12, max_iter=1)
-
-
-@pytest.mark.parametrize("change, words", [
-    (lambda x, y: (x, y[:5]), r"\(20, 12\) and int64 \(5,\)"),
-    (lambda x, y: (x[0], y), r"found float64 \(12,\)"),
-    (lambda x, y: (x[:0], y[:0]), "N > 0"),
-    (lambda x, y: (x, y, 0.0), "C > 0 and labels >= 0, found 0.0 and 0"),
-    (lambda x, y: (x, y - 1), "found 1.0 and -1"),
-    (lambda x, y: (x / 0, y), "finite"),
-    (lambda x, y: (x, y, 1.0, 1e-4, 9, torch.zeros(12, 4)), r"start \(13, 4\), found float32 \(12, 4\)"),
-])
-def test_svm_refuses(change, words):
-    with pytest.raises(UserError, match=words):
-        M.l2_svm(*change(*blobs(20)))
-
-
-def test_svm_predict_refuses():
-    with pytest.raises(UserError, match=r"features \(N, 12\), found float64 \(20, 11\)"):
-        M.svm_predict(torch.zeros(13, 4), blobs(20)[0][:, 1:])

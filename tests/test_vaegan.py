@@ -493,8 +493,8 @@ def test_runs_side_by_side(digits, tmp_path, monkeypatch, capsys):
     for model, words in runs.items():
         vaegan.main(small(digits, tmp_path, "--steps", 2, "--model", model, "--name", model, *words))
     here, vae, gan = (tmp_path / f"vaegan-digits-{model}" for model in runs)
-    before, captions, captioned = (here / "checkpoint.pt").read_bytes(), [], vaegan.log.captioned
-    monkeypatch.setattr(vaegan.log, "captioned", lambda x, c: captions.append(c) or captioned(x, c))
+    before, captions, stack = (here / "checkpoint.pt").read_bytes(), [], vaegan.log.with_captions
+    monkeypatch.setattr(vaegan.log, "with_captions", lambda x, c: captions.append(c) or stack(x, c))
 
     def beside(*others):
         vaegan.main(["--resume", str(here), "--beside", *map(str, others)])
