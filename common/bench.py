@@ -15,9 +15,9 @@ Modes, each measured in processes of its own, the repeats in turn:
     compiled   the whole step by torch.compile, on a GPU captured as above; on a CPU only by --modes: minutes
 
 A flag that is not listed below goes to those of the scripts that have it.  The script's own main() runs up to
-its loop over `Run.loop`, which is replaced by one that warms up, takes the time and leaves.  A mode that fails
-prints one line and leaves an empty row.  --jobs N prepares N processes side by side; each takes its time alone
-while the others are suspended, which "start s" and "compile s" then include.
+its loop over `Run.loop`, which is replaced by one that warms up, takes the time and leaves.  A mode that
+fails prints one line and leaves an empty row.  --jobs N prepares N processes side by side; each takes its
+time alone while the others are suspended, which "start s" and "compile s" then include.
 
 "arithmetic %" and "bytes %": the work of the script's own eager step (matrix products and convolutions; what
 each operation reads and writes, above 100 where caches or compiling save it), at the rate measured, as a
@@ -176,7 +176,7 @@ def loop(self, job, found, turn):
         return time.perf_counter() - began
 
     found["start"] = time.time() - job["began"]
-    warm = 6 if args.graph else 3 if compiled else 2  # compiling, three steps, the capture, a replay
+    warm = (6 if args.graph else 2) + 2 * compiled  # compiling, three steps, the capture, replays
     preparing = yield from steps(warm)
     turn()
     step = yield from steps(1)
@@ -217,7 +217,7 @@ def work(job, turn):
 
 
 def serve(job):
-    """work(job) for Machine.measure(): "ready" and what was found go to stdout; a line on stdin is the turn."""
+    """work(job) for Machine.measure(): "ready" and the findings go to stdout; a line on stdin is the turn."""
     sys.excepthook, answers = run._one_line("bench"), sys.stdout
 
     def turn():
@@ -298,7 +298,8 @@ class Machine:
                 return json.loads(answer)
             errors.seek(0)
             said = errors.read().strip().splitlines() or [f"exit code {process.returncode}"]
-            line = next((s for s in reversed(said) if re.match(r"[\w.]+: ", s)), said[-1])
+            line = next((s for s in reversed(said) if re.match(r"[\w.]+(Error|Exception|\.py): ", s)),
+                        said[-1])
             raise UserError(f"{job.get('script', '')} {job['mode']}: {line}".strip())
 
 
@@ -306,8 +307,8 @@ def row_of(job, runs):
     """Medians over the repeats `runs`, without any an empty row; of the time to compile and of memory the
     largest."""
     row = {"script": job["script"], "flags": job["shown"], "batch": None, "mode": job["mode"],
-           **dict.fromkeys(("images/s", "low", "high", "x textbook", "ms", "cpu ms", "arithmetic %", "bytes %",
-                            "start s", "compile s", "host MB", "gpu MB", "flops", "bytes")),
+           **dict.fromkeys(("images/s", "low", "high", "x textbook", "ms", "cpu ms", "arithmetic %",
+                            "bytes %", "start s", "compile s", "host MB", "gpu MB", "flops", "bytes")),
            "repeats": len(runs)}
     if not runs:
         return row
@@ -443,8 +444,9 @@ def main(argv=None):
         try:
             return None if key in failed else machine.measure(job)
         except UserError as e:
+            if key not in failed:
+                print(e, file=sys.stderr, flush=True)
             failed.add(key)
-            print(e, file=sys.stderr, flush=True)
 
     def measure(settings):
         """All modes of each (script, words); back comes the batch of each that ran."""

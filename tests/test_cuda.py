@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from torch.utils._pytree import tree_flatten_with_path
 
 from common import log, render
 
@@ -79,35 +80,31 @@ MODES = {"plain": ("--no-compile", "--no-graph"), "graph": ("--no-compile",), "c
 TOLERANCE = {"graph": 0.01, "compiled": 0.03}  # of max(1, |value|)
 EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}
 
-COMPARED = """if True:  # Inductor's own random numbers are not PyTorch's
-    import importlib, sys
-    from torch._inductor import config
-    config.fallback_random = True
-    importlib.import_module(sys.argv[1]).main(sys.argv[2:])
-"""
-WAITING = """if True:  # within the steps named in the first argument, waiting for the device is an error
+LOOP_ALONE = """if True:  # a script up to the end of its loop; in the steps given first a wait is an error
     import importlib, json, sys, torch
     from common.run import Run
-    checked, loop, cuda = set(json.loads(sys.argv[1])), Run.loop, torch.cuda.is_available()
+    if "--compile" in sys.argv:  # Inductor's own random numbers are not PyTorch's
+        from torch._inductor import config
+        config.fallback_random = True
+    checked, loop = set(json.loads(sys.argv[1])), Run.loop
+    debug = torch.cuda.set_sync_debug_mode if torch.cuda.is_available() else lambda mode: None
 
     def watched(self):
         for step in loop(self):
-            if cuda and step in checked:
-                torch.cuda.set_sync_debug_mode("error")
+            debug("error" if step in checked else "default")
             yield step
-            if cuda:
-                torch.cuda.set_sync_debug_mode("default")
+            debug("default")
             checked.discard(step)
+        assert not checked, checked
+        debug("error")
+        try:
+            torch.ones(1, device=self.args.device).item()
+        except RuntimeError:
+            print("a wait is an error")
+        sys.exit()
 
     Run.loop = watched
     importlib.import_module(sys.argv[2]).main(sys.argv[3:])
-    assert not checked, checked
-    if cuda:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            torch.ones(1, device="cuda").item()
-        except RuntimeError:
-            print("a wait is an error")
 """
 
 
@@ -139,13 +136,13 @@ def job_of(name, folder):
         return lines
     narrow = [*SHORT.get(script, ()), *words(NARROW[script], "--no-amp", "--log-every", "1")] if rest else []
     if kind == "compare":
-        return [["-c", COMPARED, script, *narrow, *MODES[mode], "--steps", "12", "--name", mode]]
+        return [["-c", LOOP_ALONE, "[]", script, *narrow, *MODES[mode], "--steps", "12", "--name", mode]]
     if kind == "wait":  # from the ninth step of each phase to its last but one
         phases = (12, 20, 12) if script == "text2image" else (20,)
         ends = np.cumsum(phases).tolist()
         checked = [s for n, end in zip(phases, ends) for s in range(end - n + 9, end)]
-        return [["-c", WAITING, json.dumps(checked), script, *narrow, "--batch-size", "32", "--steps", "20",
-                 "--name", "wait"]]
+        return [["-c", LOOP_ALONE, json.dumps(checked), script, *narrow, "--batch-size", "32",
+                 "--steps", "20", "--name", "wait"]]
     if kind == "resume":
         begun = str(folder / "runs" / f"{script}-{dataset(script)}-half")
         again = [f"{script}.py", "--resume", begun, "--data-dir", str(folder)]
@@ -284,9 +281,8 @@ def test_a_captured_run_resumes_and_samples(names, jobs, folder):
     finished(jobs, names[0])
     script = names[0].removeprefix("resume: ")
     whole, half = (folder / "runs" / f"{script}-{dataset(script)}-{name}" for name in ("whole", "half"))
-    leaves = [torch.utils._pytree.tree_leaves_with_path(
-        torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)["parts"])
-        for run in (whole, half)]
+    leaves = [tree_flatten_with_path(torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+                                     ["parts"])[0] for run in (whole, half)]
     assert len(leaves[0]) == len(leaves[1]) > 20
     for (path, a), (other, b) in zip(*leaves):
         assert path == other
