@@ -57,7 +57,7 @@ RUNS = {  # each at its own width and batch, and a figure that only this one dra
     "cgan tags": ((*SHAPES, "--net", "tags"), "table2"),
     "dcgan imagenet": ((*SMALL_HEADS, "--net", "imagenet"), "fig8"),
     "dcgan svhn": ((*SMALL_HEADS, "--net", "svhn"), "fig8"),
-    "infogan svhn": ((*SMALL_HEADS, "--net", "svhn"), "fig5_c1"),
+    "infogan svhn": ((*SMALL_HEADS, "--net", "svhn"), "fig3a"),
     "infogan celeba": ((*SMALL_HEADS, "--net", "celeba"), "fig6_c1"),
     "infogan faces": ((*SMALL_HEADS, "--net", "faces"), "fig3a"),
     "infogan chairs": ((*HEADS, "--net", "chairs"), "fig3a"),
