@@ -1,23 +1,26 @@
 """How fast the scripts are, mode by mode, against a tutorial's loop and against what the machine could do.
 
     python -m common.bench                            all scripts, each at its own data set and batch
+    python -m common.bench --quick --jobs 8           the same on a GPU in under three minutes
     python -m common.bench gan dcgan --width .25 --quick --json bench.json
     python -m common.bench vaegan --scaling           images/s against batch size and size of pictures
 
-Each mode has what those above it have, and is measured in processes of its own, the repeats in turn:
+Modes, each measured in processes of its own, the repeats in turn:
     textbook   the same networks and batch as a tutorial writes the loop: DataLoader, torch.optim one tensor
                at a time, loss.backward() into every network, float32
     resident   the data as one tensor on the device
     fused      the script's own step: fused optimizers, gradients only where they are needed, channels_last
     bf16       matrix products in bfloat16, where the hardware has it
-    compile    torch.compile
-    graph      the step as one CUDA graph
+    graph      that step as one CUDA graph
+    compiled   the whole step by torch.compile, on a GPU captured as above; on a CPU only by --modes: minutes
 
 A flag that is not listed below goes to those of the scripts that have it.  The script's own main() runs up to
-its loop over `Run.loop`, which is replaced by one that warms up, takes the time and leaves.
+its loop over `Run.loop`, which is replaced by one that warms up, takes the time and leaves.  A mode that
+fails prints one line and leaves an empty row.  --jobs N prepares N processes side by side; each takes its
+time alone while the others are suspended, which "start s" and "compile s" then include.
 
-"arithmetic %" and "bytes %": the work of the script's own float32 step (matrix products and convolutions;
-what each operation reads and writes, above 100 where caches or compiling save it), at the rate measured, as a
+"arithmetic %" and "bytes %": the work of the script's own eager step (matrix products and convolutions; what
+each operation reads and writes, above 100 where caches or compiling save it), at the rate measured, as a
 share of the device's best matrix product and copy.  "cpu ms": processor time a step, over all threads; on one
 thread more than that in "ms" means that others used the core.  "start s": from the process to the first step.
 """
@@ -28,11 +31,15 @@ import importlib
 import itertools
 import json
 import os
+import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from unittest import mock
 
@@ -46,7 +53,7 @@ from common import UserError, data, fuse, log, run
 SCRIPTS = ("gan", "cgan", "dcgan", "aae", "vaegan", "text2image", "infogan")
 EAGER = ("--no-amp", "--no-compile", "--no-graph")
 MODES = {"textbook": EAGER, "resident": EAGER, "fused": EAGER, "bf16": ("--amp", *EAGER[1:]),
-         "compile": ("--compile", "--no-graph"), "graph": ("--compile", "--graph")}
+         "graph": ("--no-compile", "--graph"), "compiled": ("--compile",)}
 OWN = {  # what leads to the step that most of a run consists of
     "infogan": ("--gan-steps", "0"),                               # without the regular GAN beside it
     "text2image": ("--encoder-steps", "1", "--style-steps", "0")}  # G and D at once
@@ -125,7 +132,8 @@ def optimizer(kind, **fixed):
 def textbook(script, loader):
     """The module `script`, so far not imported, with a tutorial's loop."""
     fuse.descend, fuse.place, fuse.frozen = descend, place, lambda *nets: contextlib.nullcontext()
-    fuse.SGD, torch.optim.Adam = optimizer(torch.optim.SGD), optimizer(torch.optim.Adam)
+    fuse.SGD = optimizer(torch.optim.SGD)
+    torch.optim.Adam, torch.optim.AdamW = optimizer(torch.optim.Adam), optimizer(torch.optim.AdamW)
     data.Batches = Loader if loader else data.Batches
     module = importlib.import_module(script)
     module.RMSProp = optimizer(torch.optim.RMSprop, alpha=0.9, weight_decay=1e-5)  # vaegan.py's own
@@ -150,10 +158,13 @@ class Bytes(TorchDispatchMode):
         return out
 
 
-def loop(self, job, found):
-    """In place of Run.loop: warm up, measure for job["seconds"], two steps at least, and count into
-    `found`."""
-    args, numbers, cuda = self.args, itertools.count(1), self.args.device.startswith("cuda")
+def loop(self, job, found, turn):
+    """In place of Run.loop: warm up, wait for `turn()`, measure for job["seconds"], two steps at least, and
+    count into `found`."""
+    args, numbers = self.args, itertools.count(2)  # from 2: text2image's step 1 is its encoders'
+    cuda, compiled = args.device.startswith("cuda"), job["mode"] == "compiled"
+    if compiled and not args.compile:
+        raise UserError("--compile is not possible here")
     self.logger = log.Logger(None, args.steps, args.batch_size)
 
     def steps(n):
@@ -165,15 +176,18 @@ def loop(self, job, found):
         return time.perf_counter() - began
 
     found["start"] = time.time() - job["began"]
-    warm = 6 if args.graph else 3 if args.compile else 2  # a graph takes three plain steps and the capture
-    first, last = (yield from steps(warm - 1)), (yield from steps(1))
-    n = max(2, round(job["seconds"] / last))
-    cpu = time.process_time()
-    step = (yield from steps(n)) / n
-    cpu = (time.process_time() - cpu) / n
+    warm = (6 if args.graph else 2) + 2 * compiled  # compiling, three steps, the capture, replays
+    preparing = yield from steps(warm)
+    turn()
+    step = yield from steps(1)
+    for seconds in (0.1 * job["seconds"], job["seconds"]):  # the first to estimate, and for the clock to rise
+        n = max(1 + (seconds == job["seconds"]), round(seconds / step))
+        cpu = time.process_time()
+        step = (yield from steps(n)) / n
+        cpu = (time.process_time() - cpu) / n
     peak = Path("/proc/self/status")  # getrusage would count the parent process, too
     peak = peak.read_text() if peak.exists() else ""
-    found |= {"step": step, "cpu": cpu, "batch": args.batch_size, "compile": first + last - warm * step,
+    found |= {"step": step, "cpu": cpu, "batch": args.batch_size, "compile": preparing - warm * step,
               "host": int(peak.split("VmHWM:")[1].split()[0]) * 1024 if "VmHWM:" in peak else None,
               "gpu": torch.cuda.max_memory_allocated() if cuda else None}
     if job["count"]:  # a step each: either would count what the other does
@@ -185,9 +199,10 @@ def loop(self, job, found):
     raise Done
 
 
-def work(job):
-    """Measure what `job` says; a dict."""
+def work(job, turn):
+    """Measure what `job` says, prepared up to where `turn()` returns; a dict."""
     if job["mode"] == "limits":
+        turn()
         return limits(torch.device(job["device"]), job["seconds"])
     plain, found = job["mode"] in ("textbook", "resident"), {}
     load = (lambda name: textbook(name, job["mode"] == "textbook")) if plain else importlib.import_module
@@ -195,9 +210,24 @@ def work(job):
     if job["script"] == "text2image":  # phi_t of every text comes before the steps, minutes of it on a CPU
         module.texts_of = lambda phi_t, t, device: torch.randn(*t.shape[:-1], module.NH, device=device)
     with tempfile.TemporaryDirectory() as out, contextlib.suppress(Done), \
-            mock.patch.object(run.Run, "loop", lambda self: loop(self, job, found)):
+            mock.patch.object(run.Run, "loop", lambda self: loop(self, job, found, turn)), \
+            mock.patch.object(run.Run, "show", lambda *_: None):
         module.main([*job["words"], "--out", out])
     return found
+
+
+def serve(job):
+    """work(job) for Machine.measure(): "ready" and the findings go to stdout; a line on stdin is the turn."""
+    sys.excepthook, answers = run._one_line("bench"), sys.stdout
+
+    def turn():
+        print("ready", file=answers, flush=True)
+        if not sys.stdin.readline():
+            sys.exit(1)  # who asked is gone
+
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # what the script says
+        found = work(job, turn)
+    print(json.dumps(found), file=answers, flush=True)
 
 
 def limits(device, seconds):
@@ -225,42 +255,83 @@ def limits(device, seconds):
 
 # ---- many of them
 
-def fresh(job, cache):
-    """work(job) in a fresh process.  UserError: the line with which it failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "found.json"
-        job = job | {"began": time.time()}
-        result = subprocess.run([sys.executable, "-m", "common.bench", "--work", json.dumps(job), file],
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False,
-                                env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache})
-        if result.returncode:
-            said = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
-            raise UserError(f"{job.get('script', '')} {job['mode']}: {said[-1]}".strip())
-        return json.loads(file.read_text())
+class Machine:
+    """Runs measurements in processes of their own, which take their time one by one, the others suspended."""
+
+    def __init__(self, jobs, cache):
+        self.turn, self.processes = threading.Lock(), set()
+        self.environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+        if jobs > 1:
+            self.environment["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+
+    def signal(self, name, processes):
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                if hasattr(os, "killpg"):  # and so do its DataLoader's and its compiler's
+                    os.killpg(process.pid, getattr(signal, name))
+                elif name == "SIGKILL":
+                    process.kill()
+
+    def measure(self, job):
+        """work(job) in a fresh process.  UserError: the line with which it failed."""
+        command = [sys.executable, "-m", "common.bench", "--work", json.dumps(job | {"began": time.time()})]
+        with tempfile.TemporaryFile("w+") as errors:
+            with self.turn:
+                process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                           stderr=errors, env=self.environment, start_new_session=True)
+                self.processes.add(process)
+            try:
+                ready = next((line for line in process.stdout if line == "ready\n"), "")
+                with self.turn:
+                    others = self.processes - {process}
+                    self.signal("SIGSTOP", others)
+                    with contextlib.suppress(BrokenPipeError):
+                        process.stdin.write("\n" * bool(ready))
+                        process.stdin.close()
+                    answer = next((line for line in process.stdout if line.startswith(("{", "["))), "")
+                    self.signal("SIGCONT", others)
+                process.wait()
+            finally:
+                self.signal("SIGKILL", [process])
+                self.processes.discard(process)
+            if answer:
+                return json.loads(answer)
+            errors.seek(0)
+            said = errors.read().strip().splitlines() or [f"exit code {process.returncode}"]
+            line = next((s for s in reversed(said) if re.match(r"[\w.]+(Error|Exception|\.py): ", s)),
+                        said[-1])
+            raise UserError(f"{job.get('script', '')} {job['mode']}: {line}".strip())
 
 
 def row_of(job, runs):
-    """Medians over the repeats; of the time to compile and of memory the largest."""
+    """Medians over the repeats `runs`, without any an empty row; of the time to compile and of memory the
+    largest."""
+    row = {"script": job["script"], "flags": job["shown"], "batch": None, "mode": job["mode"],
+           **dict.fromkeys(("images/s", "low", "high", "x textbook", "ms", "cpu ms", "arithmetic %",
+                            "bytes %", "start s", "compile s", "host MB", "gpu MB", "flops", "bytes")),
+           "repeats": len(runs)}
+    if not runs:
+        return row
     rates = sorted(r["batch"] / r["step"] for r in runs)
     middle = {key: statistics.median(r[key] for r in runs) for key in ("step", "cpu", "start")}
     most = {key: max(r[key] for r in runs) for key in ("compile", "host", "gpu") if runs[0][key] is not None}
-    row = {"script": job["script"], "flags": job["shown"], "batch": runs[0]["batch"], "mode": job["mode"],
-           "images/s": statistics.median(rates), "low": rates[0], "high": rates[-1], "x textbook": None,
-           "ms": 1e3 * middle["step"], "cpu ms": 1e3 * middle["cpu"], "arithmetic %": None,
-           "bytes %": None, "start s": middle["start"],
-           "compile s": max(0.0, most["compile"]) if job["mode"] in ("compile", "graph") else None}
-    row |= {f"{key} MB": most[key] / 1e6 if key in most else None for key in ("host", "gpu")}
-    return row | {key: runs[0].get(key) for key in ("flops", "bytes")} | {"repeats": len(runs)}
+    row |= {"batch": runs[0]["batch"], "images/s": statistics.median(rates), "low": rates[0],
+            "high": rates[-1], "ms": 1e3 * middle["step"], "cpu ms": 1e3 * middle["cpu"],
+            "start s": middle["start"],
+            "compile s": max(0.0, most["compile"]) if job["mode"] in ("compiled", "graph") else None}
+    row |= {f"{key} MB": most[key] / 1e6 for key in ("host", "gpu") if key in most}
+    return row | {key: next((r[key] for r in runs if key in r), None) for key in ("flops", "bytes")}
 
 
 def compare(rows, rates):
-    """Add to a script's rows the shares of the limits `rates`, and the speed over the textbook loop's."""
+    """Add to the rows of one script and its flags the shares of the limits `rates`, and the speed over the
+    textbook loop's."""
     work, base = next((r for r in rows if r["flops"]), None), rows[0]
-    for row in rows:
-        peak = rates.get(FLOAT if MODES[row["mode"]] == EAGER else BFLOAT, rates[FLOAT])
-        if base["mode"] == "textbook":
+    for row in (r for r in rows if r["ms"]):
+        if base["mode"] == "textbook" and base["ms"]:
             row["x textbook"] = row["images/s"] / base["images/s"]
-        if work:
+        if work and rates:
+            peak = rates.get(FLOAT if MODES[row["mode"]] == EAGER else BFLOAT, rates[FLOAT])
             for key, of, best in (("arithmetic %", "flops", peak), ("bytes %", "bytes", rates[COPY])):
                 row[key] = 1e-4 * work[of] / row["ms"] / best
 
@@ -320,9 +391,12 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(prog="python -m common.bench", usage="%(prog)s [script ...] [flags]",
                                 description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--modes", help="out of those above, separated by commas [all that the machine offers]")
-    p.add_argument("--repeats", type=run.number(int, 1), help="processes for each mode [3, --quick 2]")
+    p.add_argument("--modes", help="out of those above, separated by commas [all that the machine offers, "
+                   "--quick without resident and fused where it has bf16]")
+    p.add_argument("--repeats", type=run.number(int, 1), help="processes for each mode [3, --quick 1]")
     p.add_argument("--seconds", type=run.number(float, 0, open_low=True), help="in each [10, --quick 2]")
+    p.add_argument("--jobs", type=run.number(int, 1), default=1, metavar="N",
+                   help="processes that prepare side by side [%(default)s]")
     p.add_argument("--quick", action="store_true", help="fewer and shorter measurements")
     p.add_argument("--scaling", action="store_true", help="batches and sizes of pictures in place of modes")
     p.add_argument("--device", default="auto", help="as the scripts' [%(default)s]")
@@ -331,12 +405,15 @@ def parse_args(argv=None):
     scripts = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
     args, further = p.parse_known_args(words[len(scripts):])
     device = run._device(args.device)
-    args.device, args.repeats = str(device), args.repeats or (2 if args.quick else 3)
+    args.device, args.repeats = str(device), args.repeats or (1 if args.quick else 3)
     args.seconds = args.seconds or (2 if args.quick else 10)
-    lacks = {"bf16": not fuse.has_bf16(device), "graph": device.type != "cuda"}
-    there = [m for m in MODES if not lacks.get(m)]
-    # --scaling: what the scripts do without further flags; to compile is not that on a CPU.
-    default = [[m for m in there if m != "compile"][-1]] if args.scaling else there
+    bf16, cuda = fuse.has_bf16(device), device.type == "cuda"
+    there = [m for m in MODES if {"bf16": bf16, "graph": cuda}.get(m, True)]
+    default = [m for m in there if cuda or m != "compiled"]
+    if args.scaling:  # what the scripts do without further flags
+        default = [[m for m in default if m != "compiled"][-1]]
+    elif args.quick and bf16:
+        default = [m for m in default if m not in ("resident", "fused")]
     modes = args.modes.split(",") if args.modes else default
     for what, names, known in (("script", scripts, SCRIPTS), ("mode", modes, there)):
         for name in names:
@@ -352,6 +429,8 @@ def main(argv=None):
     report = {"machine": run.machine(args.device), "torch": torch.__version__,
               "date": time.strftime("%Y-%m-%d"), "limits": {}, "rows": []}
     cache = tempfile.TemporaryDirectory()  # compiling starts from nothing
+    machine = Machine(args.jobs, cache.name)
+    found, failed = {}, set()  # (script, flags, mode) -> (the job, what its repeats measured)
 
     def write():
         try:
@@ -360,41 +439,65 @@ def main(argv=None):
         except OSError as e:
             raise UserError(f"--json {args.json} cannot be written ({e.strerror})") from None
 
-    def measure(script, words):
-        jobs = [{"script": script, "mode": m, "shown": " ".join(words), "seconds": args.seconds,
-                 "words": [*OWN.get(script, ()), *words, "--device", args.device, *ENDLESS, *MODES[m]]}
-                for m in args.modes]
-        counted = next(m for m in ("fused", "resident", "textbook", *args.modes) if m in args.modes)
-        runs = [[] for _ in jobs]
-        for i in range(args.repeats):
-            for job, found in zip(jobs, runs):
-                found.append(fresh(job | {"count": i == 0 and job["mode"] == counted}, cache.name))
-                rate = found[-1]["batch"] / found[-1]["step"]
-                print(*filter(None, (script, job["shown"], job["mode"])), f"{rate:.4g} images/s",
-                      file=sys.stderr, flush=True)
-        rows = [row_of(*pair) for pair in zip(jobs, runs)]
-        compare(rows, report["limits"])
-        report["rows"] += rows
-        write()
-        return rows[0]["batch"]
+    def attempt(job, key=None):
+        """What machine.measure() finds; None, with a line, for what fails, and for its further repeats."""
+        try:
+            return None if key in failed else machine.measure(job)
+        except UserError as e:
+            if key not in failed:
+                print(e, file=sys.stderr, flush=True)
+            failed.add(key)
+
+    def measure(settings):
+        """All modes of each (script, words); back comes the batch of each that ran."""
+        queue = []
+        counted = next((m for m in ("fused", "resident", "bf16", "textbook") if m in args.modes), None)
+        for script, words in settings:
+            for repeat, mode in itertools.product(range(args.repeats), args.modes):
+                job = {"script": script, "mode": mode, "shown": " ".join(words), "seconds": args.seconds,
+                       "words": [*OWN.get(script, ()), *words, "--device", args.device, *ENDLESS,
+                                 *MODES[mode]], "count": repeat == 0 and mode == counted}
+                found.setdefault((script, job["shown"], mode), (job, []))
+                queue.append(job)
+        if args.jobs > 1:  # what takes longest begins first
+            queue.sort(key=lambda job: job["mode"] != "compiled")
+        keys = [(job["script"], job["shown"], job["mode"]) for job in queue]
+        futures = {pool.submit(attempt, job, key): key for job, key in zip(queue, keys)}
+        for future in as_completed(futures):
+            key, one = futures[future], future.result()
+            if one:
+                found[key][1].append(one)
+                print(*filter(None, key), f"{one['batch'] / one['step']:.4g} images/s", file=sys.stderr,
+                      flush=True)
+            report["rows"] = [row_of(*pair) for pair in found.values()]
+            for _, rows in itertools.groupby(report["rows"], lambda row: (row["script"], row["flags"])):
+                compare(list(rows), report["limits"])
+            write()
+        return {row["script"]: row["batch"] for row in report["rows"] if row["batch"]}
 
     write()
-    job = {"mode": "limits", "device": args.device, "seconds": min(2, args.seconds)}
-    report["limits"] = fresh(job, cache.name)
-    for script, words in flags.items():
-        batch = measure(script, words)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`: none may stay suspended
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
+        job = {"mode": "limits", "device": args.device, "seconds": min(2, args.seconds)}
+        report["limits"] = attempt(job) or {}
+        batches = measure(flags.items())
         if args.scaling:
-            for factor in (0.5, 2) if args.quick else (0.25, 0.5, 2, 4):
-                measure(script, [*words, "--batch-size", str(max(2, round(factor * batch)))])
-            for more in SIZES.get(script, ()):
-                measure(script, [*words, *more])
+            factors = (0.5, 2) if args.quick else (0.25, 0.5, 2, 4)
+            measure([(script, [*flags[script], *more]) for script, batch in batches.items() for more in (
+                *(["--batch-size", str(max(2, round(factor * batch)))] for factor in factors),
+                *SIZES.get(script, ()))])
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        machine.signal("SIGKILL", set(machine.processes))
     best = ", ".join(f"{rate:.3g} {name}" for name, rate in report["limits"].items())
     print(f"{report['machine']}, PyTorch {report['torch']}: {best}\n\n{table(report['rows'])}")
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--work"]:
-        sys.excepthook = run._one_line("bench")
-        Path(sys.argv[3]).write_text(json.dumps(work(json.loads(sys.argv[2]))))
+        serve(json.loads(sys.argv[2]))
     else:
         main()

@@ -1,8 +1,11 @@
 """The benchmark: that its textbook loop computes what the scripts compute, a tiny real one, what it counts
 and what it says of bad input."""
 
+import itertools
 import json
 import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,15 +20,21 @@ RATES = {bench.FLOAT: 50.0, bench.COPY: 10.0}
 @pytest.fixture
 def limits(monkeypatch):
     """Without the process that measures the limits."""
-    real = bench.fresh
-    monkeypatch.setattr(
-        bench, "fresh", lambda job, cache: RATES if job["mode"] == "limits" else real(job, cache)
-    )
+    real = bench.Machine.measure
+    monkeypatch.setattr(bench.Machine, "measure", lambda self, job: RATES if job["mode"] == "limits"
+                        else real(self, job))
 
 
 def nets():
     torch.manual_seed(0)
     return nn.Linear(3, 5), nn.Linear(5, 1)
+
+
+def text2image_adam(kind, params):
+    """Groups of their own weight decay, as text2image.adam() makes them."""
+    w, b = params
+    groups = [{"params": [w], "weight_decay": 0.1}, {"params": [b], "weight_decay": 0.0}]
+    return kind(groups, torch.tensor(1e-2), betas=(0.5, 0.999), fused=True)
 
 
 def weights(*nets):
@@ -63,7 +72,9 @@ def test_textbook_descent_works_out_every_gradient():
     (lambda p: vaegan.RMSProp(p, 1e-2),
      lambda p: bench.optimizer(torch.optim.RMSprop, alpha=0.9, weight_decay=1e-5)(p, 1e-2)),
     (lambda p: torch.optim.Adam(p, torch.tensor(1e-2), betas=(0.5, 0.999), fused=True),
-     lambda p: bench.optimizer(torch.optim.Adam)(p, torch.tensor(1e-2), betas=(0.5, 0.999), fused=True))])
+     lambda p: bench.optimizer(torch.optim.Adam)(p, torch.tensor(1e-2), betas=(0.5, 0.999), fused=True)),
+    (lambda p: text2image_adam(torch.optim.AdamW, p), lambda p: text2image_adam(
+        bench.optimizer(torch.optim.AdamW), p))])
 def test_textbook_optimizers_are_the_scripts_own(ours, theirs):
     found = []
     for make in (ours, theirs):
@@ -104,13 +115,23 @@ def test_bytes_read_and_written():
     assert moved.total == 40 + 4
 
 
+def row(mode, runs):
+    return bench.row_of({"script": "gan", "shown": "", "mode": mode}, runs)
+
+
 def test_shares_and_ratios():
-    rows = [{"mode": "textbook", "ms": 200.0, "images/s": 10.0, "flops": None, "bytes": None},
-            {"mode": "fused", "ms": 100.0, "images/s": 20.0, "flops": 2.5e9, "bytes": 0.5e9}]
+    one = {"cpu": 0.1, "start": 1.0, "compile": 0.0, "host": 1e6, "gpu": None, "batch": 2}
+    rows = [row("textbook", [one | {"step": s} for s in (0.1, 0.2, 0.3)]), row("compiled", []),
+            row("fused", [one | {"step": 0.1, "flops": 2.5e9, "bytes": 0.5e9}])]
     bench.compare(rows, RATES)
-    assert [row["x textbook"] for row in rows] == [1.0, 2.0]
-    assert [row["arithmetic %"] for row in rows] == [pytest.approx(25), pytest.approx(50)]
-    assert [row["bytes %"] for row in rows] == [pytest.approx(25), pytest.approx(50)]
+    assert [row["x textbook"] for row in rows] == [1.0, None, 2.0]
+    assert [row["arithmetic %"] for row in rows] == [pytest.approx(25), None, pytest.approx(50)]
+    assert [row["bytes %"] for row in rows] == [pytest.approx(25), None, pytest.approx(50)]
+    assert rows[0]["high"] == 20 and rows[0]["repeats"] == 3 and rows[0].keys() == rows[1].keys()
+    assert rows[0]["compile s"] is None and rows[1]["ms"] is None
+    rows = [row("textbook", []), row("graph", [one | {"step": 0.1}])]
+    bench.compare(rows, {})  # neither the first row nor the limits
+    assert rows[1]["x textbook"] is None is rows[1]["arithmetic %"] and rows[1]["compile s"] == 0
 
 
 def test_limits():
@@ -140,10 +161,76 @@ def test_a_tiny_bench(digits, tmp_path, limits, capsys):
     assert all(line.count("|") == len(names) + 1 for line in lines[2:])
 
 
+def test_a_mode_that_fails_leaves_an_empty_row_and_the_others_go_on(digits, tmp_path, monkeypatch, capsys):
+    real, tried, file = bench.Machine.measure, [], tmp_path / "bench.json"
+
+    def measure(self, job):
+        tried.append(job["mode"])
+        return real(self, job | {"words": ["--no-such-flag"]} if job["mode"] == "compiled" else job)
+
+    monkeypatch.setattr(bench.Machine, "measure", measure)
+    with pytest.raises(SystemExit) as e:
+        bench.main(["gan", "--modes", "fused,compiled", "--repeats", "2", "--seconds", ".1", "--jobs", "2",
+                    "--device", "cpu", "--json", str(file), "--dataset", str(digits), "--batch-size", "8"])
+    assert e.value.code == 1
+    rows, (out, err) = json.loads(file.read_text())["rows"], capsys.readouterr()
+    assert [r["mode"] for r in rows] == ["fused", "compiled"] and rows[0]["repeats"] == 2
+    assert rows[0]["arithmetic %"] > 0 and rows[1]["images/s"] is None and rows[1]["repeats"] == 0
+    said = [line for line in err.splitlines() if "compiled" in line]
+    assert said and said[0].startswith("gan compiled: ") and "--no-such-flag" in said[0]
+    assert tried[0] == "limits" and tried[1] == "compiled"  # what takes longest begins first
+    assert len([line for line in out.splitlines() if line.startswith("| gan")]) == 2
+
+
+def test_only_one_process_measures_at_a_time(tmp_path, monkeypatch):
+    """While one process has its turn, the others, which never pause, stand still."""
+    program = """if True:
+        import json, sys, threading, time
+        print("ready", flush=True)
+        log = open(sys.argv[1], "w")
+        def tick():
+            while True:
+                print(time.time(), file=log, flush=True)
+                time.sleep(.01)
+        threading.Thread(target=tick, daemon=True).start()
+        sys.stdin.readline()
+        began = time.time()
+        time.sleep(.4)
+        print(json.dumps([began, time.time()]), flush=True)
+    """
+    popen, found, number = subprocess.Popen, [], itertools.count()
+
+    def start(command, **more):
+        return popen([sys.executable, "-c", program, tmp_path / str(next(number))], **more)
+
+    monkeypatch.setattr(bench.subprocess, "Popen", start)
+    machine = bench.Machine(3, str(tmp_path))
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(machine.measure, [{"mode": "limits"}] * 3))
+    turns = sorted(found)
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(turns))
+    ticks = [[float(t) for t in (tmp_path / str(i)).read_text().split()] for i in range(3)]
+    for began, ended in turns:
+        within = sorted(sum(began + 0.1 < t < ended - 0.05 for t in times) for times in ticks)
+        assert within[:2] == [0, 0] and within[2] > 5, within
+    assert not machine.processes
+
+
+def test_the_measured_loop_draws_nothing(digits, tmp_path, monkeypatch):
+    """dcgan shows Fig. 2 after the first epoch, which the measured loop goes through."""
+    turns, drawn = [], []
+    monkeypatch.setattr(bench.log, "save_png", lambda *_: drawn.append(1))
+    job = {"script": "dcgan", "mode": "fused", "seconds": 0.1, "count": False, "began": 0.0, "words": [
+        "--dataset", str(digits), "--net", "svhn", "--width", ".02", "--batch-size", "128", "--device", "cpu",
+        *bench.ENDLESS, *bench.EAGER]}
+    found = bench.work(job, lambda: turns.append(1))
+    assert found["batch"] == 128 and found["step"] > 0 and turns == [1] and not drawn
+
+
 def test_scaling_goes_through_batches_and_sizes(monkeypatch, capsys):
     jobs = []
 
-    def fresh(job, cache):
+    def measure(self, job):
         if job["mode"] == "limits":
             return RATES
         words = job["words"]
@@ -152,7 +239,7 @@ def test_scaling_goes_through_batches_and_sizes(monkeypatch, capsys):
         return {"step": 0.5, "cpu": 0.5, "batch": batch, "compile": 0.0, "host": 1e6,
                 "gpu": None, "start": 1.0}
 
-    monkeypatch.setattr(bench, "fresh", fresh)
+    monkeypatch.setattr(bench.Machine, "measure", measure)
     bench.main(["vaegan", "--scaling", "--quick", "--repeats", "1", "--width", ".5", "--device", "cpu"])
     assert jobs == ["--width .5", *(f"--width .5 --batch-size {b}" for b in (32, 128)),
                     *(f"--width .5 --net {size}" for size in (28, 32, 64))]
@@ -179,10 +266,26 @@ def test_bad_flags_exit_with_2_and_a_line(words, said, capsys):
     assert e.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_mistakes_are_one_line(tmp_path, monkeypatch, limits):
+def test_modes_of_a_machine(monkeypatch):
+    def modes(*words):
+        return bench.parse_args(["gan", *words])[0].modes
+
+    for bf16 in (True, False):
+        monkeypatch.setattr(bench.fuse, "has_bf16", lambda device, has=bf16: has)
+        monkeypatch.setattr(bench.run, "_device", torch.device)
+        for device, more in (("cpu", []), ("cuda", ["graph", "compiled"])):
+            every = ["textbook", "resident", "fused", *["bf16"] * bf16, *more]
+            short = ["textbook", "bf16", *more] if bf16 else every
+            assert modes("--device", device) == every and modes("--device", device, "--quick") == short
+    assert modes("--device", "cpu", "--modes", "compiled,fused") == ["fused", "compiled"]
+    assert modes("--device", "cuda", "--scaling") == ["graph"]
+    assert modes("--device", "cpu", "--scaling") == ["fused"]
+
+
+def test_mistakes_are_one_line(tmp_path, limits, capsys):
     with pytest.raises(UserError, match=r"cannot be written \(Is a directory\)"):
         bench.main(["gan", "--json", str(tmp_path)])
-    failed = subprocess.CompletedProcess([], 1, stderr="rendering\ngan.py: data set 'nope' is not known\n")
-    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(UserError, match="^gan textbook: gan.py: data set 'nope' is not known$"):
-        bench.main(["gan", "--dataset", "nope"])
+    with pytest.raises(SystemExit):
+        bench.main(["gan", "--dataset", "nope", "--device", "cpu", "--modes", "textbook"])
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("gan textbook: gan.py: data set 'nope' is neither known")

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import cuda
 from PIL import Image
 
 import common
@@ -1063,7 +1064,7 @@ def test_bad_minibatches():
     one_line(lambda: Batches(x, batch_size=2, seed=1).load_state_dict(state), "seed is 0", "1")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@cuda
 @HOME
 def test_gpu_without_waiting(resident):
     x, i = numbered(1000)
@@ -1080,7 +1081,7 @@ def test_gpu_without_waiting(resident):
         assert u.is_cuda and torch.equal(j.cpu(), k) and torch.allclose(u.cpu(), v, atol=1e-6)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@cuda
 def test_gpu_capture_while_reading_ahead():
     b = Batches(*numbered(100000), batch_size=10000, device="cuda", resident=False)
     x, _ = next(b)
