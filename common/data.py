@@ -162,10 +162,7 @@ def small(name, root, download):
 
 
 def npz(path):
-    """The arrays of an .npz file: images uint8 (N, C, H, W); optional labels, test parts and further arrays.
-
-    Labels in ascending order are shuffled with all that belongs to them, so that any part has all classes.
-    """
+    """The arrays of an .npz file: images uint8 (N, C, H, W), optional labels, test parts and others."""
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is cut off or not an .npz archive: write it anew with numpy.savez")
     arrays, key = {}, None
@@ -201,16 +198,14 @@ def npz(path):
         if len(x) and x.shape[1:] != arrays["images"].shape[1:]:
             raise UserError(f"{path}: images are {tuple(arrays['images'].shape[1:])} and test_images "
                             f"{tuple(x.shape[1:])}: expected one (C, H, W)")
-    labels = arrays.get("labels", torch.zeros(0))
-    if len(labels.unique()) > 1 and (labels.diff() >= 0).all():
-        for key, a in arrays.items():
-            if len(a) == len(labels) and not key.startswith("test_") and not key.endswith(NAMES):
-                arrays[key] = a[shuffled(range(len(a)))] if torch.is_tensor(a) else shuffled(a)
+    for key, a in arrays.items():  # shuffled, so that a part held out from the end has all classes
+        if len(a) == len(arrays["images"]) and not key.startswith("test_") and not key.endswith(NAMES):
+            arrays[key] = a[shuffled(range(len(a)))] if torch.is_tensor(a) else shuffled(a)
     return arrays
 
 
 def shuffled(rows):
-    """The rows as a list in a fixed random order."""
+    """The rows as a list in a random order that depends on their number alone."""
     return [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()]
 
 
@@ -247,7 +242,7 @@ def resize(images, size, channels):
 # ---- sets of files, decoded and resized once into a memory-mapped array
 
 def folder(path, root, size, channels):
-    """A folder of pictures, sorted by name; or with a sub-folder for each class, at any depth, shuffled."""
+    """A folder of pictures, shuffled; its sub-folders, if any, are the classes."""
     files = []
     for at, below, names in os.walk(path, followlinks=True):
         below[:] = [d for d in below if not d.startswith(".")]
@@ -261,8 +256,8 @@ def folder(path, root, size, channels):
     if 0 < flat < len(files):
         raise UserError(f"{path} holds {flat} pictures beside {len(files) - flat} in sub-folders: "
                         "expected pictures alone, or a sub-folder for each class")
+    files = shuffled(files)
     if not flat:
-        files = shuffled(files)
         tops = [f.split(os.sep, 1)[0] for f in files]
         rest["classes"] = sorted(set(tops))
         index = {c: i for i, c in enumerate(rest["classes"])}
@@ -372,8 +367,9 @@ def listed(name, root, download):
         for a in lists["annotations"]:
             captions.setdefault(a["image_id"], []).append(a["caption"].strip())
         names = {i["id"]: i["file_name"] for i in lists["images"] if i["id"] in captions}
-        files = [root / "coco" / "train2014" / names[i] for i in sorted(names)]
-        return files, len(files), {"captions": [captions[i] for i in sorted(names)],
+        ids = shuffled(sorted(names))
+        files = [root / "coco" / "train2014" / names[i] for i in ids]
+        return files, len(files), {"captions": [captions[i] for i in ids],
                                    "files": [f.name for f in files]}
     from torchvision import datasets
     if name == "celeba":
@@ -402,15 +398,19 @@ def stl10(root, size, channels, download):
     from torchvision.datasets import STL10
     train, test = (STL10(root, split=s, download=download) for s in ("train", "test"))
     more = np.memmap(root / "stl10_binary" / "unlabeled_X.bin", np.uint8, "r").reshape(-1, 3, 96, 96)
-    parts = train.data, more.swapaxes(2, 3), test.data  # the file stores pictures column by column
+    more = more.swapaxes(2, 3)  # the file stores pictures column by column
     labels = torch.cat([torch.as_tensor(train.labels).long(), torch.full((len(more),), -1)])
+    order = shuffled(range(len(labels)))  # unlabelled pictures everywhere, not at the end alone
+    rows = [*order, *range(len(labels), len(labels) + len(test))]
 
     def blocks(start):
-        for x in in_blocks(parts, start):
+        for i in range(start, len(rows), BLOCK):
+            x = np.stack([train.data[j] if j < len(train) else more[j - len(train)] if j < len(labels) else
+                          test.data[j - len(labels)] for j in rows[i:i + BLOCK]])
             yield resize(torch.from_numpy(x), size, channels).numpy()
 
-    return blocks, len(labels) + len(test), {
-        "labels": labels, "test_labels": torch.as_tensor(test.labels).long(), "classes": train.classes,
+    return blocks, len(rows), {
+        "labels": labels[order], "test_labels": torch.as_tensor(test.labels).long(), "classes": train.classes,
         "test_from": len(labels)}
 
 

@@ -48,6 +48,11 @@ def one_line(call, *words):
         assert str(word) in text, text
 
 
+def by_name(d):
+    """The images of a folder in the order of their files' names."""
+    return d.images[np.argsort(d.extra["files"])]
+
+
 def cache_of(root):
     """The prepared and half-prepared sets under a data folder, without the lock files."""
     return sorted(p for p in (root / "cache").glob("*") if p.suffix != ".lock")
@@ -108,7 +113,7 @@ def test_absurd_size_and_channels(tmp_path):
 
 def test_size_and_channels_of_arrays(tmp_path):
     a = noise(3, 3, 12, 20)
-    np.savez(tmp_path / "a.npz", images=a, test_images=a[:1])
+    np.savez(tmp_path / "a.npz", images=a[np.argsort(data.shuffled(range(3)))], test_images=a[:1])
     d = load(tmp_path / "a.npz", size=12, channels=1)
     assert d.images.shape == (3, 1, 12, 12) and d.test_images.shape == (1, 1, 12, 12)
     grey = np.asarray(Image.fromarray(a[0].transpose(1, 2, 0)).convert("L"))
@@ -164,7 +169,9 @@ def test_flat_folder_in_several_blocks(tmp_path, monkeypatch, capsys):
     for i, x in enumerate(a):
         save(tmp_path / "f" / f"{i}.png", x)
     d = load(str(tmp_path / "f"), tmp_path, 5)
-    assert d.labels is None and d.classes is None and np.array_equal(d.images[:, 0], a)
+    order = [int(f[0]) for f in d.extra["files"]]
+    assert d.labels is None and d.classes is None and np.array_equal(d.images[:, 0], a[order])
+    assert sorted(order) == list(range(10)) != order        # shuffled: names often tell the class
     assert "preparing f: 10 of 10 pictures" in capsys.readouterr().err
 
 
@@ -190,12 +197,12 @@ def test_kinds_of_pictures(tmp_path):
     d = load(f, tmp_path, 4)
     expected = [(50,) * 3, (255,) * 3, (10, 20, 30), (128,) * 3, (0, 255, 0), (0, 0, 0), (255,) * 3]
     assert d.images.shape == (7, 3, 4, 4)  # colour, since some have it
-    for x, colour in zip(d.images, expected):
+    for x, colour in zip(by_name(d), expected):
         assert (x.int() - torch.tensor(colour)[:, None, None]).abs().max() <= 3
     assert load(f, tmp_path, 4, channels=1).images.shape == (7, 1, 4, 4)
     for name in ("2-clear.png", "3-half.png", "5-palette.png", "6-cmyk.jpg"):
         (f / name).unlink()
-    assert load(f, tmp_path, 4).images[:, 0, 0, 0].tolist() == [50, 128, 255]  # grey, since all are
+    assert by_name(load(f, tmp_path, 4))[:, 0, 0, 0].tolist() == [50, 128, 255]  # grey, since all are
     assert load(f, tmp_path, 4).images.shape == (3, 1, 4, 4)
 
 
@@ -250,7 +257,7 @@ def test_cache_is_reused_until_the_pictures_change(tmp_path, pictures, monkeypat
     load(pictures, tmp_path, size=4)
     assert next(count) == 24 + 1 + 24  # another size is another cache
     save(pictures / "03.png", noise(8, 8, 3))
-    assert not torch.equal(load(pictures, tmp_path, 8).images[3], first.images[3])
+    assert not torch.equal(by_name(load(pictures, tmp_path, 8))[3], by_name(first)[3])
     assert next(count) == 24 + 1 + 24 + 1 + 24
 
 
@@ -345,7 +352,7 @@ def test_killed_and_then_two_at_once(tmp_path, pictures, monkeypatch, request):
     out, err = peer.communicate(timeout=60)
     assert peer.returncode == 0, err
     assert f"sum {int(mine.sum())}\n" in out
-    for x, path in zip(mine, sorted(pictures.iterdir())):
+    for x, path in zip(mine, data.shuffled(sorted(pictures.iterdir()))):
         assert np.array_equal(x, np.asarray(Image.open(path)).transpose(2, 0, 1))
     (made,) = cache_of(tmp_path)  # nothing is left of what the killed one began
     assert made.name == half.name.split(".tmp")[0]
@@ -417,7 +424,7 @@ def test_interrupted_folder_goes_on(tmp_path, pictures, monkeypatch, capsys):
     capsys.readouterr()
     seen.clear()
     assert torch.equal(load(pictures, tmp_path, 8).images, expected)
-    assert sorted(seen) == [f"{i:02}.png" for i in range(8, 24)]
+    assert sorted(seen) == sorted(f"{i:02}.png" for i in data.shuffled(range(24))[8:])
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "preparing f: going on at picture 9 of 24" and "24 of 24 pictures" in lines[-1]
 
@@ -433,7 +440,8 @@ def test_a_disk_too_small_is_told_at_once(tmp_path, pictures, monkeypatch):
 def test_name_of_a_prepared_folder(tmp_path, pictures):
     """As it has been from the start, so that what is prepared stays in use."""
     load(pictures, tmp_path, 8)
-    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(pictures.iterdir())]
+    files = data.shuffled(sorted(pictures.iterdir()))
+    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     digest = hashlib.sha256(json.dumps([str(pictures.resolve()), stats]).encode()).hexdigest()[:16]
     assert [p.name for p in cache_of(tmp_path)] == [f"f-8xown-{digest}"]
 
@@ -470,7 +478,7 @@ def test_slower_of_two_without_locks(tmp_path, pictures, monkeypatch):
 
 
 def test_npz(tmp_path, monkeypatch):
-    images, factors = noise(6, 3, 4, 4), RNG.normal(size=(6, 2))
+    images, factors, order = noise(6, 3, 4, 4), RNG.normal(size=(6, 2)), data.shuffled(range(6))
     np.savez_compressed(
         tmp_path / "s.npz",
         images=images,
@@ -488,25 +496,31 @@ def test_npz(tmp_path, monkeypatch):
     monkeypatch.setattr(kind, "__getitem__", lambda z, key: (read.append(key), get(z, key))[1])
     d = load(tmp_path / "s.npz", tmp_path)
     assert sorted(read) == sorted(set(read)) and len(read) == 9  # nothing is decompressed twice
-    assert d.name == "s" and np.array_equal(d.images, images) and np.array_equal(d.test_images, images[:2])
-    assert d.labels.dtype == d.test_labels.dtype == torch.int64 and d.labels.tolist() == [5, 4, 3, 2, 1, 0]
+    assert d.name == "s" and np.array_equal(d.images, images[order])
+    assert np.array_equal(d.test_images, images[:2])
+    assert d.labels.dtype == d.test_labels.dtype == torch.int64
+    assert d.labels.tolist() == [5 - i for i in order]
     assert d.test_labels.tolist() == [1, 0] and d.classes == list("uvwxyz")
     assert set(d.extra) == {"factors", "factor_names", "age", "old"} and d.extra["factor_names"] == ["a", "b"]
-    assert d.extra["factors"].dtype == torch.float32 and np.allclose(d.extra["factors"], factors)
+    assert d.extra["factors"].dtype == torch.float32 and np.allclose(d.extra["factors"], factors[order])
     assert d.extra["age"].dtype == torch.int64 and d.extra["old"].dtype == torch.bool
 
 
-def test_an_npz_in_order_of_class_is_mixed(tmp_path):
-    i = np.arange(12, dtype=np.uint8)
-    np.savez(tmp_path / "s.npz", images=np.tile(i[:, None, None, None], (1, 1, 2, 2)), labels=i // 4, age=i,
+@pytest.mark.parametrize("labels", [None, np.arange(12) // 4, np.array([2, 0, 1]).repeat(4),
+                                    np.array([2, 1, 0]).repeat(4)])
+def test_an_npz_is_shuffled_whatever_its_order(tmp_path, labels):
+    i, more = np.arange(12, dtype=np.uint8), {} if labels is None else {"labels": labels}
+    np.savez(tmp_path / "s.npz", images=np.tile(i[:, None, None, None] + 1, (1, 1, 2, 2)), age=i,
              captions=i.astype(str), tag_names=i.astype(str), test_images=np.zeros((12, 1, 2, 2), np.uint8),
-             test_labels=i // 4)
+             test_labels=i // 4, **more)
     d = load(tmp_path / "s.npz", tmp_path)
-    order = d.images[:, 0, 0, 0].tolist()
-    assert sorted(order) == i.tolist() != order and set(d.labels[6:].tolist()) == {0, 1, 2}
-    assert d.labels.tolist() == [k // 4 for k in order] and d.extra["age"].tolist() == order
+    order = (d.images[:, 0, 0, 0] - 1).tolist()
+    assert sorted(order) == i.tolist() != order and d.extra["age"].tolist() == order
+    if labels is not None:
+        assert d.labels.tolist() == labels[order].tolist() and set(d.labels[6:].tolist()) == {0, 1, 2}
     assert d.extra["captions"] == [str(k) for k in order]
     assert d.extra["tag_names"] == [str(k) for k in i] and d.test_labels.tolist() == (i // 4).tolist()
+    assert torch.equal(load(tmp_path / "s.npz").images, d.images)
 
 
 OK = np.zeros((4, 3, 8, 8), np.uint8)
@@ -660,7 +674,9 @@ def test_flowers_layout(tmp_path):
         text.parent.mkdir(parents=True, exist_ok=True)
         text.write_text(f"flower {i}\n")
     d = load(tmp_path / "flowers", tmp_path, size=8)
-    assert d.labels.tolist() == [1, 0, 1] and d.extra["captions"][1:] == [["flower 2"], ["flower 3"]]
+    assert dict(zip(d.extra["files"], d.labels.tolist())) == {
+        "image_00001.jpg": 1, "image_00002.jpg": 0, "image_00003.jpg": 1}
+    assert d.extra["captions"] == [[f"flower {f[10]}"] for f in d.extra["files"]]
 
 
 def test_bad_captions_are_named(tmp_path, birds):
@@ -787,8 +803,9 @@ def test_stl10(tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(STL10, name, [[f, md5(folder / f)] for f in files])
     d = load("stl10", tmp_path, 96, download=False)
-    assert np.array_equal(d.images, x[:5]) and np.array_equal(d.test_images, x[5:])
-    assert d.labels.tolist() == [2, 0, -1, -1, -1] and d.test_labels.tolist() == [2, 0]
+    order = data.shuffled(range(5))                         # labelled and unlabelled ones mixed
+    assert np.array_equal(d.images, x[order]) and np.array_equal(d.test_images, x[5:])
+    assert d.labels.tolist() == [[2, 0, -1, -1, -1][i] for i in order] and d.test_labels.tolist() == [2, 0]
     assert d.classes == ["airplane", "bird", "car"]
     assert load("stl10", tmp_path, 48).images.shape == (5, 3, 48, 48)
 

@@ -324,7 +324,7 @@ def test_a_data_file_with_a_flipped_bit_is_refused_or_whole(tmp_path):
                 assert str(path) in str(e) and "\n" not in str(e)
                 refused += 1
             else:
-                assert np.array_equal(found.images, expected)
+                assert np.array_equal(found.images, expected[data.shuffled(range(9))])
     assert refused > 150
 
 
