@@ -117,6 +117,8 @@ def load(name, data_dir="data", size=None, channels=None, download=True):
     if "test_from" in arrays:  # a cache keeps both parts in one file
         images, split = arrays["images"], arrays.pop("test_from")
         arrays |= {"images": images[:split], "test_images": images[split:]}
+    if name not in (*BUILT_IN, *PLACE):
+        renumber(arrays, path)
     for key in {"images", "test_images"} & set(arrays):
         arrays[key] = resize(arrays[key], size, channels)
     return Data(name, **{key: arrays.pop(key, None) for key in (*ARRAYS, "classes")}, extra=arrays)
@@ -186,7 +188,7 @@ def npz(path):
                     hint = f"this looks like (N, H, W, C), so store {key}.transpose(0, 3, 1, 2)"
                 raise UserError(f"{what}: expected uint8 (N, C, H, W); {hint}")
         elif key in ("labels", "test_labels"):
-            if a.ndim != 1 or a.dtype.kind not in "iu":
+            if a.ndim != 1 or a.dtype.kind not in "iub":
                 raise UserError(f"{what}: expected integers (N,), one a picture")
             a = a.astype(np.int64)
         arrays[key] = to_torch(np.ascontiguousarray(a), what)
@@ -202,6 +204,27 @@ def npz(path):
         if len(a) == len(arrays["images"]) and not key.startswith("test_") and not key.endswith(NAMES):
             arrays[key] = a[shuffled(range(len(a)))] if torch.is_tensor(a) else shuffled(a)
     return arrays
+
+
+def renumber(arrays, path):
+    """Number the labels that occur from 0, without gaps, and name them in `classes`.  -1: no label."""
+    parts = {key: arrays[key] for key in ("labels", "test_labels") if arrays.get(key) is not None}
+    values = torch.cat([torch.zeros(0).long(), *parts.values()]).unique()
+    if (values < -1).any():
+        raise UserError(f"{path} has a label {values[0]}: expected 0, 1, ... for classes, -1 for no label")
+    values, names = values[values >= 0], arrays.get("classes")
+    if len(values) > max(100, len(arrays["images"]) // 2):
+        raise UserError(f"{path} has {len(values):,} different labels for {len(arrays['images']):,} pictures: "
+                        "expected classes of several pictures each")
+    if names is not None and len(values) and (values[-1] < len(names) or len(names) == len(values)):
+        arrays["classes"] = [names[v] for v in values] if values[-1] < len(names) else names
+    elif names is not None and parts:
+        raise UserError(f"{path} has {len(names)} classes for labels up to {max(values, default=-1)}: "
+                        "expected a name for each")
+    elif len(values) and values[-1] >= len(values):
+        arrays["classes"] = [str(v) for v in values.tolist()]
+    for key, y in parts.items():
+        arrays[key] = torch.where(y < 0, y, torch.searchsorted(values, y)) if len(values) else None
 
 
 def shuffled(rows):

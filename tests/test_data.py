@@ -523,6 +523,30 @@ def test_an_npz_is_shuffled_whatever_its_order(tmp_path, labels):
     assert torch.equal(load(tmp_path / "s.npz").images, d.images)
 
 
+@pytest.mark.parametrize("labels, names, found, classes", [
+    ([3, 1, 10, 3], None, [1, 0, 2, 1], ["1", "3", "10"]),
+    ([0, 2, 1, 0], None, [0, 2, 1, 0], None),
+    ([9000, 0, -1, 1000], None, [2, 0, -1, 1], ["0", "1000", "9000"]),
+    ([3, 1, 3, 1], list("abcde"), [1, 0, 1, 0], ["b", "d"]),
+    ([1, 2, 3, 3], list("xyz"), [0, 1, 2, 2], list("xyz")),
+    ([-1, -1, -1, -1], None, None, None),
+    ([True, False, True, True], ["no", "yes"], [1, 0, 1, 1], ["no", "yes"])])
+def test_labels_that_occur_are_numbered_without_gaps(tmp_path, labels, names, found, classes):
+    order, more = data.shuffled(range(4)), {} if names is None else {"classes": names}
+    np.savez(tmp_path / "a.npz", images=noise(4, 1, 2, 2), labels=labels, **more)
+    d = load(tmp_path / "a.npz")
+    assert (d.labels if found is None else d.labels.tolist()) == (found and [found[i] for i in order])
+    assert d.classes == classes
+
+
+def test_a_label_of_the_test_part_alone_has_its_number(tmp_path):
+    x = noise(3, 1, 2, 2)
+    np.savez(tmp_path / "a.npz", images=x, labels=[5, 5, 9], test_images=x, test_labels=[9, 7, 5])
+    d = load(tmp_path / "a.npz")
+    assert sorted(d.labels.tolist()) == [0, 0, 2] and d.test_labels.tolist() == [2, 1, 0]
+    assert d.classes == ["5", "7", "9"]
+
+
 OK = np.zeros((4, 3, 8, 8), np.uint8)
 
 
@@ -540,6 +564,10 @@ OK = np.zeros((4, 3, 8, 8), np.uint8)
         ({"images": OK[:0]}, ["(0, 3, 8, 8)", "N > 0"]),
         ({"images": OK, "labels": np.arange(3)}, ["3 labels for 4 images"]),
         ({"images": OK, "labels": np.arange(0)}, ["0 labels for 4 images"]),
+        ({"images": OK, "labels": np.array([0, 1, -5, 1])}, ["a label -5", "-1 for no label"]),
+        ({"images": OK, "labels": np.arange(4), "classes": ["a", "b"]}, ["2 classes for labels up to 3"]),
+        ({"images": OK[:, :, :1, :1].repeat(300, 0), "labels": np.arange(1200)},
+         ["1,200 different labels for 1,200 pictures", "classes"]),
         ({"images": OK, "labels": np.zeros(4)}, ["labels is float64 (4,)", "integers (N,)"]),
         ({"images": OK, "labels": np.eye(4, dtype=int)}, ["labels is int64 (4, 4)", "integers (N,)"]),
         (
