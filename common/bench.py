@@ -129,11 +129,16 @@ def optimizer(kind, **fixed):
     return make
 
 
+def adam(params, lr, betas=(0.5, 0.999), weight_decay=0.0, decoupled=False):
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    return optimizer(kind)(params, lr, betas=betas, weight_decay=weight_decay)
+
+
 def textbook(script, loader):
     """The module `script`, so far not imported, with a tutorial's loop."""
     fuse.descend, fuse.place, fuse.frozen = descend, place, lambda *nets: contextlib.nullcontext()
     fuse.SGD = optimizer(torch.optim.SGD)
-    torch.optim.Adam, torch.optim.AdamW = optimizer(torch.optim.Adam), optimizer(torch.optim.AdamW)
+    fuse.Adam = adam
     data.Batches = Loader if loader else data.Batches
     module = importlib.import_module(script)
     module.RMSProp = optimizer(torch.optim.RMSprop, alpha=0.9, weight_decay=1e-5)  # vaegan.py's own

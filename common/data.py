@@ -5,21 +5,16 @@
     x, y = next(batches)                              # x (128, 3, 64, 64) in [-1, 1], y (128,), on the device
 """
 
-import errno
-import functools
 import gzip
 import hashlib
 import itertools
 import json
 import math
 import os
-import pickle
 import re
 import shutil
-import struct
 import sys
 import time
-import tokenize
 import warnings
 import zipfile
 import zlib
@@ -42,14 +37,14 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-MNIST = {  # file -> md5 of its decompressed bytes, as published
+MNIST = {  # file -> published md5 of its decompressed bytes
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
 SMALL = {"fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100",
          "svhn": "SVHN"}
-PLACE = {  # name -> what to place in the data folder where it cannot be downloaded
+PLACE = {  # torchvision set -> what to place in the data folder where it cannot be downloaded
     "fashion-mnist": "the four *-ubyte.gz in FashionMNIST/raw/",
     "kmnist": "the four *-ubyte.gz in KMNIST/raw/",
     "cifar10": "cifar-10-python.tar.gz",
@@ -62,53 +57,53 @@ PLACE = {  # name -> what to place in the data folder where it cannot be downloa
     "imagenet": "imagenet/ILSVRC2012_devkit_t12.tar.gz and imagenet/ILSVRC2012_img_train.tar",
     "lsun": "lsun/bedroom_train_lmdb/",
     "coco": "coco/annotations/captions_train2014.json and coco/train2014/*.jpg"}
-RENDERED = ("faces", "shapes")
-BUILT_IN = ("mnist", *RENDERED)
+BUILT_IN = ("mnist", "faces", "shapes")
 BOX = {"celeba": (15, 40, 163, 188), "lfw": (50, 50, 200, 200)}  # left, top, right, bottom, as VAE/GAN's code
-OWN_SIZE = {"celeba": 148, "lfw": 150, "stl10": 96}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-GREY = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B")
-NAMES = ("names", "values", "words", "classes")     # ends of arrays that are about no picture of their own
-BLOCK = 1024           # pictures decoded, resized and written at a time: what preparing a set holds in memory
-GPU_SHARE = 0.5        # of a GPU's free memory that a data set may take
-DAMAGED = (OSError, EOFError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError, ValueError,
-           pickle.UnpicklingError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
-HOST_RESIDENT = 2**30  # bytes; on a CPU a larger set is likely a mapped file, whose reads are worth hiding
+GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B")     # Pillow's modes without colour
+ARRAYS = ("images", "labels", "test_images", "test_labels")
+NAMES = ("names", "values", "words", "classes")     # arrays with these endings have no row for each image
+BLOCK = 1024           # images decoded and written at a time: bounds the memory that preprocessing takes
+GPU_SHARE = 0.5        # fraction of the free GPU memory that a data set may fill
+HOST_RESIDENT = 2**30  # bytes; on a CPU a larger set is probably memory-mapped, so read it ahead in a thread
 
 
 @dataclass
 class Data:
-    """A data set.  `images` may be memory-mapped, so read-only: index it, never change it in place."""
+    """A data set.  `images` may be a read-only memory map: index it, never change it in place."""
     name: str
     images: Tensor                      # uint8 (N, C, H, W), C = 1 or 3
     labels: Tensor | None = None        # int64 (N,); -1 = unlabelled (stl10)
     test_images: Tensor | None = None
     test_labels: Tensor | None = None
     classes: list[str] | None = None    # the name of each label
-    extra: dict = field(default_factory=dict)  # factors, attributes, captions, files, ... as the set has them
+    extra: dict = field(default_factory=dict)  # factors, attributes, captions, files, ... of some sets
 
 
 def load(name, data_dir="data", size=None, channels=None, download=True):
-    """The data set `name`: mnist, faces or shapes (rendered), a torchvision one, a folder or an .npz file.
+    """Load a data set: a built-in or torchvision name, a folder of pictures, or an .npz file.
 
-    `size`: pictures come out centre-cropped to a square and resized to size x size (bilinear, antialiased);
-    `channels`: 1 (ITU-R 601 grey) or 3 (RGB).  None keeps the set's own.  Large sets and folders are prepared
-    once, in data_dir/cache, and memory-mapped.  Raises UserError for what is wrong with name, files or size.
+    `size`: crop the centre square and resize it to size x size (bilinear, antialiased).  `channels`: 1 (grey,
+    ITU-R 601) or 3 (RGB).  None keeps those of the set, but sets made of picture files need a size.  Large
+    sets and folders are prepared once in data_dir/cache and memory-mapped.
     load("mnist"): images (60000, 1, 28, 28), test_images (10000, 1, 28, 28).
+    Raises UserError if the name, a file or an argument is wrong.
     """
     root, path, name = Path(data_dir).expanduser(), Path(name).expanduser(), str(name)
     if channels not in (None, 1, 3):
         raise UserError(f"channels is {channels}: expected 1 (grey) or 3 (RGB)")
     if size is not None and size < 1:
         raise UserError(f"size is {size}: expected a number of pixels")
+    if size is None and name not in (*BUILT_IN, *SMALL) and (name in PLACE or path.is_dir()):
+        raise UserError(f"{name} holds picture files, which may differ in size: give load() a size, 64 say")
     if name == "mnist":
         arrays = mnist(root)
-    elif name in RENDERED:
+    elif name in BUILT_IN:
         arrays = rendered(name, root, size or 64, channels or 3)
     elif name in SMALL:
         arrays = small(name, root, download)
     elif name in PLACE:
-        arrays = large(name, root, size, channels, download)
+        arrays = large(name, root, size, channels or 3, download)
     elif (path / "text_c10").is_dir():
         arrays, name = captioned(path, root, size, channels), path.resolve().name
     elif path.is_dir():
@@ -122,43 +117,39 @@ def load(name, data_dir="data", size=None, channels=None, download=True):
     if "test_from" in arrays:  # a cache keeps both parts in one file
         images, split = arrays["images"], arrays.pop("test_from")
         arrays |= {"images": images[:split], "test_images": images[split:]}
+    if name not in (*BUILT_IN, *PLACE):
+        renumber(arrays, path)
     for key in {"images", "test_images"} & set(arrays):
-        arrays[key] = fit(arrays[key], size, channels)
-    keys = ("images", "labels", "test_images", "test_labels", "classes")
-    return Data(name, **{key: arrays.pop(key, None) for key in keys}, extra=arrays)
+        arrays[key] = resize(arrays[key], size, channels)
+    return Data(name, **{key: arrays.pop(key, None) for key in (*ARRAYS, "classes")}, extra=arrays)
 
 
-# ---- pictures in memory
+# ---- sets that fit in memory
 
 def mnist(root):
-    """MNIST (LeCun and Cortes) from root/MNIST/raw/*.gz, each file checked against the published md5."""
+    """MNIST (LeCun and Cortes) from root/MNIST/raw/*.gz, checked against the published md5 sums."""
     arrays = {"classes": list("0123456789")}
-    for key, (file, md5) in zip(("images", "labels", "test_images", "test_labels"), MNIST.items()):
+    for key, (file, md5) in zip(ARRAYS, MNIST.items()):
         path = root / "MNIST" / "raw" / f"{file}.gz"
         try:
             raw = gzip.decompress(path.read_bytes())
+            if (found := hashlib.md5(raw, usedforsecurity=False).hexdigest()) != md5:
+                raise ValueError(f"md5 of its content {found}, expected {md5}")
         except FileNotFoundError:
             raise UserError(f"{path} is missing: expected the file that comes with the repository; copy it "
                             "there, or point --data-dir at the repository's data/") from None
-        except (OSError, EOFError, zlib.error) as e:
+        except (OSError, EOFError, ValueError, zlib.error) as e:
             raise UserError(f"{path} is damaged ({brief(e)}): restore it from the repository") from e
-        found = hashlib.md5(raw, usedforsecurity=False).hexdigest()
-        if found != md5:
-            raise UserError(f"{path} is damaged (md5 of its content {found}, expected {md5}): "
-                            "restore it from the repository")
-        if "images" in key:
-            a = np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 1, 28, 28).copy()
-        else:
-            a = np.frombuffer(raw, np.uint8, offset=8).astype(np.int64)
-        arrays[key] = torch.from_numpy(a)
+        a = np.frombuffer(raw, np.uint8, offset=16 if "images" in key else 8)
+        arrays[key] = torch.tensor(a).view(-1, 1, 28, 28) if "images" in key else torch.tensor(a).long()
     return arrays
 
 
 def small(name, root, download):
-    """The torchvision sets that fit in memory, with their test parts."""
+    """A torchvision set that fits in memory, with its test part."""
     arrays = {}
     for prefix, part in (("", "train"), ("test_", "test")):
-        with placed(name, root):
+        with say_what_to_place(name, root):
             import torchvision  # not at the top: it takes seconds, and most runs need none of it
             kw = {"split": part} if name == "svhn" else {"train": part == "train"}
             d = getattr(torchvision.datasets, SMALL[name])(root, download=download, **kw)
@@ -173,59 +164,76 @@ def small(name, root, download):
 
 
 def npz(path):
-    """The arrays of an .npz file: images uint8 (N, C, H, W), optional labels and test parts, further ones."""
+    """The arrays of an .npz file: images uint8 (N, C, H, W), optional labels, test parts and others."""
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is cut off or not an .npz archive: write it anew with numpy.savez")
-    arrays = {}
+    arrays, key = {}, None
     try:
-        z = np.load(path, allow_pickle=False)
-    except DAMAGED as e:
-        raise UserError(f"{path} is damaged ({brief(e)}): write it anew with numpy.savez") from e
-    with z:
-        if "images" not in z.files:
-            raise UserError(f"{path} holds {', '.join(z.files) or 'nothing'}: expected an array images")
-        for key in z.files:
-            try:
-                a = np.asarray(z[key])  # once: each access reads and decompresses it anew
-            except DAMAGED as e:
-                raise UserError(f"{path}: array {key} cannot be read ({brief(e)}): write the file anew with "
-                                "numpy.savez, without object arrays") from e
-            what = f"{path}: {key} is {a.dtype} {a.shape}"
-            if key in ("images", "test_images"):
-                if a.dtype != np.uint8 or a.ndim != 4 or a.shape[1] not in (1, 3) or 0 in a.shape:
-                    hint = "values 0..255, N > 0, C = 1 or 3"
-                    if a.dtype == np.uint8 and a.ndim == 3:
-                        hint = f"add the channel: {key}[:, None]"
-                    elif a.dtype == np.uint8 and a.ndim == 4 and a.shape[3] in (1, 3):
-                        hint = f"this looks like (N, H, W, C), so store {key}.transpose(0, 3, 1, 2)"
-                    raise UserError(f"{what}: expected uint8 (N, C, H, W); {hint}")
-            elif key in ("labels", "test_labels") and (a.ndim != 1 or a.dtype.kind not in "iu"):
+        with np.load(path, allow_pickle=False) as z:
+            for key in z.files:
+                arrays[key] = np.asarray(z[key])
+    except Exception as e:  # NumPy and zipfile raise a dozen kinds for damaged files
+        raise UserError(f"{path}: {f'array {key}' if key else 'it'} cannot be read ({brief(e)}): write the "
+                        "file anew with numpy.savez, without object arrays") from e
+    if "images" not in arrays:
+        raise UserError(f"{path} holds {', '.join(arrays) or 'nothing'}: expected an array images")
+    for key, a in arrays.items():
+        what = f"{path}: {key} is {a.dtype} {a.shape}"
+        if key in ("images", "test_images"):
+            if a.dtype != np.uint8 or a.ndim != 4 or a.shape[1] not in (1, 3) or 0 in a.shape:
+                hint = "values 0..255, N > 0, C = 1 or 3"
+                if a.dtype == np.uint8 and a.ndim == 3:
+                    hint = f"add the channel: {key}[:, None]"
+                elif a.dtype == np.uint8 and a.ndim == 4 and a.shape[3] in (1, 3):
+                    hint = f"this looks like (N, H, W, C), so store {key}.transpose(0, 3, 1, 2)"
+                raise UserError(f"{what}: expected uint8 (N, C, H, W); {hint}")
+        elif key in ("labels", "test_labels"):
+            if a.ndim != 1 or a.dtype.kind not in "iub":
                 raise UserError(f"{what}: expected integers (N,), one a picture")
-            arrays[key] = np.ascontiguousarray(a) if key.endswith("images") else plain(a, what)
+            a = a.astype(np.int64)
+        arrays[key] = to_torch(np.ascontiguousarray(a), what)
     for part in ("", "test_"):
-        n, m = (len(arrays[k]) if k in arrays else None for k in (f"{part}images", f"{part}labels"))
-        if m is not None and m != n:
-            raise UserError(f"{path}: {m} {part}labels for {n or 'no'} {part}images: expected as many")
-        if n and arrays[f"{part}images"].shape[1:] != arrays["images"].shape[1:]:
-            raise UserError(f"{path}: images are {arrays['images'].shape[1:]} and test_images "
-                            f"{arrays['test_images'].shape[1:]}: expected one (C, H, W)")
-    arrays |= {key: arrays[key].long() if "labels" in key else torch.from_numpy(arrays[key])
-               for key in ("images", "labels", "test_images", "test_labels") if key in arrays}
-    labels = arrays.get("labels", torch.zeros(0))
-    if len(labels.unique()) > 1 and (labels.diff() >= 0).all():         # class after class
-        for key, a in arrays.items():
-            if len(a) == len(labels) and not key.startswith("test_") and not key.endswith(NAMES):
-                arrays[key] = a[mixed(range(len(a)))] if torch.is_tensor(a) else mixed(a)
+        x, y = (arrays.get(f"{part}{key}", ()) for key in ("images", "labels"))
+        if f"{part}labels" in arrays and len(x) != len(y):
+            raise UserError(f"{path}: {len(y)} {part}labels for {len(x) or 'no'} {part}images: expected as "
+                            "many")
+        if len(x) and x.shape[1:] != arrays["images"].shape[1:]:
+            raise UserError(f"{path}: images are {tuple(arrays['images'].shape[1:])} and test_images "
+                            f"{tuple(x.shape[1:])}: expected one (C, H, W)")
+    for key, a in arrays.items():  # shuffled, so that a part held out from the end has all classes
+        if len(a) == len(arrays["images"]) and not key.startswith("test_") and not key.endswith(NAMES):
+            arrays[key] = a[shuffled(range(len(a)))] if torch.is_tensor(a) else shuffled(a)
     return arrays
 
 
-def mixed(rows):
-    """The rows as a list in an order at random, always the same: a part held out has all classes."""
+def renumber(arrays, path):
+    """Number the labels that occur from 0, without gaps, and name them in `classes`.  -1: no label."""
+    parts = {key: arrays[key] for key in ("labels", "test_labels") if arrays.get(key) is not None}
+    values = torch.cat([torch.zeros(0).long(), *parts.values()]).unique()
+    if (values < -1).any():
+        raise UserError(f"{path} has a label {values[0]}: expected 0, 1, ... for classes, -1 for no label")
+    values, names = values[values >= 0], arrays.get("classes")
+    if len(values) > max(100, len(arrays["images"]) // 2):
+        raise UserError(f"{path} has {len(values):,} different labels for {len(arrays['images']):,} pictures: "
+                        "expected classes of several pictures each")
+    if names is not None and len(values) and (values[-1] < len(names) or len(names) == len(values)):
+        arrays["classes"] = [names[v] for v in values] if values[-1] < len(names) else names
+    elif names is not None and parts:
+        raise UserError(f"{path} has {len(names)} classes for labels up to {max(values, default=-1)}: "
+                        "expected a name for each")
+    elif len(values) and values[-1] >= len(values):
+        arrays["classes"] = [str(v) for v in values.tolist()]
+    for key, y in parts.items():
+        arrays[key] = torch.where(y < 0, y, torch.searchsorted(values, y)) if len(values) else None
+
+
+def shuffled(rows):
+    """The rows as a list in a random order that depends on their number alone."""
     return [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()]
 
 
-def plain(a, what):
-    """Strings as a list, floats as a float32 tensor, integers as int64, uint8 and bool as they are."""
+def to_torch(a, what):
+    """Strings become a list, floats a float32 tensor, integers int64; uint8 and bool keep their type."""
     a = np.asarray(a)
     if a.dtype.kind in "US":
         return a.astype(str).tolist()
@@ -236,8 +244,8 @@ def plain(a, what):
     return torch.from_numpy(a.astype(kind, copy=False))
 
 
-def fit(images, size, channels):
-    """uint8 (N, C, H, W) cropped and resized to (size, size), to grey or RGB; None keeps."""
+def resize(images, size, channels):
+    """Crop uint8 (N, C, H, W) to the centre square, resize it to (size, size), make it grey or RGB."""
     n, c, h, w = images.shape
     if size in (None, h) and size in (None, w) and channels in (None, c):
         return images
@@ -250,17 +258,14 @@ def fit(images, size, channels):
         if size:
             x = x[..., (h - s) // 2:(h - s) // 2 + s, (w - s) // 2:(w - s) // 2 + s].float()
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True).round().clamp(0, 255)
-        out[i:i + BLOCK] = x  # grey spreads over the three channels
+        out[i:i + BLOCK] = x  # grey is copied to three channels
     return out
 
 
-# ---- pictures in files, decoded and resized once into a memory-mapped array
+# ---- sets of files, decoded and resized once into a memory-mapped array
 
 def folder(path, root, size, channels):
-    """A folder of pictures; the sub-folders that hold some, at any depth, are the classes, sorted by name.
-
-    Pictures come by name, those of classes mixed.
-    """
+    """A folder of pictures, shuffled; its sub-folders, if any, are the classes."""
     files = []
     for at, below, names in os.walk(path, followlinks=True):
         below[:] = [d for d in below if not d.startswith(".")]
@@ -270,38 +275,35 @@ def folder(path, root, size, channels):
     if not files:
         raise UserError(f"{path} holds no pictures: expected {' '.join(SUFFIXES)} in it, or in a sub-folder "
                         "for each class")
-    flat = sum(os.sep not in f for f in files)
+    flat, rest = sum(os.sep not in f for f in files), {}
     if 0 < flat < len(files):
         raise UserError(f"{path} holds {flat} pictures beside {len(files) - flat} in sub-folders: "
                         "expected pictures alone, or a sub-folder for each class")
-    rest = {}
+    files = shuffled(files)
     if not flat:
-        files = mixed(files)
         tops = [f.split(os.sep, 1)[0] for f in files]
         rest["classes"] = sorted(set(tops))
         index = {c: i for i, c in enumerate(rest["classes"])}
         rest["labels"] = torch.tensor([index[top] for top in tops])
     rest["files"] = [f.replace(os.sep, "/") for f in files]
-    digest, comma = hashlib.sha256(f"[{json.dumps(str(path.resolve()))}, [".encode()), ""
-    for f in files:  # one at a time: a stat_result takes 690 bytes
+    digest = hashlib.sha256(f"[{json.dumps(str(path.resolve()))}, [".encode())
+    for i, f in enumerate(files):  # one at a time: a stat_result takes 690 bytes
         s = os.stat(path / f)
-        digest.update(f"{comma}{json.dumps((f, s.st_size, s.st_mtime_ns))}".encode())
-        comma = ", "
+        digest.update(f"{', ' * (i > 0)}{json.dumps((f, s.st_size, s.st_mtime_ns))}".encode())
     digest.update(b"]]")
 
     def make():
         sources = [os.path.join(path, f) for f in files]  # a Path takes several times the memory
-        c, h, w = own_shape(sources, size, channels)
-        blocks = functools.partial(decoded, path.name, sources, len(files), size, c, None)
-        return (len(files), c, h, w), blocks, rest
+        c = channels or (1 if all(decode_all(sources, is_grey)) else 3)
+        n = len(sources)
+        return (n, c, size, size), lambda start: decode_blocks(path.name, sources, n, size, c, start), rest
 
     label = re.sub(r"[^\w.-]", "_", path.resolve().name)
-    return cached(root / "cache" / f"{label}-{size or 'own'}x{channels or 'own'}-{digest.hexdigest()[:16]}",
-                  make)
+    return cached(root / "cache" / f"{label}-{size}x{channels or 'own'}-{digest.hexdigest()[:16]}", make)
 
 
 def captioned(path, root, size, channels):
-    """Pictures in images/ or jpg/, captions in text_c10/CLASS/NAME.txt, one a line: birds and flowers.
+    """Birds and flowers: pictures in images/ or jpg/, captions in text_c10/CLASS/NAME.txt, one a line.
 
     Whole classes are the test part: those of testclasses.txt or testids.txt, those not in trainvalclasses.txt
     or trainvalids.txt (a class's name, or its number from 1, a line), or else the last quarter.
@@ -314,21 +316,19 @@ def captioned(path, root, size, channels):
     within = "jpg" if (path / "jpg").is_dir() else "images"
     if not (path / within).is_dir():
         raise UserError(f"{path} has text_c10/, but no images/ or jpg/: expected the pictures there")
-    arrays = folder(path / within, root, size, channels)
-    stems, images = [Path(f).stem for f in arrays["files"]], arrays["images"]
-    bare = next((f for f, stem in zip(arrays["files"], stems) if stem not in texts), None)
-    if bare:
-        raise UserError(f"{path / within / bare} has no captions: expected a file "
-                        f"text_c10/CLASS/{Path(bare).stem}.txt")
-    classes = sorted({t.parent.name for t in texts.values()})
-    said = {}
-    for stem in stems:
+    arrays, captions = folder(path / within, root, size, channels), []
+    for f in arrays["files"]:
+        text = texts.get(Path(f).stem)
+        if text is None:
+            raise UserError(f"{path / within / f} has no captions: expected a file "
+                            f"text_c10/CLASS/{Path(f).stem}.txt")
         try:
-            said[stem] = [line.strip() for line in texts[stem].read_text().splitlines() if line.strip()]
+            captions.append([line.strip() for line in text.read_text().splitlines() if line.strip()])
         except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"{texts[stem]} cannot be read ({brief(e)})") from e
-        if not said[stem]:
-            raise UserError(f"{texts[stem]} is empty: expected a caption a line")
+            raise UserError(f"{text} cannot be read ({brief(e)})") from e
+        if not captions[-1]:
+            raise UserError(f"{text} is empty: expected a caption a line")
+    classes = sorted({t.parent.name for t in found})
     test = set(classes[-(len(classes) // 4):]) if len(classes) > 3 else set()
     for file, is_test in (("trainvalids.txt", False), ("trainvalclasses.txt", False), ("testids.txt", True),
                           ("testclasses.txt", True)):
@@ -338,33 +338,31 @@ def captioned(path, root, size, channels):
                 raise UserError(f"{path / file} names none of the {len(classes)} classes: expected some, as "
                                 f"{classes[0]} or 1, one a line")
             test = {c for i, c in enumerate(classes, 1) if bool({c, str(i)} & listed) == is_test}
-    y = torch.tensor([classes.index(texts[stem].parent.name) for stem in stems])
+    y = torch.tensor([classes.index(texts[Path(f).stem].parent.name) for f in arrays["files"]])
     held = torch.tensor([classes[i] in test for i in y.tolist()])
     if held.all():
         raise UserError(f"{path} holds out all of its {len(classes)} classes: expected some to train on")
     out = {"classes": classes}
     for part, rows in (("", ~held), ("test_", held)):
         if rows.any():
-            which = rows.nonzero()[:, 0]
-            out |= {f"{part}images": images[which], f"{part}labels": y[which],
-                    f"{part}captions": [said[stems[i]] for i in which.tolist()],
-                    f"{part}files": [arrays["files"][i] for i in which.tolist()]}
+            which = rows.nonzero()[:, 0].tolist()
+            out |= {f"{part}images": arrays["images"][which], f"{part}labels": y[which],
+                    f"{part}captions": [captions[i] for i in which],
+                    f"{part}files": [arrays["files"][i] for i in which]}
     return out
 
 
 def large(name, root, size, channels, download):
-    """The torchvision sets that are many files or much data; celeba and lfw are cut to the face."""
-    size, channels = size or OWN_SIZE.get(name), channels or 3
-    if size is None:
-        raise UserError(f"{name} has pictures of many sizes: give the one to bring them to, --size 64 say")
-
+    """A torchvision set of many files or much data; celeba and lfw are cropped to the face."""
     def make():
-        with placed(name, root):
+        with say_what_to_place(name, root):
             if name == "stl10":
                 blocks, n, rest = stl10(root, size, channels, download)
             else:
                 sources, n, rest = listed(name, root, download)
-                blocks = functools.partial(decoded, name, sources, n, size, channels, BOX.get(name))
+
+                def blocks(start):
+                    return decode_blocks(name, sources, n, size, channels, start, BOX.get(name))
         return (n, channels, size, size), blocks, rest
 
     return cached(root / "cache" / f"{name}-{size}x{channels}", make)
@@ -373,7 +371,7 @@ def large(name, root, size, channels, download):
 def listed(name, root, download):
     """(sources, how many, further arrays) of a set whose pictures are files, or entries of a data base.
 
-    sources: a list, or a function of the number of the first one wanted.
+    sources: a list, or a function that yields them from a given number on.
     """
     if name == "lsun":
         import lmdb
@@ -392,8 +390,9 @@ def listed(name, root, download):
         for a in lists["annotations"]:
             captions.setdefault(a["image_id"], []).append(a["caption"].strip())
         names = {i["id"]: i["file_name"] for i in lists["images"] if i["id"] in captions}
-        files = [root / "coco" / "train2014" / names[i] for i in sorted(names)]
-        return files, len(files), {"captions": [captions[i] for i in sorted(names)],
+        ids = shuffled(sorted(names))
+        files = [root / "coco" / "train2014" / names[i] for i in ids]
+        return files, len(files), {"captions": [captions[i] for i in ids],
                                    "files": [f.name for f in files]}
     from torchvision import datasets
     if name == "celeba":
@@ -402,7 +401,7 @@ def listed(name, root, download):
         names = [a for a in train.attr_names if a]  # the header ends in a blank
         return files, len(files), {"attributes": train.attr.float(), "test_attributes": test.attr.float(),
                                    "attribute_names": names, "test_from": len(train)}
-    if name == "flowers102":  # all three parts: who needs a split makes it by class
+    if name == "flowers102":  # all three parts: a script that needs a split makes it by class
         parts = [datasets.Flowers102(root, split=s, download=download) for s in ("train", "val", "test")]
         pairs = sorted((f, y) for d in parts for f, y in zip(d._image_files, d._labels))
         classes = getattr(datasets.Flowers102, "classes", None)
@@ -412,26 +411,34 @@ def listed(name, root, download):
     else:
         d = datasets.ImageNet(root / "imagenet", split="train")
         pairs, classes = d.samples, [", ".join(c) for c in d.classes]
-    files, labels = zip(*mixed(pairs))
+    files, labels = zip(*shuffled(pairs))
     return files, len(files), {"labels": torch.tensor(labels), "classes": classes,
                                "files": [Path(f).name for f in files]}
 
 
 def stl10(root, size, channels, download):
-    """Blocks of the labelled, the unlabelled (label -1) and the test pictures; 2.7 GB are mapped."""
+    """(blocks, how many, further arrays): labelled, unlabelled (label -1) and test pictures of STL-10."""
     from torchvision.datasets import STL10
     train, test = (STL10(root, split=s, download=download) for s in ("train", "test"))
     more = np.memmap(root / "stl10_binary" / "unlabeled_X.bin", np.uint8, "r").reshape(-1, 3, 96, 96)
-    more = more.swapaxes(2, 3)  # pictures are stored column by column
+    more = more.swapaxes(2, 3)  # the file stores pictures column by column
     labels = torch.cat([torch.as_tensor(train.labels).long(), torch.full((len(more),), -1)])
-    blocks = (fit(torch.from_numpy(np.array(x[i:i + BLOCK])), size, channels).numpy()
-              for x in (train.data, more, test.data) for i in range(0, len(x), BLOCK))
-    rest = {"labels": labels, "test_labels": torch.as_tensor(test.labels).long(), "classes": train.classes}
-    return blocks, len(labels) + len(test), rest | {"test_from": len(labels)}
+    order = shuffled(range(len(labels)))  # unlabelled pictures everywhere, not at the end alone
+    rows = [*order, *range(len(labels), len(labels) + len(test))]
+
+    def blocks(start):
+        for i in range(start, len(rows), BLOCK):
+            x = np.stack([train.data[j] if j < len(train) else more[j - len(train)] if j < len(labels) else
+                          test.data[j - len(labels)] for j in rows[i:i + BLOCK]])
+            yield resize(torch.from_numpy(x), size, channels).numpy()
+
+    return blocks, len(rows), {
+        "labels": labels[order], "test_labels": torch.as_tensor(test.labels).long(), "classes": train.classes,
+        "test_from": len(labels)}
 
 
 def rendered(name, root, size, channels):
-    """Pictures that render.py draws, with all that they were drawn from; shapes always in colour."""
+    """Images that render.py draws, with their ground truth; shapes are always in colour."""
     from common import render
     channels = 3 if name == "shapes" else channels
 
@@ -439,19 +446,27 @@ def rendered(name, root, size, channels):
         print(f"rendering {name} {size}x{size}, once", file=sys.stderr, flush=True)
         drawn = render.shapes(size=size) if name == "shapes" else \
             render.faces(size=size, channels=channels, plain=channels == 1)
-        rest = {key: v if isinstance(v, (str, list)) else plain(v, key) for key, v in drawn.items()}
+        rest = {key: v if isinstance(v, (str, list)) else to_torch(v, key) for key, v in drawn.items()}
         parts = [rest.pop(key).numpy() for key in ("images", "test_images") if key in rest]
         if len(parts) > 1:
             rest["test_from"] = len(parts[0])
-        return (sum(map(len, parts)), *parts[0].shape[1:]), parts, rest
+        return (sum(map(len, parts)), *parts[0].shape[1:]), lambda start: in_blocks(parts, start), rest
 
-    code = hashlib.sha256(Path(render.__file__).read_bytes()).hexdigest()[:16]  # a changed one draws anew
+    code = hashlib.sha256(Path(render.__file__).read_bytes()).hexdigest()[:16]  # new code renders anew
     return cached(root / "cache" / f"{name}-{size}x{channels}-{code}", make)
+
+
+def in_blocks(parts, start):
+    """Yield arrays of BLOCK rows, the last one shorter, of `parts` end to end, beginning at row `start`."""
+    ends = list(itertools.accumulate(map(len, parts)))
+    for i in range(start, ends[-1], BLOCK):
+        yield np.concatenate([x[max(0, i - end + len(x)):max(0, i + BLOCK - end + len(x))]
+                              for x, end in zip(parts, ends)])
 
 
 @contextmanager
 def opened(source):
-    """The picture of a path or a (name, file) pair; what goes wrong in the block names it, in one line."""
+    """Open the picture of a path or of a (name, file) pair; an error in the block becomes one line."""
     name, file = source if isinstance(source, tuple) else (source, source)
     try:
         with Image.open(file) as im:
@@ -460,10 +475,16 @@ def opened(source):
         raise UserError(f"{name} cannot be read as a picture ({brief(e)}): replace or remove it") from e
 
 
-def picture(source, size, channels, box=None):
-    """One picture, uint8 (C, H, W): upright, on white if transparent, its `box` or centre, resized."""
+def is_grey(source):
+    """Whether the picture's header says that it has no colour."""
     with opened(source) as im:
-        if size and box is None:
+        return im.mode in GREY_MODES
+
+
+def decode(source, size, channels, box=None):
+    """One picture as uint8 (channels, size, size): upright, on white, cropped to `box` or its centre."""
+    with opened(source) as im:
+        if box is None:
             im.draft("L" if channels == 1 else "RGB", (2 * size, 2 * size))  # a JPEG no larger than needed
         ImageOps.exif_transpose(im, in_place=True)
         if im.mode.startswith("I"):  # 16 bits: convert() would clip all above 255 to white
@@ -472,62 +493,43 @@ def picture(source, size, channels, box=None):
             im = im.convert("RGBA")
             im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
         im = im.convert("L" if channels == 1 else "RGB")
-        if size:
-            s = min(im.size)
-            left, top = (im.width - s) // 2, (im.height - s) // 2
-            im = im.crop(box or (left, top, left + s, top + s))  # resize(box=) would look beyond the edge
-            im = im.resize((size, size), Image.Resampling.BILINEAR)
-        a = np.asarray(im)
+        s = min(im.size)
+        left, top = (im.width - s) // 2, (im.height - s) // 2
+        im = im.crop(box or (left, top, left + s, top + s))  # resize(box=) would look beyond the edge
+        a = np.asarray(im.resize((size, size), Image.Resampling.BILINEAR))
     return a[None] if channels == 1 else a.transpose(2, 0, 1)
 
 
-def own_shape(sources, size, channels):
-    """(C, H, W) to decode to; what is not given comes from the pictures' headers: RGB if any has colour."""
-    if size and channels:
-        return channels, size, size
-
-    def header(source):
-        with opened(source) as im:
-            turned = im.getexif().get(0x0112, 1) >= 5  # orientation: 5 to 8 lie on their side
-            return im.size if turned else im.size[::-1], im.mode in GREY
-
-    with ThreadPoolExecutor(threads()) as pool:  # in blocks, since map() makes an object a picture at once
-        blocks = (pool.map(header, sources[i:i + BLOCK]) for i in range(0, len(sources), BLOCK))
-        headers = itertools.chain.from_iterable(blocks)
-        first, all_grey = next(headers)
-        for source, (shape, grey) in zip(sources[1:], headers):
-            all_grey &= grey
-            if size is None and shape != first:
-                found = "{1}x{0} {2} and {4}x{3} {5}".format(*first, sources[0], *shape, source)
-                raise UserError(f"pictures of several sizes, {found}: give the one to bring them to, "
-                                "--size 64 say")
-    return (channels or (1 if all_grey else 3), *((size, size) if size else first))
+def decode_all(sources, work):
+    """Yield work(source) of each source, from threads, since Pillow decodes without the GIL."""
+    sources = iter(sources)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(min(16, cpus)) as pool:
+        while part := list(itertools.islice(sources, BLOCK)):  # map() takes memory for each source at once
+            yield from pool.map(work, part)
 
 
-def decoded(name, sources, n, size, channels, box, start):
-    """Blocks uint8 (BLOCK or fewer, C, H, W) of pictures start to n, decoded in threads (without the GIL)."""
-    began, done, live = time.monotonic(), start, sys.stderr.isatty()
-    sources = sources(start) if callable(sources) else iter(sources[start:])
+def decode_blocks(name, sources, n, size, channels, start, box=None):
+    """Yield uint8 (BLOCK, C, H, W) of pictures `start` to n, the last one shorter, and report progress."""
+    began, live = time.monotonic(), sys.stderr.isatty()
     if start:
         print(f"preparing {name}: going on at picture {start + 1:,} of {n:,}", file=sys.stderr, flush=True)
-    with ThreadPoolExecutor(threads()) as pool:
-        while part := list(itertools.islice(sources, BLOCK)):
-            yield np.stack(list(pool.map(lambda s: picture(s, size, channels, box), part)))
-            done += len(part)
-            rate = (done - start) / (time.monotonic() - began)
-            if live or done == n or done % (32 * BLOCK) == 0:
-                print("\r" * live + f"preparing {name}: {done:,} of {n:,} pictures, {rate:,.0f}/s, "
-                      f"{(n - done) / rate:.0f} s left  ", end="" if live and done < n else "\n",
-                      file=sys.stderr, flush=True)
+    pictures = decode_all(sources(start) if callable(sources) else itertools.islice(sources, start, None),
+                          lambda source: decode(source, size, channels, box))
+    for done in itertools.chain(range(start + BLOCK, n, BLOCK), [n]):
+        yield np.stack(list(itertools.islice(pictures, BLOCK)))
+        rate = (done - start) / (time.monotonic() - began)
+        if live or done == n or done % (32 * BLOCK) == 0:
+            print("\r" * live + f"preparing {name}: {done:,} of {n:,} pictures, {rate:,.0f}/s, "
+                  f"{(n - done) / rate:.0f} s left  ", end="" if live and done < n else "\n",
+                  file=sys.stderr, flush=True)
 
 
-def threads():
-    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
+# ---- the cache
 
 @contextmanager
 def locked(path):
-    """One process at a time; a killed one's lock goes with it.  Windows: none, but open files stay."""
+    """Let in one process at a time; a killed process releases its lock.  No lock on Windows."""
     with open(path, "w") as f:
         if fcntl:
             try:
@@ -539,11 +541,11 @@ def locked(path):
 
 
 def cached(where, make):
-    """images, memory-mapped, and further arrays from the folder `where`; made first if it is not there.
+    """Memory-map the images in the folder `where`; prepare them first if it does not exist.
 
-    make() -> (shape, blocks of images, further arrays), written in a temporary folder beside `where` that is
-    renamed at the end.  blocks(i), starting from picture i, goes on where an interrupted process ended; plain
-    blocks start over.
+    make() -> shape of the images, blocks, dict of further arrays.  blocks(i) yields uint8 arrays of BLOCK
+    images from number i on; preprocessing that was interrupted resumes there.
+    -> {"images": Tensor, **further arrays}.  Raises UserError if it cannot be written or is damaged.
     """
     try:
         if not where.exists():
@@ -551,7 +553,7 @@ def cached(where, make):
             with locked(where.with_name(f"{where.name}.lock")):
                 mine = where.with_name(f"{where.name}.tmp{os.getpid()}")
                 for left in sorted(where.parent.glob(f"{where.name}.tmp*")):
-                    try:  # the lock is ours, so its maker is gone; if not, Windows refuses, as files are open
+                    try:  # we hold the lock, so its process is dead; if not, Windows refuses: files are open
                         left.rename(mine)
                     except OSError:
                         shutil.rmtree(left, ignore_errors=True)
@@ -562,14 +564,13 @@ def cached(where, make):
                         "or give another --data-dir") from e
     try:
         images = np.load(where / "images.npy", mmap_mode="r")
-        whole = (where / "images.npy").stat().st_size == images.offset + images.nbytes
-        whole = whole and images.dtype == np.uint8
+        if images.dtype != np.uint8 or images.offset + images.nbytes != (where / "images.npy").stat().st_size:
+            raise ValueError
         intact(where / "rest.pt")
         arrays = torch.load(where / "rest.pt", weights_only=True)
-    except DAMAGED:
-        whole = False
-    if not whole:
-        raise UserError(f"{where} is damaged: delete this folder and run again, it is then prepared anew")
+    except Exception as e:
+        raise UserError(f"{where} is damaged: delete this folder and run again, it is then prepared "
+                        "anew") from e
     with warnings.catch_warnings():
         # Mode "r", though torch warns of it: a private writable mapping larger than the memory is refused.
         warnings.filterwarnings("ignore", message=".*not writable")
@@ -577,56 +578,55 @@ def cached(where, make):
 
 
 def write(where, temporary, shape, blocks, rest):
-    """images.npy and rest.pt in the folder `where`, by way of `temporary`, where another may have begun.
+    """Write images.npy and rest.pt to `temporary`, which may be half done, and rename it to `where`.
 
-    Its file done has 4 bytes a block: the checksum of shape, rest and all pictures so far.  What agrees is
-    kept, so that neither a kill nor a changed list nor a damaged file leaves a wrong picture.
+    The file done has a checksum (4 bytes) for each block, of shape, rest, position and pixels.  Blocks that
+    agree are kept, so neither a kill nor a changed list nor a damaged file leaves a wrong picture.  No memory
+    map is written to, since a full disk would then be a bus error.
     """
     n, each, done, head, packed = shape[0], math.prod(shape[1:]), 0, BytesIO(), BytesIO()
     np.lib.format.write_array_header_1_0(
         head, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
     torch.save(rest, packed)
     head, packed = head.getvalue(), packed.getvalue()
-    crc = zlib.crc32(packed, zlib.crc32(head))
-    files = temporary / "images.npy", temporary / "done"
-    held = files[0].stat().st_size if files[0].exists() else 0
-    if shutil.disk_usage(where.parent).free < n * each - held:
-        raise OSError(errno.ENOSPC, f"{n * each / 1e9:.1f} GB are needed")
+    seed, images, marks = zlib.crc32(packed, zlib.crc32(head)), temporary / "images.npy", temporary / "done"
+
+    def mark(block):
+        return zlib.crc32(block, (seed + done) % 2**32).to_bytes(4, "little")
+
     try:
         temporary.mkdir(exist_ok=True)
+        images.touch(), marks.touch()
+        free = shutil.disk_usage(temporary).free + images.stat().st_size
+        if free < n * each:
+            raise UserError(f"{n * each / 1e9:.1f} GB are needed for {where}: free some space, or give "
+                            "another --data-dir")
         (temporary / "rest.pt").write_bytes(packed)
-        for file in files:
-            file.touch()
-        with open(files[0], "r+b") as images, open(files[1], "r+b") as marks:
-            images.seek(len(head))
-            while callable(blocks) and done < n:
-                after = zlib.crc32(images.read(min(BLOCK, n - done) * each), crc)
-                if marks.read(4) != struct.pack("<I", after):
-                    break
-                done, crc = min(done + BLOCK, n), after
-            images.seek(0)
+        with open(images, "r+b") as images, open(marks, "r+b") as marks:
             images.write(head)
+            while done < n and marks.read(4) == mark(images.read(min(BLOCK, n - done) * each)):
+                done = min(done + BLOCK, n)
             images.truncate(images.seek(len(head) + done * each))
             marks.truncate(marks.seek(-(-done // BLOCK) * 4))
-            for block in blocks(done) if callable(blocks) else blocks:
+            for block in blocks(done) if done < n else ():
                 block = np.ascontiguousarray(block).data
                 images.write(block)
                 images.flush()
-                crc = zlib.crc32(block, crc)
-                marks.write(struct.pack("<I", crc))
-                marks.flush()  # after the pictures
+                marks.write(mark(block))
+                marks.flush()  # after the pixels
+                done += len(block)
             os.fsync(images.fileno())
         temporary.rename(where)
         (where / "done").unlink()
-    except Exception:  # an interrupt is none
+    except Exception:  # not KeyboardInterrupt, after which preprocessing resumes
         shutil.rmtree(temporary, ignore_errors=True)
         if not where.exists():  # else another process was faster: its copy is as good
             raise
 
 
 @contextmanager
-def placed(name, root):
-    """Whatever goes wrong with the files of set `name` becomes one line that says what to place where."""
+def say_what_to_place(name, root):
+    """Turn whatever goes wrong with the files of set `name` into one line: what to place where."""
     try:
         yield
     except ImportError as e:
@@ -637,18 +637,18 @@ def placed(name, root):
 
 
 def brief(e):
+    """The message of an exception in one short line."""
     return " ".join(str(e).split())[:160] or type(e).__name__
 
 
 # ---- minibatches
 
 def warp(x, amount=1.0, share=0.8):
-    """Some pictures of x (n, C, H, W) turned, stretched, sheared and moved at random, its edges continued.
+    """Rotate, stretch, shear and shift a share of the images x (n, C, H, W) at random, repeating their edges.
 
-    `amount` 1: turned by up to 20 degrees, sides stretched by up to 28 %, sheared by up to a fifth, moved by
-    up to a fourteenth (2 of 28 pixels); 0: x itself.  `share`: of the pictures; the others stay as they
-    are, so that one who learns to draw what looks like data when both are warped draws data, not warped data:
-    the better the fewer are warped.  Differentiable.
+    `amount` 1: rotate by up to 20 degrees, stretch each side by up to 28 %, shear by up to a fifth, shift by
+    up to a fourteenth of the side (2 of 28 pixels); 0: x itself.  `share`: fraction of the batch to warp.  A
+    small share keeps G from learning to draw warped images.  Differentiable; float32 out.
     """
     if not amount:
         return x
@@ -666,14 +666,14 @@ def warp(x, amount=1.0, share=0.8):
 class Batches:
     """Endless minibatches of `images` uint8 (N, ...) and `others` (N, ...), without replacement in an epoch.
 
-    next() -> x, or (x, *others) with others.  x float32 (batch_size, ...) on `device`, 0..255 mapped to
-    scale[0]..scale[1]; of the others integers come as int64, floats, uint8 and bool as they are.
-    Epoch e visits the order randperm(N) seeded with (seed, e), B = batch_size * world pictures at a time, of
-    which `rank` takes its slice, so that all ranks together see the batch of one process.  The N mod B left
-    over are dropped in that epoch; the next one leaves out others.  `per_epoch`: minibatches in an epoch.
-    `resident`: whether the data live on the device (None: if they fit); if not, one thread gathers the next
-    minibatch on the host while this one is in use.  The device is never waited for.
-    Raises UserError for lengths, types or sizes that do not agree.
+    next() -> x, or (x, *others) if there are any.  x is float32 (batch_size, ...) on `device`, with 0..255
+    mapped to scale[0]..scale[1].  Integer others come as int64; floats, uint8 and bool keep their type.
+    Epoch e visits randperm(N) seeded with (seed, e), batch_size * world images at a time, of which `rank`
+    takes its slice: all ranks together see the batch of one process.  An epoch drops the remainder, the next
+    one drops other images.  `per_epoch`: minibatches in an epoch.
+    `resident`: keep the data on the device (None: if they fit).  If not, a thread gathers the next minibatch
+    on the host while this one is in use.  Nothing waits for the device.
+    Raises UserError if lengths, types or sizes do not agree.
     """
 
     def __init__(self, images, *others, batch_size, device="cpu", seed=0, scale=(0., 1.), rank=0, world=1,
@@ -698,11 +698,9 @@ class Batches:
         if resident is None:
             room = GPU_SHARE * torch.cuda.mem_get_info(self.device)[0] if self.cuda else HOST_RESIDENT
             resident = sum(t.nbytes for t in self.tensors if t.device.type == "cpu") <= room
-        self.resident = resident
+        self.resident, self.thread, self.ahead = resident, ThreadPoolExecutor(1), None
         if resident:
             self.tensors = [t.to(self.device) for t in self.tensors]
-        else:
-            self.thread, self.ahead = ThreadPoolExecutor(1), None
         self.epoch, self.position, self.order = 0, 0, (None, None)
 
     def __iter__(self):
@@ -710,13 +708,13 @@ class Batches:
 
     def __next__(self):
         if self.resident:
-            index = self._index(self.epoch, self.position)
+            index = self._index()
             items = [t.index_select(0, index) for t in self.tensors]
             self._advance()
         else:
-            items = (self.ahead or self._fetch()).result()
+            items = (self.ahead or self._gather()).result()
             self._advance()
-            self.ahead = self._fetch()
+            self.ahead = self._gather()
             items = [t.to(self.device, non_blocking=True) for t in items]
         low, high = self.scale
         x = items[0].float().div_(255)
@@ -728,44 +726,43 @@ class Batches:
         if self.position == self.per_epoch:
             self.epoch, self.position = self.epoch + 1, 0
 
-    def _index(self, epoch, position):
-        """This rank's rows of minibatch `position` in `epoch`."""
-        if self.order[0] != epoch:
-            seed = int(np.random.SeedSequence([self.seed % 2**64, epoch]).generate_state(1)[0])
+    def _index(self):
+        """Indices of this rank's images in the next minibatch."""
+        if self.order[0] != self.epoch:
+            seed = int(np.random.SeedSequence([self.seed % 2**64, self.epoch]).generate_state(1)[0])
             order = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed))
-            if self.resident and self.cuda:  # pinned: a copy from ordinary memory waits for the device
+            if self.resident and self.cuda:  # pinned: a copy from pageable memory waits for the device
                 order = order.pin_memory().to(self.device, non_blocking=True)
-            self.order = epoch, order
-        start = position * self.batch + self.rank * self.b
+            self.order = self.epoch, order
+        start = self.position * self.batch + self.rank * self.b
         return self.order[1][start:start + self.b]
 
-    def _fetch(self):
-        """Start to gather the minibatch at hand in the thread.
+    def _gather(self):
+        """Gather the next minibatch in the thread -> a Future of the tensors.
 
-        The thread makes no CUDA call, which could spoil the capture of a CUDA graph in this one.  So pinned
-        memory is taken here; its allocator gives a buffer out again only when the copy from it is done.
+        The thread makes no CUDA call, which could break a CUDA graph capture in the main thread.  So pinned
+        memory is allocated here; its allocator reuses a buffer only after the copy from it is done.
         """
         into = [torch.empty(self.b, *t.shape[1:], dtype=t.dtype, pin_memory=self.cuda) for t in self.tensors]
-        return self.thread.submit(self._gather, into, self.epoch, self.position)
+        index, place = self._index().sort()  # read a memory map in the order of its file,
+        place = place.argsort()  # then restore the order; index_copy_ would take 30 times as long
 
-    def _gather(self, into, epoch, position):
-        index, place = self._index(epoch, position).sort()  # a mapped file is read in its own order
-        place = place.argsort()  # and then put back; index_select, as index_copy_ takes thirty times as long
-        rows = [t.index_select(0, index) for t in self.tensors]
-        return [torch.index_select(r, 0, place, out=out) for r, out in zip(rows, into)]
+        def gather():
+            rows = [t.index_select(0, index) for t in self.tensors]
+            return [torch.index_select(r, 0, place, out=out) for r, out in zip(rows, into)]
+
+        return self.thread.submit(gather)
 
     def state_dict(self):
-        """The next minibatch, counted in what was handed out, and what it depends on."""
+        """The position of the next minibatch to hand out, and what it depends on."""
         return {key: getattr(self, key) for key in ("epoch", "position", "n", "batch", "seed")}
 
     def load_state_dict(self, state):
-        """Go on from `state`.  Raises UserError if it is of other data, batch size (all ranks) or seed."""
+        """Resume from `state`.  Raises UserError if its data, batch size (of all ranks) or seed differ."""
         for key, what in (("n", "number of pictures"), ("batch", "batch of all ranks"), ("seed", "seed")):
             if state[key] != getattr(self, key):
                 raise UserError(f"the checkpoint's {what} is {state[key]}, that of this run "
                                 f"{getattr(self, key)}: expected the same"
                                 + ", see --batch-size, of each rank" * (key == "batch"))
-        if not self.resident and self.ahead:
-            self.ahead.result()  # read ahead for nothing: let it end before its place changes
-            self.ahead = None
+        self.ahead = None  # what was read ahead, if anything, is dropped
         self.epoch, self.position = state["epoch"], state["position"]

@@ -30,13 +30,6 @@ def nets():
     return nn.Linear(3, 5), nn.Linear(5, 1)
 
 
-def text2image_adam(kind, params):
-    """Groups of their own weight decay, as text2image.adam() makes them."""
-    w, b = params
-    groups = [{"params": [w], "weight_decay": 0.1}, {"params": [b], "weight_decay": 0.0}]
-    return kind(groups, torch.tensor(1e-2), betas=(0.5, 0.999), fused=True)
-
-
 def weights(*nets):
     return torch.cat([p.detach().flatten() for net in nets for p in net.parameters()])
 
@@ -71,10 +64,9 @@ def test_textbook_descent_works_out_every_gradient():
 @pytest.mark.parametrize("ours, theirs", [
     (lambda p: vaegan.RMSProp(p, 1e-2),
      lambda p: bench.optimizer(torch.optim.RMSprop, alpha=0.9, weight_decay=1e-5)(p, 1e-2)),
-    (lambda p: torch.optim.Adam(p, torch.tensor(1e-2), betas=(0.5, 0.999), fused=True),
-     lambda p: bench.optimizer(torch.optim.Adam)(p, torch.tensor(1e-2), betas=(0.5, 0.999), fused=True)),
-    (lambda p: text2image_adam(torch.optim.AdamW, p), lambda p: text2image_adam(
-        bench.optimizer(torch.optim.AdamW), p))])
+    (lambda p: fuse.Adam(p, 1e-2), lambda p: bench.adam(p, 1e-2)),
+    (lambda p: fuse.Adam([{"params": list(p), "weight_decay": 0.3}], 1e-2, decoupled=True),
+     lambda p: bench.adam([{"params": list(p), "weight_decay": 0.3}], 1e-2, decoupled=True))])
 def test_textbook_optimizers_are_the_scripts_own(ours, theirs):
     found = []
     for make in (ours, theirs):

@@ -49,6 +49,11 @@ def one_line(call, *words):
         assert str(word) in text, text
 
 
+def by_name(d):
+    """The images of a folder in the order of their files' names."""
+    return d.images[np.argsort(d.extra["files"])]
+
+
 def cache_of(root):
     """The prepared and half-prepared sets under a data folder, without the lock files."""
     return sorted(p for p in (root / "cache").glob("*") if p.suffix != ".lock")
@@ -103,12 +108,13 @@ def test_unknown_name(tmp_path):
 def test_absurd_size_and_channels(tmp_path):
     one_line(lambda: load("mnist", channels=4), "channels is 4", "1 (grey) or 3")
     one_line(lambda: load("mnist", size=0), "size is 0")
-    one_line(lambda: load("imagenet", tmp_path), "many sizes", "--size")
+    one_line(lambda: load("imagenet", tmp_path), "differ in size", "give load() a size")
+    one_line(lambda: load(tmp_path, tmp_path), tmp_path, "differ in size")
 
 
 def test_size_and_channels_of_arrays(tmp_path):
     a = noise(3, 3, 12, 20)
-    np.savez(tmp_path / "a.npz", images=a, test_images=a[:1])
+    np.savez(tmp_path / "a.npz", images=a[np.argsort(data.shuffled(range(3)))], test_images=a[:1])
     d = load(tmp_path / "a.npz", size=12, channels=1)
     assert d.images.shape == (3, 1, 12, 12) and d.test_images.shape == (1, 1, 12, 12)
     grey = np.asarray(Image.fromarray(a[0].transpose(1, 2, 0)).convert("L"))
@@ -134,25 +140,25 @@ def test_arrays_and_files_are_resized_alike(tmp_path):
 
 def test_halving_takes_the_mean_of_an_even_picture():
     checks = torch.tensor([[0, 255], [255, 0]], dtype=torch.uint8).repeat(8, 8)[None, None]
-    assert (data.fit(checks, 4, 1) - 127).abs().max() <= 1  # aliasing would leave 0 or 255
+    assert (data.resize(checks, 4, 1) - 127).abs().max() <= 1  # aliasing would leave 0 or 255
 
 
 # ---- folders ---------------------------------------------------------------------------------------------
 
 
 def test_folder_with_classes(tmp_path):
-    a = {f"{c}/{i}.png": noise(6, 5, 3) for c in ("dog", "cat") for i in range(3)}
-    a["cat/deep/x.PNG"] = noise(6, 5, 3)
+    a = {f"{c}/{i}.png": noise(6, 6, 3) for c in ("dog", "cat") for i in range(3)}
+    a["cat/deep/x.PNG"] = noise(6, 6, 3)
     for name, x in a.items():
         save(tmp_path / "pets" / name, x)
-    save(tmp_path / "pets" / ".thumbnails" / "0.png", noise(6, 5, 3))
+    save(tmp_path / "pets" / ".thumbnails" / "0.png", noise(6, 6, 3))
     (tmp_path / "pets" / "cat" / "._0.png").write_bytes(b"not a picture")
     (tmp_path / "pets" / "cat" / "notes.txt").write_text("not a picture")
-    d = load(tmp_path / "pets", tmp_path)
+    d = load(tmp_path / "pets", tmp_path, 6)
     assert d.name == "pets" and d.classes == ["cat", "dog"]
     assert d.labels.tolist() == [f.startswith("dog") for f in d.extra["files"]]
     assert (d.labels.diff() < 0).any()                      # mixed, so that a part held out has both
-    assert d.labels.dtype == torch.int64 and d.images.shape == (7, 3, 6, 5) and d.images.dtype == torch.uint8
+    assert d.labels.dtype == torch.int64 and d.images.shape == (7, 3, 6, 6) and d.images.dtype == torch.uint8
     assert sorted(d.extra["files"]) == sorted(a)
     for x, name in zip(d.images, d.extra["files"]):
         assert np.array_equal(x, a[name].transpose(2, 0, 1))
@@ -163,8 +169,10 @@ def test_flat_folder_in_several_blocks(tmp_path, monkeypatch, capsys):
     a = noise(10, 5, 5)
     for i, x in enumerate(a):
         save(tmp_path / "f" / f"{i}.png", x)
-    d = load(str(tmp_path / "f"), tmp_path)
-    assert d.labels is None and d.classes is None and np.array_equal(d.images[:, 0], a)
+    d = load(str(tmp_path / "f"), tmp_path, 5)
+    order = [int(f[0]) for f in d.extra["files"]]
+    assert d.labels is None and d.classes is None and np.array_equal(d.images[:, 0], a[order])
+    assert sorted(order) == list(range(10)) != order        # shuffled: names often tell the class
     assert "preparing f: 10 of 10 pictures" in capsys.readouterr().err
 
 
@@ -173,8 +181,6 @@ def test_mixed_sizes(tmp_path):
     wide[:, :10], wide[:, 10:30, 1], wide[:, 30:] = (255, 0, 0), 200, (0, 0, 255)
     save(tmp_path / "f" / "a.png", wide)
     save(tmp_path / "f" / "b.png", noise(30, 20, 3))
-    one_line(lambda: load(tmp_path / "f", tmp_path), "40x20", "20x30", "b.png", "--size")
-    assert cache_of(tmp_path) == []
     d = load(tmp_path / "f", tmp_path, size=10)
     assert d.images.shape == (2, 3, 10, 10)
     assert (d.images[0, 1] == 200).all() and not d.images[0, [0, 2]].any()  # the green middle alone
@@ -189,45 +195,45 @@ def test_kinds_of_pictures(tmp_path):
     save(f / "5-palette.png", Image.new("RGB", (4, 4), (0, 255, 0)).quantize(4))
     save(f / "6-cmyk.jpg", Image.new("CMYK", (4, 4), (0, 0, 0, 255)))
     save(f / "7-bits.png", Image.new("1", (4, 4), 1))
-    d = load(f, tmp_path)
+    d = load(f, tmp_path, 4)
     expected = [(50,) * 3, (255,) * 3, (10, 20, 30), (128,) * 3, (0, 255, 0), (0, 0, 0), (255,) * 3]
     assert d.images.shape == (7, 3, 4, 4)  # colour, since some have it
-    for x, colour in zip(d.images, expected):
+    for x, colour in zip(by_name(d), expected):
         assert (x.int() - torch.tensor(colour)[:, None, None]).abs().max() <= 3
-    assert load(f, tmp_path, channels=1).images.shape == (7, 1, 4, 4)
+    assert load(f, tmp_path, 4, channels=1).images.shape == (7, 1, 4, 4)
     for name in ("2-clear.png", "3-half.png", "5-palette.png", "6-cmyk.jpg"):
         (f / name).unlink()
-    assert load(f, tmp_path).images[:, 0, 0, 0].tolist() == [50, 128, 255]  # grey, since all are
-    assert load(f, tmp_path).images.shape == (3, 1, 4, 4)
+    assert by_name(load(f, tmp_path, 4))[:, 0, 0, 0].tolist() == [50, 128, 255]  # grey, since all are
+    assert load(f, tmp_path, 4).images.shape == (3, 1, 4, 4)
 
 
 def test_picture_lying_on_its_side(tmp_path):
-    a = np.zeros((20, 10), np.uint8)
+    a = np.zeros((20, 20), np.uint8)
     a[:10] = 255
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     (tmp_path / "f").mkdir()
     Image.fromarray(np.rot90(a)).save(tmp_path / "f" / "a.png", exif=exif)
-    assert np.array_equal(load(tmp_path / "f", tmp_path).images[0, 0], a)
+    assert np.array_equal(load(tmp_path / "f", tmp_path, 20).images[0, 0], a)
 
 
-@pytest.mark.parametrize("size", [None, 8])
-def test_corrupt_picture_is_named(tmp_path, size):
+@pytest.mark.parametrize("channels", [None, 1])
+def test_corrupt_picture_is_named(tmp_path, channels):
     f = tmp_path / "f"
     save(f / "a.png", noise(16, 16, 3))
     whole = save(f / "b.jpg", noise(16, 16, 3)).read_bytes()
     for damaged in (whole[: len(whole) // 2], b"<html>404</html>", b""):
         (f / "b.jpg").write_bytes(damaged)
-        one_line(lambda: load(f, tmp_path, size), f / "b.jpg", "cannot be read", "remove")
+        one_line(lambda: load(f, tmp_path, 8, channels), f / "b.jpg", "cannot be read", "remove")
         assert cache_of(tmp_path) == []
 
 
 def test_folders_that_are_no_data_set(tmp_path):
     (tmp_path / "f").mkdir()
-    one_line(lambda: load(tmp_path / "f", tmp_path), tmp_path / "f", "no pictures", ".png")
+    one_line(lambda: load(tmp_path / "f", tmp_path, 4), tmp_path / "f", "no pictures", ".png")
     save(tmp_path / "f" / "a.png", noise(4, 4))
     save(tmp_path / "f" / "cat" / "b.png", noise(4, 4))
-    one_line(lambda: load(tmp_path / "f", tmp_path), "1 pictures beside 1 in sub-folders")
+    one_line(lambda: load(tmp_path / "f", tmp_path, 4), "1 pictures beside 1 in sub-folders")
 
 
 # ---- the cache -------------------------------------------------------------------------------------------
@@ -241,25 +247,25 @@ def pictures(tmp_path):
 
 
 def test_cache_is_reused_until_the_pictures_change(tmp_path, pictures, monkeypatch):
-    count, decode = itertools.count(), data.picture
-    monkeypatch.setattr(data, "picture", lambda *a: (next(count), decode(*a))[1])
-    first = load(pictures, tmp_path)
+    count, decode = itertools.count(), data.decode
+    monkeypatch.setattr(data, "decode", lambda *a: (next(count), decode(*a))[1])
+    first = load(pictures, tmp_path, 8)
     (made,) = cache_of(tmp_path)
     stamp = (made / "images.npy").stat().st_mtime_ns
-    second = load(pictures, tmp_path)
+    second = load(pictures, tmp_path, 8)
     assert next(count) == 24 and (made / "images.npy").stat().st_mtime_ns == stamp
     assert torch.equal(first.images, second.images) and first.extra == second.extra
     load(pictures, tmp_path, size=4)
     assert next(count) == 24 + 1 + 24  # another size is another cache
     save(pictures / "03.png", noise(8, 8, 3))
-    assert not torch.equal(load(pictures, tmp_path).images[3], first.images[3])
+    assert not torch.equal(by_name(load(pictures, tmp_path, 8))[3], by_name(first)[3])
     assert next(count) == 24 + 1 + 24 + 1 + 24
 
 
 def test_cache_is_mapped_and_read_only(tmp_path, pictures, recwarn):
     torch.set_warn_always(True)
     try:
-        d = load(pictures, tmp_path)
+        d = load(pictures, tmp_path, 8)
     finally:
         torch.set_warn_always(False)
     assert not recwarn.list
@@ -273,7 +279,7 @@ def test_cache_is_mapped_and_read_only(tmp_path, pictures, recwarn):
 
 @pytest.mark.parametrize("damage", ["short", "long", "garbage", "no rest", "bad rest"])
 def test_damaged_cache_is_named(tmp_path, pictures, damage):
-    first = load(pictures, tmp_path).images.clone()
+    first = load(pictures, tmp_path, 8).images.clone()
     (made,) = cache_of(tmp_path)
     images, rest = made / "images.npy", made / "rest.pt"
     if damage == "short":
@@ -286,16 +292,16 @@ def test_damaged_cache_is_named(tmp_path, pictures, damage):
         rest.unlink()
     else:
         rest.write_bytes(rest.read_bytes()[:100])
-    one_line(lambda: load(pictures, tmp_path), made, "damaged", "delete this folder")
+    one_line(lambda: load(pictures, tmp_path, 8), made, "damaged", "delete this folder")
     for file in made.iterdir():
         file.unlink()
     made.rmdir()
-    assert torch.equal(load(pictures, tmp_path).images, first)
+    assert torch.equal(load(pictures, tmp_path, 8).images, first)
 
 
 def test_data_folder_that_cannot_be_written(tmp_path, pictures):
     (tmp_path / "file").write_text("in the way")
-    one_line(lambda: load(pictures, tmp_path / "file"), "cannot be written", "--data-dir")
+    one_line(lambda: load(pictures, tmp_path / "file", 8), "cannot be written", "--data-dir")
 
 
 def test_failure_while_writing_leaves_nothing(tmp_path, pictures, monkeypatch):
@@ -303,22 +309,22 @@ def test_failure_while_writing_leaves_nothing(tmp_path, pictures, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(data.torch, "save", full)
-    one_line(lambda: load(pictures, tmp_path), "No space left on device", "--data-dir")
+    one_line(lambda: load(pictures, tmp_path, 8), "No space left on device", "--data-dir")
     assert cache_of(tmp_path) == []
 
 
 SLOW = """
 import sys, time
 from common import data
-decode = data.picture
+decode = data.decode
 def picture(*a):
     sys.stdout.write("decoded\\n")  # print() of two threads may mix their lines
     sys.stdout.flush()
     time.sleep(float(sys.argv[3]))
     return decode(*a)
-data.picture, data.BLOCK = picture, 4
+data.decode, data.BLOCK = picture, 4
 sys.stdin.readline()
-print("sum", int(data.load(sys.argv[1], sys.argv[2]).images.sum()), flush=True)
+print("sum", int(data.load(sys.argv[1], sys.argv[2], 8).images.sum()), flush=True)
 """
 
 
@@ -339,15 +345,15 @@ def test_killed_and_then_two_at_once(tmp_path, pictures, monkeypatch, request):
     (half,) = cache_of(tmp_path)
     assert ".tmp" in half.name  # a set cut off never has the name of a whole one
 
-    count, decode = [], data.picture
-    monkeypatch.setattr(data, "picture", lambda *a: (count.append("decoded"), time.sleep(0.1), decode(*a))[2])
+    count, decode = [], data.decode
+    monkeypatch.setattr(data, "decode", lambda *a: (count.append("decoded"), time.sleep(0.1), decode(*a))[2])
     peer.stdin.write("go\n")
     peer.stdin.flush()
-    mine = load(pictures, tmp_path).images
+    mine = load(pictures, tmp_path, 8).images
     out, err = peer.communicate(timeout=60)
     assert peer.returncode == 0, err
     assert f"sum {int(mine.sum())}\n" in out
-    for x, path in zip(mine, sorted(pictures.iterdir())):
+    for x, path in zip(mine, data.shuffled(sorted(pictures.iterdir()))):
         assert np.array_equal(x, np.asarray(Image.open(path)).transpose(2, 0, 1))
     (made,) = cache_of(tmp_path)  # nothing is left of what the killed one began
     assert made.name == half.name.split(".tmp")[0]
@@ -403,7 +409,7 @@ def test_interrupted_preparation_goes_on(tmp_path, monkeypatch, change, start):
 
 
 def test_interrupted_folder_goes_on(tmp_path, pictures, monkeypatch, capsys):
-    expected, decode = load(pictures, tmp_path / "reference").images, data.picture
+    expected, decode = load(pictures, tmp_path / "reference", 8).images, data.decode
     count, seen = itertools.count(), []
 
     def picture(source, *a):
@@ -413,43 +419,44 @@ def test_interrupted_folder_goes_on(tmp_path, pictures, monkeypatch, capsys):
         return decode(source, *a)
 
     monkeypatch.setattr(data, "BLOCK", 4)
-    monkeypatch.setattr(data, "picture", picture)
+    monkeypatch.setattr(data, "decode", picture)
     with pytest.raises(KeyboardInterrupt):
-        load(pictures, tmp_path)
+        load(pictures, tmp_path, 8)
     capsys.readouterr()
     seen.clear()
-    assert torch.equal(load(pictures, tmp_path).images, expected)
-    assert sorted(seen) == [f"{i:02}.png" for i in range(8, 24)]
+    assert torch.equal(load(pictures, tmp_path, 8).images, expected)
+    assert sorted(seen) == sorted(f"{i:02}.png" for i in data.shuffled(range(24))[8:])
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "preparing f: going on at picture 9 of 24" and "24 of 24 pictures" in lines[-1]
 
 
 def test_a_disk_too_small_is_told_at_once(tmp_path, pictures, monkeypatch):
     monkeypatch.setattr(data.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=4607))
-    one_line(lambda: load(pictures, tmp_path), "0.0 GB are needed", "--data-dir")
+    one_line(lambda: load(pictures, tmp_path, 8), "0.0 GB are needed", "--data-dir")
     assert cache_of(tmp_path) == []
     monkeypatch.setattr(data.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=4608))
-    assert len(load(pictures, tmp_path).images) == 24
+    assert len(load(pictures, tmp_path, 8).images) == 24
 
 
 def test_name_of_a_prepared_folder(tmp_path, pictures):
     """As it has been from the start, so that what is prepared stays in use."""
-    load(pictures, tmp_path)
-    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(pictures.iterdir())]
+    load(pictures, tmp_path, 8)
+    files = data.shuffled(sorted(pictures.iterdir()))
+    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     digest = hashlib.sha256(json.dumps([str(pictures.resolve()), stats]).encode()).hexdigest()[:16]
-    assert [p.name for p in cache_of(tmp_path)] == [f"f-ownxown-{digest}"]
+    assert [p.name for p in cache_of(tmp_path)] == [f"f-8xown-{digest}"]
 
 
 def test_slower_of_two_without_locks(tmp_path, pictures, monkeypatch):
     """Where there are no file locks, a process that finds another's whole set at the end takes that."""
-    decode, remove, rename, faster = data.picture, data.shutil.rmtree, Path.rename, []
+    decode, remove, rename, faster = data.decode, data.shutil.rmtree, Path.rename, []
     pid = os.getpid()
 
     def picture(*a):
         if not faster:  # the other one starts and ends in the midst of this one
             faster.append(None)
             monkeypatch.setattr(data.os, "getpid", lambda: 1)
-            faster[0] = load(pictures, tmp_path).images
+            faster[0] = load(pictures, tmp_path, 8).images
         return decode(*a)
 
     def rmtree(path, **kw):  # as on Windows: nothing that is open goes away or gets another name
@@ -462,17 +469,17 @@ def test_slower_of_two_without_locks(tmp_path, pictures, monkeypatch):
         return rename(path, to)
 
     monkeypatch.setattr(data, "fcntl", None)
-    monkeypatch.setattr(data, "picture", picture)
+    monkeypatch.setattr(data, "decode", picture)
     monkeypatch.setattr(data.shutil, "rmtree", rmtree)
     monkeypatch.setattr(data.Path, "rename", renamed)
-    assert torch.equal(load(pictures, tmp_path).images, faster[0])
+    assert torch.equal(load(pictures, tmp_path, 8).images, faster[0])
 
 
 # ---- .npz ------------------------------------------------------------------------------------------------
 
 
 def test_npz(tmp_path, monkeypatch):
-    images, factors = noise(6, 3, 4, 4), RNG.normal(size=(6, 2))
+    images, factors, order = noise(6, 3, 4, 4), RNG.normal(size=(6, 2)), data.shuffled(range(6))
     np.savez_compressed(
         tmp_path / "s.npz",
         images=images,
@@ -490,25 +497,55 @@ def test_npz(tmp_path, monkeypatch):
     monkeypatch.setattr(kind, "__getitem__", lambda z, key: (read.append(key), get(z, key))[1])
     d = load(tmp_path / "s.npz", tmp_path)
     assert sorted(read) == sorted(set(read)) and len(read) == 9  # nothing is decompressed twice
-    assert d.name == "s" and np.array_equal(d.images, images) and np.array_equal(d.test_images, images[:2])
-    assert d.labels.dtype == d.test_labels.dtype == torch.int64 and d.labels.tolist() == [5, 4, 3, 2, 1, 0]
+    assert d.name == "s" and np.array_equal(d.images, images[order])
+    assert np.array_equal(d.test_images, images[:2])
+    assert d.labels.dtype == d.test_labels.dtype == torch.int64
+    assert d.labels.tolist() == [5 - i for i in order]
     assert d.test_labels.tolist() == [1, 0] and d.classes == list("uvwxyz")
     assert set(d.extra) == {"factors", "factor_names", "age", "old"} and d.extra["factor_names"] == ["a", "b"]
-    assert d.extra["factors"].dtype == torch.float32 and np.allclose(d.extra["factors"], factors)
+    assert d.extra["factors"].dtype == torch.float32 and np.allclose(d.extra["factors"], factors[order])
     assert d.extra["age"].dtype == torch.int64 and d.extra["old"].dtype == torch.bool
 
 
-def test_an_npz_in_order_of_class_is_mixed(tmp_path):
-    i = np.arange(12, dtype=np.uint8)
-    np.savez(tmp_path / "s.npz", images=np.tile(i[:, None, None, None], (1, 1, 2, 2)), labels=i // 4, age=i,
+@pytest.mark.parametrize("labels", [None, np.arange(12) // 4, np.array([2, 0, 1]).repeat(4),
+                                    np.array([2, 1, 0]).repeat(4)])
+def test_an_npz_is_shuffled_whatever_its_order(tmp_path, labels):
+    i, more = np.arange(12, dtype=np.uint8), {} if labels is None else {"labels": labels}
+    np.savez(tmp_path / "s.npz", images=np.tile(i[:, None, None, None] + 1, (1, 1, 2, 2)), age=i,
              captions=i.astype(str), tag_names=i.astype(str), test_images=np.zeros((12, 1, 2, 2), np.uint8),
-             test_labels=i // 4)
+             test_labels=i // 4, **more)
     d = load(tmp_path / "s.npz", tmp_path)
-    order = d.images[:, 0, 0, 0].tolist()
-    assert sorted(order) == i.tolist() != order and set(d.labels[6:].tolist()) == {0, 1, 2}
-    assert d.labels.tolist() == [k // 4 for k in order] and d.extra["age"].tolist() == order
+    order = (d.images[:, 0, 0, 0] - 1).tolist()
+    assert sorted(order) == i.tolist() != order and d.extra["age"].tolist() == order
+    if labels is not None:
+        assert d.labels.tolist() == labels[order].tolist() and set(d.labels[6:].tolist()) == {0, 1, 2}
     assert d.extra["captions"] == [str(k) for k in order]
     assert d.extra["tag_names"] == [str(k) for k in i] and d.test_labels.tolist() == (i // 4).tolist()
+    assert torch.equal(load(tmp_path / "s.npz").images, d.images)
+
+
+@pytest.mark.parametrize("labels, names, found, classes", [
+    ([3, 1, 10, 3], None, [1, 0, 2, 1], ["1", "3", "10"]),
+    ([0, 2, 1, 0], None, [0, 2, 1, 0], None),
+    ([9000, 0, -1, 1000], None, [2, 0, -1, 1], ["0", "1000", "9000"]),
+    ([3, 1, 3, 1], list("abcde"), [1, 0, 1, 0], ["b", "d"]),
+    ([1, 2, 3, 3], list("xyz"), [0, 1, 2, 2], list("xyz")),
+    ([-1, -1, -1, -1], None, None, None),
+    ([True, False, True, True], ["no", "yes"], [1, 0, 1, 1], ["no", "yes"])])
+def test_labels_that_occur_are_numbered_without_gaps(tmp_path, labels, names, found, classes):
+    order, more = data.shuffled(range(4)), {} if names is None else {"classes": names}
+    np.savez(tmp_path / "a.npz", images=noise(4, 1, 2, 2), labels=labels, **more)
+    d = load(tmp_path / "a.npz")
+    assert (d.labels if found is None else d.labels.tolist()) == (found and [found[i] for i in order])
+    assert d.classes == classes
+
+
+def test_a_label_of_the_test_part_alone_has_its_number(tmp_path):
+    x = noise(3, 1, 2, 2)
+    np.savez(tmp_path / "a.npz", images=x, labels=[5, 5, 9], test_images=x, test_labels=[9, 7, 5])
+    d = load(tmp_path / "a.npz")
+    assert sorted(d.labels.tolist()) == [0, 0, 2] and d.test_labels.tolist() == [2, 1, 0]
+    assert d.classes == ["5", "7", "9"]
 
 
 OK = np.zeros((4, 3, 8, 8), np.uint8)
@@ -528,6 +565,10 @@ OK = np.zeros((4, 3, 8, 8), np.uint8)
         ({"images": OK[:0]}, ["(0, 3, 8, 8)", "N > 0"]),
         ({"images": OK, "labels": np.arange(3)}, ["3 labels for 4 images"]),
         ({"images": OK, "labels": np.arange(0)}, ["0 labels for 4 images"]),
+        ({"images": OK, "labels": np.array([0, 1, -5, 1])}, ["a label -5", "-1 for no label"]),
+        ({"images": OK, "labels": np.arange(4), "classes": ["a", "b"]}, ["2 classes for labels up to 3"]),
+        ({"images": OK[:, :, :1, :1].repeat(300, 0), "labels": np.arange(1200)},
+         ["1,200 different labels for 1,200 pictures", "classes"]),
         ({"images": OK, "labels": np.zeros(4)}, ["labels is float64 (4,)", "integers (N,)"]),
         ({"images": OK, "labels": np.eye(4, dtype=int)}, ["labels is int64 (4, 4)", "integers (N,)"]),
         (
@@ -662,7 +703,9 @@ def test_flowers_layout(tmp_path):
         text.parent.mkdir(parents=True, exist_ok=True)
         text.write_text(f"flower {i}\n")
     d = load(tmp_path / "flowers", tmp_path, size=8)
-    assert d.labels.tolist() == [1, 0, 1] and d.extra["captions"][1:] == [["flower 2"], ["flower 3"]]
+    assert dict(zip(d.extra["files"], d.labels.tolist())) == {
+        "image_00001.jpg": 1, "image_00002.jpg": 0, "image_00003.jpg": 1}
+    assert d.extra["captions"] == [[f"flower {f[10]}"] for f in d.extra["files"]]
 
 
 def test_bad_captions_are_named(tmp_path, birds):
@@ -769,7 +812,6 @@ def test_celeba(tmp_path, monkeypatch):
     assert d.extra["attribute_names"] == ["Bald", "Smiling"]
     assert d.extra["attributes"].tolist() == [[0, 1], [1, 1]]
     assert d.extra["test_attributes"].tolist() == [[1, 0], [0, 0]]
-    assert load("celeba", tmp_path, download=False).images.shape == (2, 3, 148, 148)
     (folder / "list_attr_celeba.txt").unlink()
     load("celeba", tmp_path, size=64, download=False)  # once prepared, it needs its sources no more
     one_line(lambda: load("celeba", tmp_path, size=32, download=False), "not found", "img_align_celeba")
@@ -789,9 +831,10 @@ def test_stl10(tmp_path, monkeypatch):
         ("test_list", ("test_X.bin", "test_y.bin")),
     ):
         monkeypatch.setattr(STL10, name, [[f, md5(folder / f)] for f in files])
-    d = load("stl10", tmp_path, download=False)
-    assert np.array_equal(d.images, x[:5]) and np.array_equal(d.test_images, x[5:])
-    assert d.labels.tolist() == [2, 0, -1, -1, -1] and d.test_labels.tolist() == [2, 0]
+    d = load("stl10", tmp_path, 96, download=False)
+    order = data.shuffled(range(5))                         # labelled and unlabelled ones mixed
+    assert np.array_equal(d.images, x[order]) and np.array_equal(d.test_images, x[5:])
+    assert d.labels.tolist() == [[2, 0, -1, -1, -1][i] for i in order] and d.test_labels.tolist() == [2, 0]
     assert d.classes == ["airplane", "bird", "car"]
     assert load("stl10", tmp_path, 48).images.shape == (5, 3, 48, 48)
 
@@ -839,7 +882,7 @@ def test_lfw(tmp_path, monkeypatch):
     (folder / "lfw-funneled.tgz").write_bytes(b"")
     monkeypatch.setattr(LFWPeople, "file_dict", {"funneled": ("lfw_funneled", "lfw-funneled.tgz", None)})
     monkeypatch.setattr(LFWPeople, "checksums", {"people.txt": None, "lfw-names.txt": None})
-    d = load("lfw", tmp_path)
+    d = load("lfw", tmp_path, 150)
     assert d.images.shape == (3, 3, 150, 150) and d.images[:, 0, 0, 0].tolist() == [120, 0, 60]
     assert d.labels.tolist() == [0, 1, 0] and d.classes == ["Al", "Bo"]
 
@@ -1003,7 +1046,7 @@ def test_ranks_together_see_the_batch_of_one(resident):
 
 
 def test_read_ahead_gives_the_same_bits(tmp_path, pictures):
-    mapped = load(pictures, tmp_path).images
+    mapped = load(pictures, tmp_path, 8).images
     y = torch.randn(24, 2)
     here = Batches(mapped.clone(), y, batch_size=5, scale=(-1, 1))
     ahead = Batches(mapped, y, batch_size=5, scale=(-1, 1), resident=False)
@@ -1016,20 +1059,22 @@ def test_read_ahead_gives_the_same_bits(tmp_path, pictures):
 
 
 def test_read_ahead_in_another_thread(monkeypatch):
-    seen, gather = [], Batches._gather
+    seen, submit = [], data.ThreadPoolExecutor.submit
 
-    def noted(*a):
-        seen.append((a[-1], threading.get_ident()))
-        return gather(*a)
+    def noted(pool, gather):
+        def work():
+            seen.append(threading.get_ident())
+            return gather()
+        return submit(pool, work)
 
-    monkeypatch.setattr(Batches, "_gather", noted)
+    monkeypatch.setattr(data.ThreadPoolExecutor, "submit", noted)
     b = Batches(numbered(40)[0], batch_size=10, resident=False)
     next(b)
     for _ in range(500):  # the second minibatch is gathered though nobody asked for it
         if len(seen) == 2:
             break
         time.sleep(0.01)
-    assert [position for position, _ in seen] == [0, 1] and threading.get_ident() not in {t for _, t in seen}
+    assert len(seen) == 2 and threading.get_ident() not in seen
     assert b.state_dict()["position"] == 1
 
 
