@@ -54,7 +54,9 @@ def compiled(step):
 
     # Dynamo keeps what it compiles with the code object, and two steps must not share one.
     detached.__code__ = detached.__code__.replace(co_name=f"{step.__name__}_{next(COUNT)}")
-    whole = torch.compile(detached, fullgraph=True, dynamic=False, backend=BACKEND)
+    # Reordering loops ends in an assertion of Inductor on a GPU (PyTorch 2.11; aae.py, vaegan.py).
+    options = {"loop_ordering_after_fusion": False} if BACKEND == "inductor" else None
+    whole = torch.compile(detached, fullgraph=True, dynamic=False, backend=BACKEND, options=options)
 
     def call(*inputs):
         with config.patch(trace_autograd_ops=True, error_on_recompile=True):
@@ -354,7 +356,11 @@ def place(args, *nets):
     if torch.device(args.device).type == "cpu":
         _keep_freed_memory()
     for net in nets:
-        net.to(args.device, memory_format=torch.channels_last)
+        # Compiled, a convolution of one channel gets gradients in another layout than Inductor expects: it
+        # stays in plain order (PyTorch issue 171622).
+        one = args.compile and any(1 in m.weight.shape[:2] for m in net.modules()
+                                   if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)))
+        net.to(args.device, memory_format=None if one else torch.channels_last)
         if dist.is_initialized():
             for t in net.state_dict().values():
                 dist.broadcast(t, 0)
