@@ -13,11 +13,13 @@ import math
 import os
 import re
 import shutil
+import stat
 import sys
 import time
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,6 +65,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", "
 GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B")     # Pillow's modes without colour
 ARRAYS = ("images", "labels", "test_images", "test_labels")
 NAMES = ("names", "values", "words", "classes")     # arrays with these endings have no row for each image
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
+          "valid": "val", "validation": "val"}
 BLOCK = 1024           # images decoded and written at a time: bounds the memory that preprocessing takes
 GPU_SHARE = 0.5        # fraction of the free GPU memory that a data set may fill
 HOST_RESIDENT = 2**30  # bytes; on a CPU a larger set is probably memory-mapped, so read it ahead in a thread
@@ -214,8 +218,8 @@ def renumber(arrays, path):
         raise UserError(f"{path} has a label {values[0]}: expected 0, 1, ... for classes, -1 for no label")
     values, names = values[values >= 0], arrays.get("classes")
     if len(values) > max(100, len(arrays["images"]) // 2):
-        raise UserError(f"{path} has {len(values):,} different labels for {len(arrays['images']):,} pictures: "
-                        "expected classes of several pictures each")
+        raise UserError(f"{path} has {len(values):,} different labels for {len(arrays['images']):,} "
+                        "pictures: expected classes of several pictures each")
     if names is not None and len(values) and (values[-1] < len(names) or len(names) == len(values)):
         arrays["classes"] = [names[v] for v in values] if values[-1] < len(names) else names
     elif names is not None and parts:
@@ -265,41 +269,105 @@ def resize(images, size, channels):
 # ---- sets of files, decoded and resized once into a memory-mapped array
 
 def folder(path, root, size, channels):
-    """A folder of pictures, shuffled; its sub-folders, if any, are the classes."""
-    files = []
-    for at, below, names in os.walk(path, followlinks=True):
-        below[:] = [d for d in below if not d.startswith(".")]
-        files += [os.path.relpath(os.path.join(at, f), path) for f in names
-                  if f.lower().endswith(SUFFIXES) and not f.startswith(".")]
-    files.sort()
+    """A folder of pictures, shuffled; sub-folders, if any, are the classes, or train/ and test/."""
+    files, left_out = walk(path)
+    parts = layout(sorted(files), path)
+    left_out["pictures of val/, beside train/ and test/"] = len(files) - sum(map(len, parts.values()))
+    if left_out := ", ".join(f"{n:,} {what}" for what, n in sorted(left_out.items()) if n):
+        print(f"left out of {path}: {left_out}", file=sys.stderr, flush=True)
     if not files:
         raise UserError(f"{path} holds no pictures: expected {' '.join(SUFFIXES)} in it, or in a sub-folder "
                         "for each class")
-    flat, rest = sum(os.sep not in f for f in files), {}
-    if 0 < flat < len(files):
-        raise UserError(f"{path} holds {flat} pictures beside {len(files) - flat} in sub-folders: "
-                        "expected pictures alone, or a sub-folder for each class")
-    files = shuffled(files)
-    if not flat:
-        tops = [f.split(os.sep, 1)[0] for f in files]
-        rest["classes"] = sorted(set(tops))
-        index = {c: i for i, c in enumerate(rest["classes"])}
-        rest["labels"] = torch.tensor([index[top] for top in tops])
-    rest["files"] = [f.replace(os.sep, "/") for f in files]
-    digest = hashlib.sha256(f"[{json.dumps(str(path.resolve()))}, [".encode())
-    for i, f in enumerate(files):  # one at a time: a stat_result takes 690 bytes
-        s = os.stat(path / f)
-        digest.update(f"{', ' * (i > 0)}{json.dumps((f, s.st_size, s.st_mtime_ns))}".encode())
-    digest.update(b"]]")
+    parts[""] = dict(shuffled(list(parts[""].items())))
+    names, rest = [f for part in parts.values() for f in part], {"test_from": len(parts[""])}
+    classes = sorted({c for part in parts.values() for c in part.values()} - {None})
+    for prefix, part in parts.items():
+        rest[f"{prefix}files"] = list(part)
+        if None not in part.values():
+            index = {c: i for i, c in enumerate(classes)}
+            rest |= {f"{prefix}labels": torch.tensor([index[c] for c in part.values()]), "classes": classes}
+    if len(parts) == 1:
+        del rest["test_from"]
+    digest = hashlib.sha256(json.dumps([2, str(path.resolve())]).encode())
+    for f in names:
+        digest.update(json.dumps((f, files[f])).encode())
 
     def make():
-        sources = [os.path.join(path, f) for f in files]  # a Path takes several times the memory
+        sources = [os.path.join(path, f) for f in names]  # a Path takes several times the memory
         c = channels or (1 if all(decode_all(sources, is_grey)) else 3)
         n = len(sources)
         return (n, c, size, size), lambda start: decode_blocks(path.name, sources, n, size, c, start), rest
 
     label = re.sub(r"[^\w.-]", "_", path.resolve().name)
     return cached(root / "cache" / f"{label}-{size}x{channels or 'own'}-{digest.hexdigest()[:16]}", make)
+
+
+def walk(path):
+    """-> {picture's path below `path`: [bytes, time of change]}, and a Counter of what was left out and why.
+
+    Links are followed last, and no folder or file is read twice.  Hidden files and folders are ignored.
+    """
+    found, left_out, seen, links, folders = {}, Counter(), set(), [], [str(path)]
+    root = os.path.realpath(path)
+    while folders or links:
+        at = folders.pop() if folders else links.pop(0)
+        real = os.path.realpath(at)
+        above = root.startswith(os.path.join(real, ""))
+        if not os.path.exists(at):
+            left_out["dangling links"] += 1
+            continue
+        if real in seen or above or os.path.dirname(real) in seen and not os.path.isdir(at):
+            left_out["links to what is read already"] += 1
+            continue
+        seen.add(real)
+        try:
+            entries = sorted(os.scandir(at), key=lambda e: e.name) if os.path.isdir(at) else [at]
+        except OSError:
+            left_out["folders that cannot be read"] += 1
+            continue
+        for e in entries:
+            file = os.fspath(e)
+            if os.path.basename(file).startswith("."):
+                continue
+            if e is not at and e.is_symlink():
+                links.append(file)
+            elif e is not at and e.is_dir():
+                folders.append(file)
+            else:
+                s, ending = os.stat(file), os.path.splitext(file)[1].lower()
+                if not stat.S_ISREG(s.st_mode):
+                    left_out["pipes, sockets or devices"] += 1
+                elif ending not in SUFFIXES:
+                    left_out[f"{ending or 'files without an ending'}"] += 1
+                else:
+                    found[os.path.relpath(file, path).replace(os.sep, "/")] = [s.st_size, s.st_mtime_ns]
+    return found, left_out
+
+
+def layout(files, path, depth=0):
+    """-> {"": {file: class}}, with folders train/ and test/ also "test_".  Class None: no sub-folders.
+
+    A lone folder around all others is a wrapper, not a class.  val/ is the test part if there is no test/.
+    """
+    def top(f, depth):
+        return f.split("/", depth + 1)[depth] if f.count("/") > depth else None
+
+    tops = Counter(top(f, depth) for f in files)
+    if len(tops) == 1 and None not in tops:
+        return layout(files, path, depth + 1)
+    kinds, parts = {t: SPLITS.get(str(t).lower()) for t in tops}, {"": files}
+    if "train" in kinds.values() and None not in kinds.values() and len(set(kinds.values())) > 1:
+        test = "test" if "test" in kinds.values() else "val"
+        parts = {part: [f for f in files if kinds[top(f, depth)] == kind]
+                 for part, kind in (("", "train"), ("test_", test))}
+        depth += 1
+    for part, some in parts.items():
+        parts[part] = {f: top(f, depth) for f in some}
+        flat = sum(c is None for c in parts[part].values())
+        if 0 < flat < len(some):
+            raise UserError(f"{path} holds {flat} pictures beside {len(some) - flat} in sub-folders: "
+                            "expected pictures alone, or a sub-folder for each class")
+    return parts
 
 
 def captioned(path, root, size, channels):
@@ -317,7 +385,8 @@ def captioned(path, root, size, channels):
     if not (path / within).is_dir():
         raise UserError(f"{path} has text_c10/, but no images/ or jpg/: expected the pictures there")
     arrays, captions = folder(path / within, root, size, channels), []
-    for f in arrays["files"]:
+    files = arrays["files"] + arrays.get("test_files", [])
+    for f in files:
         text = texts.get(Path(f).stem)
         if text is None:
             raise UserError(f"{path / within / f} has no captions: expected a file "
@@ -338,7 +407,7 @@ def captioned(path, root, size, channels):
                 raise UserError(f"{path / file} names none of the {len(classes)} classes: expected some, as "
                                 f"{classes[0]} or 1, one a line")
             test = {c for i, c in enumerate(classes, 1) if bool({c, str(i)} & listed) == is_test}
-    y = torch.tensor([classes.index(texts[Path(f).stem].parent.name) for f in arrays["files"]])
+    y = torch.tensor([classes.index(texts[Path(f).stem].parent.name) for f in files])
     held = torch.tensor([classes[i] in test for i in y.tolist()])
     if held.all():
         raise UserError(f"{path} holds out all of its {len(classes)} classes: expected some to train on")
@@ -348,7 +417,7 @@ def captioned(path, root, size, channels):
             which = rows.nonzero()[:, 0].tolist()
             out |= {f"{part}images": arrays["images"][which], f"{part}labels": y[which],
                     f"{part}captions": [captions[i] for i in which],
-                    f"{part}files": [arrays["files"][i] for i in which]}
+                    f"{part}files": [files[i] for i in which]}
     return out
 
 

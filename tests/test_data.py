@@ -235,6 +235,84 @@ def test_folders_that_are_no_data_set(tmp_path):
     one_line(lambda: load(tmp_path / "f", tmp_path, 4), "1 pictures beside 1 in sub-folders")
 
 
+def loaded(path, tmp_path, capsys):
+    """(Data, what was said of what was left out)."""
+    capsys.readouterr()
+    d = load(path, tmp_path, 4)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
+    return d, "\n".join(lines)
+
+
+def test_links_are_read_once(tmp_path, capsys):
+    f = tmp_path / "f"
+    for c in "ab":
+        for i in range(3):
+            save(f / c / f"{i}.png", noise(4, 4))
+    away = save(tmp_path / "away" / "x.png", noise(4, 4))
+    for link, to in (("a/loop", f), ("b/loop", f / "b"), ("a/up", tmp_path),
+                     ("a/0 again.png", f / "a" / "0.png"), ("a/away.png", away), ("b/away.png", away), ("a/self.png", "self.png"),
+                     ("b/gone.png", tmp_path / "gone.png"), ("c", away.parent),
+                     ("0", f / "a")):
+        (f / link).symlink_to(to)
+    d, said = loaded(f, tmp_path, capsys)
+    assert d.classes == ["a", "b", "c"]
+    assert sorted(d.extra["files"])[:3] == ["a/0.png", "a/1.png", "a/2.png"] and len(d.images) == 7
+    assert "2 dangling links" in said and "links to what is read already" in said and "\n" not in said
+
+
+def test_what_is_no_picture_is_counted(tmp_path, capsys, monkeypatch):
+    f, scandir = tmp_path / "f", os.scandir
+    for i in range(3):
+        save(f / "cat" / f"{i}.png", noise(4, 4))
+        (f / "cat" / f"{i}.heic").write_bytes(b"")
+    (f / "cat" / "x.AVIF").write_bytes(b"")
+    (f / "cat" / "README").write_bytes(b"")
+    save(f / "dog" / "0.png", noise(4, 4))
+    save(f / "secret" / "0.png", noise(4, 4))
+    os.mkfifo(f / "cat" / "pipe.png")
+
+    def refuse(at):
+        if str(at).endswith("secret"):
+            raise PermissionError
+        return scandir(at)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    d, said = loaded(f, tmp_path, capsys)
+    assert len(d.images) == 4 and d.classes == ["cat", "dog"]
+    for words in ("3 .heic", "1 .avif", "1 files without an ending", "1 pipes", "1 folders that cannot be"):
+        assert words in said
+    assert "\n" not in said
+    assert loaded(save(tmp_path / "g" / "0.png", noise(4, 4)).parent, tmp_path, capsys)[1] == ""
+
+
+@pytest.mark.parametrize("names, labels, test_labels, classes", [
+    ("train/cat/0 train/dog/1 test/cat/2 test/dog/3", {0: 0, 1: 1}, {2: 0, 3: 1}, ["cat", "dog"]),
+    ("all/Train/cat/0 all/Train/dog/1 all/val/dog/3", {0: 0, 1: 1}, {3: 1}, ["cat", "dog"]),
+    ("train/cat/0 train/dog/1 test/dog/3 val/cat/4", {0: 0, 1: 1}, {3: 1}, ["cat", "dog"]),
+    ("training/cat/0 training/dog/1 test/cow/3", {0: 0, 1: 1}, {3: 2}, ["cat", "dog", "cow"]),
+    ("train/0 train/1 test/2", {0: None, 1: None}, {2: None}, None),
+    ("train/cat/0 train/dog/1 test/2", {0: 0, 1: 1}, {2: None}, ["cat", "dog"]),
+    ("animals/cat/0 animals/dog/1", {0: 0, 1: 1}, {}, ["cat", "dog"]),
+    ("x/y/train/cat/0 x/y/train/dog/1", {0: 0, 1: 1}, {}, ["cat", "dog"]),
+    ("animals/0 animals/1", {0: None, 1: None}, {}, None),
+    ("train/0 other/1", {0: 1, 1: 0}, {}, ["other", "train"])])
+def test_layout_of_folders(tmp_path, names, labels, test_labels, classes):
+    for name in names.split():
+        save(tmp_path / "f" / f"{name}.png", np.full((4, 4), 10 * int(name[-1]), np.uint8))
+    d = load(tmp_path / "f", tmp_path, 4)
+    assert d.classes == (classes and sorted(classes))
+    test = d.test_images, d.test_labels, d.extra.get("test_files"), test_labels
+    for images, y, files, expected in ((d.images, d.labels, d.extra["files"], labels), test):
+        if not expected:
+            assert images is y is files is None
+            continue
+        numbers = [int(Path(f).stem) for f in files]
+        assert images[:, 0, 0, 0].tolist() == [10 * i for i in numbers]
+        found = {i: None if y is None else classes.index(d.classes[k])
+                 for i, k in zip(numbers, [None] * len(files) if y is None else y.tolist())}
+        assert found == expected
+
+
 # ---- the cache -------------------------------------------------------------------------------------------
 
 
@@ -438,11 +516,12 @@ def test_a_disk_too_small_is_told_at_once(tmp_path, pictures, monkeypatch):
 
 
 def test_name_of_a_prepared_folder(tmp_path, pictures):
-    """As it has been from the start, so that what is prepared stays in use."""
+    """It must not change unless the pixels or their order do, so that what is prepared stays in use."""
     load(pictures, tmp_path, 8)
     files = data.shuffled(sorted(pictures.iterdir()))
-    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    digest = hashlib.sha256(json.dumps([str(pictures.resolve()), stats]).encode()).hexdigest()[:16]
+    stats = [(f.name, [f.stat().st_size, f.stat().st_mtime_ns]) for f in files]
+    text = "".join(map(json.dumps, [[2, str(pictures.resolve())], *stats]))
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     assert [p.name for p in cache_of(tmp_path)] == [f"f-8xown-{digest}"]
 
 
