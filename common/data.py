@@ -21,7 +21,7 @@ import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from common import UserError, intact
@@ -62,11 +62,13 @@ PLACE = {  # torchvision set -> what to place in the data folder where it cannot
 BUILT_IN = ("mnist", "faces", "shapes")
 BOX = {"celeba": (15, 40, 163, 188), "lfw": (50, 50, 200, 200)}  # left, top, right, bottom, as VAE/GAN's code
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")      # of SUFFIXES; an EPS file runs a program
 GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B")     # Pillow's modes without colour
 ARRAYS = ("images", "labels", "test_images", "test_labels")
 NAMES = ("names", "values", "words", "classes")     # arrays with these endings have no row for each image
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
           "valid": "val", "validation": "val"}
+TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # EXIF orientation -> upright
 BLOCK = 1024           # images decoded and written at a time: bounds the memory that preprocessing takes
 GPU_SHARE = 0.5        # fraction of the free GPU memory that a data set may fill
 HOST_RESIDENT = 2**30  # bytes; on a CPU a larger set is probably memory-mapped, so read it ahead in a thread
@@ -84,12 +86,13 @@ class Data:
     extra: dict = field(default_factory=dict)  # factors, attributes, captions, files, ... of some sets
 
 
-def load(name, data_dir="data", size=None, channels=None, download=True):
+def load(name, data_dir="data", size=None, channels=None, download=True, skip_bad=False):
     """Load a data set: a built-in or torchvision name, a folder of pictures, or an .npz file.
 
     `size`: crop the centre square and resize it to size x size (bilinear, antialiased).  `channels`: 1 (grey,
     ITU-R 601) or 3 (RGB).  None keeps those of the set, but sets made of picture files need a size.  Large
-    sets and folders are prepared once in data_dir/cache and memory-mapped.
+    sets and folders are prepared once in data_dir/cache and memory-mapped.  `skip_bad`: leave out files of a
+    folder that cannot be read, and name them.
     load("mnist"): images (60000, 1, 28, 28), test_images (10000, 1, 28, 28).
     Raises UserError if the name, a file or an argument is wrong.
     """
@@ -109,9 +112,9 @@ def load(name, data_dir="data", size=None, channels=None, download=True):
     elif name in PLACE:
         arrays = large(name, root, size, channels or 3, download)
     elif (path / "text_c10").is_dir():
-        arrays, name = captioned(path, root, size, channels), path.resolve().name
+        arrays, name = captioned(path, root, size, channels, skip_bad), path.resolve().name
     elif path.is_dir():
-        arrays, name = folder(path, root, size, channels), path.resolve().name
+        arrays, name = folder(path, root, size, channels, skip_bad), path.resolve().name
     elif path.suffix == ".npz" and path.is_file():
         arrays, name = npz(path), path.stem
     else:
@@ -123,6 +126,10 @@ def load(name, data_dir="data", size=None, channels=None, download=True):
         arrays |= {"images": images[:split], "test_images": images[split:]}
     if name not in (*BUILT_IN, *PLACE):
         renumber(arrays, path)
+    x = arrays["images"]
+    if x[:BLOCK].max() < 16 and 0 < (high := x.max().item()) < 16:
+        raise UserError(f"{name} has pixel values from 0 to {high}, all but black: expected 0 to 255; scale "
+                        f"them first, by {255 // high}")
     for key in {"images", "test_images"} & set(arrays):
         arrays[key] = resize(arrays[key], size, channels)
     return Data(name, **{key: arrays.pop(key, None) for key in (*ARRAYS, "classes")}, extra=arrays)
@@ -253,6 +260,8 @@ def resize(images, size, channels):
     n, c, h, w = images.shape
     if size in (None, h) and size in (None, w) and channels in (None, c):
         return images
+    if min(h, w) == 1 < (size or 1):
+        raise UserError(f"pictures of {w}x{h} pixels would become one flat colour: expected larger ones")
     s, out = min(h, w), torch.empty(n, channels or c, size or h, size or w, dtype=torch.uint8)
     for i in range(0, n, BLOCK):
         x = images[i:i + BLOCK]
@@ -268,7 +277,7 @@ def resize(images, size, channels):
 
 # ---- sets of files, decoded and resized once into a memory-mapped array
 
-def folder(path, root, size, channels):
+def folder(path, root, size, channels, skip_bad=False):
     """A folder of pictures, shuffled; sub-folders, if any, are the classes, or train/ and test/."""
     files, left_out = walk(path)
     parts = layout(sorted(files), path)
@@ -278,25 +287,38 @@ def folder(path, root, size, channels):
     if not files:
         raise UserError(f"{path} holds no pictures: expected {' '.join(SUFFIXES)} in it, or in a sub-folder "
                         "for each class")
-    parts[""] = dict(shuffled(list(parts[""].items())))
-    names, rest = [f for part in parts.values() for f in part], {"test_from": len(parts[""])}
-    classes = sorted({c for part in parts.values() for c in part.values()} - {None})
-    for prefix, part in parts.items():
-        rest[f"{prefix}files"] = list(part)
-        if None not in part.values():
-            index = {c: i for i, c in enumerate(classes)}
-            rest |= {f"{prefix}labels": torch.tensor([index[c] for c in part.values()]), "classes": classes}
-    if len(parts) == 1:
-        del rest["test_from"]
-    digest = hashlib.sha256(json.dumps([2, str(path.resolve())]).encode())
-    for f in names:
-        digest.update(json.dumps((f, files[f])).encode())
+    digest = hashlib.sha256(json.dumps([2, str(path.resolve()), skip_bad]).encode())
+    for f, about in sorted(files.items()):
+        digest.update(json.dumps((f, about)).encode())
 
     def make():
-        sources = [os.path.join(path, f) for f in names]  # a Path takes several times the memory
-        c = channels or (1 if all(decode_all(sources, is_grey)) else 3)
-        n = len(sources)
-        return (n, c, size, size), lambda start: decode_blocks(path.name, sources, n, size, c, start), rest
+        grey, scales = scan([os.path.join(path, f) for f in files], path)
+        c = channels or (1 if grey else 3)
+
+        def work(file):
+            return decode(os.path.join(path, file), size, c, scales=scales)
+
+        if skip_bad:
+            found = zip(files, decode_all(files, attempt(work)))
+            bad = {f: str(error) for f, error in found if isinstance(error, UserError)}
+            if bad:
+                print(f"left out, as they cannot be read: {listing(list(bad.values()))}", file=sys.stderr)
+            for prefix, part in parts.items():
+                parts[prefix] = {f: c for f, c in part.items() if f not in bad}
+        parts[""] = dict(shuffled(list(parts[""].items())))
+        names, rest = [f for part in parts.values() for f in part], {"test_from": len(parts[""])}
+        classes = sorted({c for part in parts.values() for c in part.values()} - {None})
+        for prefix, part in parts.items():
+            rest[f"{prefix}files"] = list(part)
+            if part and None not in part.values():
+                index = {c: i for i, c in enumerate(classes)}
+                rest[f"{prefix}labels"] = torch.tensor([index[c] for c in part.values()])
+                rest["classes"] = classes
+        if len(parts) == 1:
+            del rest["test_from"]
+        if not parts[""]:
+            raise UserError(f"none of the {len(files):,} pictures in {path} can be read")
+        return (len(names), c, size, size), lambda start: decode_blocks(path.name, names, start, work), rest
 
     label = re.sub(r"[^\w.-]", "_", path.resolve().name)
     return cached(root / "cache" / f"{label}-{size}x{channels or 'own'}-{digest.hexdigest()[:16]}", make)
@@ -370,7 +392,7 @@ def layout(files, path, depth=0):
     return parts
 
 
-def captioned(path, root, size, channels):
+def captioned(path, root, size, channels, skip_bad=False):
     """Birds and flowers: pictures in images/ or jpg/, captions in text_c10/CLASS/NAME.txt, one a line.
 
     Whole classes are the test part: those of testclasses.txt or testids.txt, those not in trainvalclasses.txt
@@ -384,7 +406,7 @@ def captioned(path, root, size, channels):
     within = "jpg" if (path / "jpg").is_dir() else "images"
     if not (path / within).is_dir():
         raise UserError(f"{path} has text_c10/, but no images/ or jpg/: expected the pictures there")
-    arrays, captions = folder(path / within, root, size, channels), []
+    arrays, captions = folder(path / within, root, size, channels, skip_bad), []
     files = arrays["files"] + arrays.get("test_files", [])
     for f in files:
         text = texts.get(Path(f).stem)
@@ -431,7 +453,8 @@ def large(name, root, size, channels, download):
                 sources, n, rest = listed(name, root, download)
 
                 def blocks(start):
-                    return decode_blocks(name, sources, n, size, channels, start, BOX.get(name))
+                    return decode_blocks(name, sources, start,
+                                         lambda source: decode(source, size, channels, BOX.get(name)), n)
         return (n, channels, size, size), blocks, rest
 
     return cached(root / "cache" / f"{name}-{size}x{channels}", make)
@@ -538,31 +561,65 @@ def opened(source):
     """Open the picture of a path or of a (name, file) pair; an error in the block becomes one line."""
     name, file = source if isinstance(source, tuple) else (source, source)
     try:
-        with Image.open(file) as im:
+        with Image.open(file, formats=FORMATS) as im:
             yield im
     except Exception as e:  # Pillow raises a dozen kinds for damaged files
-        raise UserError(f"{name} cannot be read as a picture ({brief(e)}): replace or remove it") from e
+        raise UserError(f"{name} ({brief(e)})") from e
 
 
-def is_grey(source):
-    """Whether the picture's header says that it has no colour."""
-    with opened(source) as im:
-        return im.mode in GREY_MODES
+def scan(sources, name):
+    """-> whether all pictures are grey, and how to scale integers and floats beyond 8 bits, alike for all.
+
+    {"I" or "F": (low, factor, half)}: uint8 = (value - low) factor + half.  Raises UserError if the range of
+    their values does not tell.
+    """
+    def mode(source):
+        with suppress(UserError), opened(source) as im:  # decode() reports it
+            return im.mode
+
+    def limits(source):
+        with suppress(UserError), opened(source) as im:
+            a = np.asarray(im)
+            return a.min(), a.max()
+        return np.inf, -np.inf
+
+    modes, scales = list(decode_all(sources, mode)), {}
+    for kind in "IF":
+        deep = [s for s, m in zip(sources, modes) if m and m[0] == kind]
+        if deep:
+            lows, highs = zip(*decode_all(deep, limits))
+            low, high = float(np.min(lows)), float(np.max(highs))
+            if kind == "I" and 0 <= low <= high < 2**16:
+                bits = next(b for b in (8, 10, 12, 14, 16) if high < 2**b)
+                scales[kind] = 0, 2.0 ** (8 - bits), 0
+            elif kind == "F" and (0 <= low <= high <= 1 or -1 <= low <= -0.5 and high <= 1):
+                scales[kind] = (0, 255, 0.5) if low >= 0 else (-1, 127.5, 0.5)
+            elif kind == "F" and low >= 0 and 128 <= high <= 255:
+                scales[kind] = 0, 1, 0.5
+            elif low <= high or math.isnan(low):
+                raise UserError(f"{name} has pictures with values from {low:g} to {high:g}: expected "
+                                "integers 0 to 65535, or floats 0 to 1, -1 to 1 or 0 to 255")
+    return set(modes) - {None} <= set(GREY_MODES), scales
 
 
-def decode(source, size, channels, box=None):
+def decode(source, size, channels, box=None, scales=None):
     """One picture as uint8 (channels, size, size): upright, on white, cropped to `box` or its centre."""
     with opened(source) as im:
         if box is None:
             im.draft("L" if channels == 1 else "RGB", (2 * size, 2 * size))  # a JPEG no larger than needed
-        ImageOps.exif_transpose(im, in_place=True)
-        if im.mode.startswith("I"):  # 16 bits: convert() would clip all above 255 to white
-            im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
+        turn = None
+        with suppress(Exception):  # a broken EXIF tag
+            turn = TURNS.get(im.getexif().get(0x0112))
+        if im.mode[0] in "IF":  # convert() would clip all above 255 to white
+            low, factor, half = scales[im.mode[0]]
+            im = Image.fromarray(((np.asarray(im) - float(low)) * factor + half).astype(np.uint8))
         if im.mode in ("RGBA", "LA", "PA") or "transparency" in im.info:
             im = im.convert("RGBA")
             im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
         im = im.convert("L" if channels == 1 else "RGB")
-        s = min(im.size)
+        im, s = im if turn is None else im.transpose(turn), min(im.size)
+        if s == 1 < size:
+            raise ValueError(f"{im.width}x{im.height} pixels would become one flat colour")
         left, top = (im.width - s) // 2, (im.height - s) // 2
         im = im.crop(box or (left, top, left + s, top + s))  # resize(box=) would look beyond the edge
         a = np.asarray(im.resize((size, size), Image.Resampling.BILINEAR))
@@ -578,20 +635,43 @@ def decode_all(sources, work):
             yield from pool.map(work, part)
 
 
-def decode_blocks(name, sources, n, size, channels, start, box=None):
-    """Yield uint8 (BLOCK, C, H, W) of pictures `start` to n, the last one shorter, and report progress."""
-    began, live = time.monotonic(), sys.stderr.isatty()
+def attempt(work):
+    """`work` for pictures, that returns the UserError which it raises."""
+    def or_error(source):
+        try:
+            return work(source)
+        except UserError as e:
+            return e
+    return or_error
+
+
+def decode_blocks(name, sources, start, work, n=None):
+    """Yield work(source) of the sources from `start` to n, BLOCK stacked at a time, and report progress.
+
+    Raises UserError with a list of all pictures that cannot be read.
+    """
+    n, began, live, bad = n or len(sources), time.monotonic(), sys.stderr.isatty(), []
     if start:
         print(f"preparing {name}: going on at picture {start + 1:,} of {n:,}", file=sys.stderr, flush=True)
-    pictures = decode_all(sources(start) if callable(sources) else itertools.islice(sources, start, None),
-                          lambda source: decode(source, size, channels, box))
+    sources = sources(start) if callable(sources) else itertools.islice(sources, start, None)
+    pictures = decode_all(sources, attempt(work))
     for done in itertools.chain(range(start + BLOCK, n, BLOCK), [n]):
-        yield np.stack(list(itertools.islice(pictures, BLOCK)))
+        block = list(itertools.islice(pictures, BLOCK))
+        bad += [str(x) for x in block if isinstance(x, UserError)]
+        if not bad:
+            yield np.stack(block)
         rate = (done - start) / (time.monotonic() - began)
         if live or done == n or done % (32 * BLOCK) == 0:
             print("\r" * live + f"preparing {name}: {done:,} of {n:,} pictures, {rate:,.0f}/s, "
                   f"{(n - done) / rate:.0f} s left  ", end="" if live and done < n else "\n",
                   file=sys.stderr, flush=True)
+    if bad:
+        raise UserError(f"{listing(bad)} cannot be read: replace or remove, or leave out with --skip-bad")
+
+
+def listing(bad):
+    """The pictures that cannot be read, at most 50 by name."""
+    return "; ".join(bad[:50]) + f"; and {len(bad) - 50:,} more" * (len(bad) > 50)
 
 
 # ---- the cache

@@ -227,6 +227,94 @@ def test_corrupt_picture_is_named(tmp_path, channels):
         assert cache_of(tmp_path) == []
 
 
+def test_all_bad_pictures_are_listed_and_may_be_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "BLOCK", 4)
+    good, f = [], tmp_path / "f"
+    for i in range(12):
+        file = save(f / "ab"[i % 2] / f"{i:02}.png", noise(8, 8, 3))
+        if i in (0, 3, 7):
+            file.write_bytes([b"", b"<html>", file.read_bytes()[:150]][i // 3])
+        else:
+            good.append(f"{'ab'[i % 2]}/{i:02}.png")
+    one_line(lambda: load(f, tmp_path, 8), "00.png", "03.png", "07.png", "--skip-bad")
+    assert cache_of(tmp_path) == []
+    capsys.readouterr()
+    d = load(f, tmp_path, 8, skip_bad=True)
+    said = capsys.readouterr().err.splitlines()[0]
+    assert all(word in said for word in ("left out", "00.png", "03.png", "07.png"))
+    assert sorted(d.extra["files"]) == sorted(good) and len(d.images) == len(d.labels) == 9
+    for x, y, name in zip(d.images, d.labels, d.extra["files"]):
+        assert np.array_equal(x, np.asarray(Image.open(f / name)).transpose(2, 0, 1)) and "ab"[y] == name[0]
+    for name in good:
+        (f / name).write_bytes(b"")
+    one_line(lambda: load(f, tmp_path, 8, skip_bad=True), "none of the 12 pictures", f)
+
+
+def test_no_picture_reaches_another_program(tmp_path, monkeypatch):
+    """Pillow hands EPS files to Ghostscript, whatever their names end in."""
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: pytest.fail("Ghostscript runs"))
+    f = tmp_path / "f"
+    save(f / "a.png", noise(8, 8, 3))
+    Image.fromarray(noise(8, 8, 3)).save(f / "b.eps")
+    (f / "b.eps").rename(f / "b.png")
+    one_line(lambda: load(f, tmp_path, 8), f / "b.png", "cannot be read")
+
+
+def test_a_broken_exif_tag_does_not_matter(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A], exif[0x010E] = 6, 1.5, "x"
+    a = np.zeros((16, 16, 3), np.uint8)
+    a[:8] = 255
+    path = tmp_path / "f" / "a.jpg"
+    path.parent.mkdir()
+    Image.fromarray(np.rot90(a).copy()).save(path, exif=exif)
+    b = path.read_bytes()
+    for old, new in ((b"", b""), (b"\x01\x0e\x00\x02", b"\x01\x0e\xff\x02"), (b"MM\x00*", b"MM\xff*"),
+                     (b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x02")):
+        assert old in b
+        path.write_bytes(b.replace(old, new))
+        x = load(tmp_path / "f", tmp_path, 16).images[0, 0]
+        assert {int(x[0, 0]) > 200, int(x[-1, -1]) > 200} == {True, False}
+
+
+def deep(f, *pictures):
+    for i, a in enumerate(pictures):
+        save(f / f"{i}.tif", Image.fromarray(np.broadcast_to(a, (4, 4)).copy()))
+    return f
+
+
+@pytest.mark.parametrize("values, expected", [
+    (np.float32([0, 0.5, 1]), [0, 128, 255]), (np.float32([-1, 0, 1]), [0, 128, 255]),
+    (np.float32([0, 100.4, 255]), [0, 100, 255]), (np.uint16([0, 100, 255]), [0, 100, 255]),
+    (np.uint16([16, 1600, 4095]), [1, 100, 255]), (np.uint16([256, 25600, 65535]), [1, 100, 255]),
+    (np.int32([0, 100, 255]), [0, 100, 255]), (np.int32([0, 25600, 65535]), [0, 100, 255]),
+    (np.uint16([4, 400, 1023]), [1, 100, 255])])
+def test_values_beyond_8_bits_are_scaled_alike(tmp_path, values, expected):
+    d = load(deep(tmp_path / "f", *values), tmp_path, 4)
+    assert by_name(d)[:, 0, 0, 0].tolist() == expected and d.images.shape[1] == 1
+
+
+@pytest.mark.parametrize("values, words", [
+    (np.float32([0, 7]), ["from 0 to 7"]), (np.float32([-1, 2]), ["from -1 to 2"]),
+    (np.float32([0, np.nan]), ["nan"]), (np.float32([0, 1000]), ["to 1000"]), (np.int32([-1, 255]), ["from -1"]),
+    (np.int32([0, 65536]), ["0 to 65536"]), (np.uint8([0, 1]), ["from 0 to 1", "255"]),
+    (np.uint16([0, 1]), ["from 0 to 1"])])
+def test_values_that_are_unclear_are_refused(tmp_path, values, words):
+    f = deep(tmp_path / "f", *values)
+    one_line(lambda: load(f, tmp_path, 4), "f ", "expected", *words)
+
+
+def test_black_arrays_and_thin_pictures_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", images=noise(4, 1, 4, 4) % 2)
+    one_line(lambda: load(tmp_path / "a.npz"), "from 0 to 1", "by 255")
+    np.savez(tmp_path / "a.npz", images=noise(4, 1, 1, 500))
+    one_line(lambda: load(tmp_path / "a.npz", size=8), "500x1", "one flat colour")
+    save(tmp_path / "f" / "a.png", noise(500, 1))
+    one_line(lambda: load(tmp_path / "f", tmp_path, 8), "1x500", "one flat colour")
+
+
 def test_folders_that_are_no_data_set(tmp_path):
     (tmp_path / "f").mkdir()
     one_line(lambda: load(tmp_path / "f", tmp_path, 4), tmp_path / "f", "no pictures", ".png")
@@ -250,8 +338,8 @@ def test_links_are_read_once(tmp_path, capsys):
             save(f / c / f"{i}.png", noise(4, 4))
     away = save(tmp_path / "away" / "x.png", noise(4, 4))
     for link, to in (("a/loop", f), ("b/loop", f / "b"), ("a/up", tmp_path),
-                     ("a/0 again.png", f / "a" / "0.png"), ("a/away.png", away), ("b/away.png", away), ("a/self.png", "self.png"),
-                     ("b/gone.png", tmp_path / "gone.png"), ("c", away.parent),
+                     ("a/0 again.png", f / "a" / "0.png"), ("a/away.png", away), ("b/away.png", away),
+                     ("a/self.png", "self.png"), ("b/gone.png", tmp_path / "gone.png"), ("c", away.parent),
                      ("0", f / "a")):
         (f / link).symlink_to(to)
     d, said = loaded(f, tmp_path, capsys)
@@ -298,7 +386,7 @@ def test_what_is_no_picture_is_counted(tmp_path, capsys, monkeypatch):
     ("train/0 other/1", {0: 1, 1: 0}, {}, ["other", "train"])])
 def test_layout_of_folders(tmp_path, names, labels, test_labels, classes):
     for name in names.split():
-        save(tmp_path / "f" / f"{name}.png", np.full((4, 4), 10 * int(name[-1]), np.uint8))
+        save(tmp_path / "f" / f"{name}.png", np.full((4, 4), 60 * int(name[-1]), np.uint8))
     d = load(tmp_path / "f", tmp_path, 4)
     assert d.classes == (classes and sorted(classes))
     test = d.test_images, d.test_labels, d.extra.get("test_files"), test_labels
@@ -307,7 +395,7 @@ def test_layout_of_folders(tmp_path, names, labels, test_labels, classes):
             assert images is y is files is None
             continue
         numbers = [int(Path(f).stem) for f in files]
-        assert images[:, 0, 0, 0].tolist() == [10 * i for i in numbers]
+        assert images[:, 0, 0, 0].tolist() == [60 * i for i in numbers]
         found = {i: None if y is None else classes.index(d.classes[k])
                  for i, k in zip(numbers, [None] * len(files) if y is None else y.tolist())}
         assert found == expected
@@ -325,7 +413,7 @@ def pictures(tmp_path):
 
 def test_cache_is_reused_until_the_pictures_change(tmp_path, pictures, monkeypatch):
     count, decode = itertools.count(), data.decode
-    monkeypatch.setattr(data, "decode", lambda *a: (next(count), decode(*a))[1])
+    monkeypatch.setattr(data, "decode", lambda *a, **k: (next(count), decode(*a, **k))[1])
     first = load(pictures, tmp_path, 8)
     (made,) = cache_of(tmp_path)
     stamp = (made / "images.npy").stat().st_mtime_ns
@@ -394,11 +482,11 @@ SLOW = """
 import sys, time
 from common import data
 decode = data.decode
-def picture(*a):
+def picture(*a, **k):
     sys.stdout.write("decoded\\n")  # print() of two threads may mix their lines
     sys.stdout.flush()
     time.sleep(float(sys.argv[3]))
-    return decode(*a)
+    return decode(*a, **k)
 data.decode, data.BLOCK = picture, 4
 sys.stdin.readline()
 print("sum", int(data.load(sys.argv[1], sys.argv[2], 8).images.sum()), flush=True)
@@ -423,7 +511,7 @@ def test_killed_and_then_two_at_once(tmp_path, pictures, monkeypatch, request):
     assert ".tmp" in half.name  # a set cut off never has the name of a whole one
 
     count, decode = [], data.decode
-    monkeypatch.setattr(data, "decode", lambda *a: (count.append("decoded"), time.sleep(0.1), decode(*a))[2])
+    monkeypatch.setattr(data, "decode", lambda *a, **k: (count.append("decoded"), decode(*a, **k))[1])
     peer.stdin.write("go\n")
     peer.stdin.flush()
     mine = load(pictures, tmp_path, 8).images
@@ -489,11 +577,11 @@ def test_interrupted_folder_goes_on(tmp_path, pictures, monkeypatch, capsys):
     expected, decode = load(pictures, tmp_path / "reference", 8).images, data.decode
     count, seen = itertools.count(), []
 
-    def picture(source, *a):
+    def picture(source, *a, **k):
         seen.append(Path(source).name)
         if next(count) == 10:
             raise KeyboardInterrupt
-        return decode(source, *a)
+        return decode(source, *a, **k)
 
     monkeypatch.setattr(data, "BLOCK", 4)
     monkeypatch.setattr(data, "decode", picture)
@@ -518,9 +606,9 @@ def test_a_disk_too_small_is_told_at_once(tmp_path, pictures, monkeypatch):
 def test_name_of_a_prepared_folder(tmp_path, pictures):
     """It must not change unless the pixels or their order do, so that what is prepared stays in use."""
     load(pictures, tmp_path, 8)
-    files = data.shuffled(sorted(pictures.iterdir()))
+    files = sorted(pictures.iterdir())
     stats = [(f.name, [f.stat().st_size, f.stat().st_mtime_ns]) for f in files]
-    text = "".join(map(json.dumps, [[2, str(pictures.resolve())], *stats]))
+    text = "".join(map(json.dumps, [[2, str(pictures.resolve()), False], *stats]))
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     assert [p.name for p in cache_of(tmp_path)] == [f"f-8xown-{digest}"]
 
@@ -530,12 +618,12 @@ def test_slower_of_two_without_locks(tmp_path, pictures, monkeypatch):
     decode, remove, rename, faster = data.decode, data.shutil.rmtree, Path.rename, []
     pid = os.getpid()
 
-    def picture(*a):
+    def picture(*a, **k):
         if not faster:  # the other one starts and ends in the midst of this one
             faster.append(None)
             monkeypatch.setattr(data.os, "getpid", lambda: 1)
             faster[0] = load(pictures, tmp_path, 8).images
-        return decode(*a)
+        return decode(*a, **k)
 
     def rmtree(path, **kw):  # as on Windows: nothing that is open goes away or gets another name
         if path.name.endswith(".tmp1"):
@@ -589,11 +677,11 @@ def test_npz(tmp_path, monkeypatch):
                                     np.array([2, 1, 0]).repeat(4)])
 def test_an_npz_is_shuffled_whatever_its_order(tmp_path, labels):
     i, more = np.arange(12, dtype=np.uint8), {} if labels is None else {"labels": labels}
-    np.savez(tmp_path / "s.npz", images=np.tile(i[:, None, None, None] + 1, (1, 1, 2, 2)), age=i,
+    np.savez(tmp_path / "s.npz", images=np.tile(20 * i[:, None, None, None], (1, 1, 2, 2)), age=i,
              captions=i.astype(str), tag_names=i.astype(str), test_images=np.zeros((12, 1, 2, 2), np.uint8),
              test_labels=i // 4, **more)
     d = load(tmp_path / "s.npz", tmp_path)
-    order = (d.images[:, 0, 0, 0] - 1).tolist()
+    order = (d.images[:, 0, 0, 0] // 20).tolist()
     assert sorted(order) == i.tolist() != order and d.extra["age"].tolist() == order
     if labels is not None:
         assert d.labels.tolist() == labels[order].tolist() and set(d.labels[6:].tolist()) == {0, 1, 2}
