@@ -65,6 +65,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", "
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")      # of SUFFIXES; an EPS file runs a program
 GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B")     # Pillow's modes without colour
 ARRAYS = ("images", "labels", "test_images", "test_labels")
+COLUMNS = {"attributes": "attribute_names", "factors": "factor_names", "style": "style_names",
+           "tags": "words"}                         # arrays (N, A) of an .npz, and the names of their columns
 NAMES = ("names", "values", "words", "classes")     # arrays with these endings have no row for each image
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
           "valid": "val", "validation": "val"}
@@ -121,9 +123,6 @@ def load(name, data_dir="data", size=None, channels=None, download=True, skip_ba
         found = "is a file, but no .npz" if path.is_file() else "is neither known nor a path that exists"
         raise UserError(f"data set {name!r} {found}: expected one of {', '.join((*BUILT_IN, *PLACE))}, "
                         "a folder of pictures, or an .npz file")
-    if "test_from" in arrays:  # a cache keeps both parts in one file
-        images, split = arrays["images"], arrays.pop("test_from")
-        arrays |= {"images": images[:split], "test_images": images[split:]}
     if name not in (*BUILT_IN, *PLACE):
         renumber(arrays, path)
     x = arrays["images"]
@@ -175,7 +174,11 @@ def small(name, root, download):
 
 
 def npz(path):
-    """The arrays of an .npz file: images uint8 (N, C, H, W), optional labels, test parts and others."""
+    """The arrays of an .npz file, checked and shuffled: images uint8 (N, C, H, W); all others are optional.
+
+    labels (N,); classes (K,); attributes, factors, style, tags (N, A) with attribute_names, factor_names,
+    style_names, words (A,); captions (N,) or (N, k); for each of these rows a test_ part; anything else.
+    """
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is cut off or not an .npz archive: write it anew with numpy.savez")
     arrays, key = {}, None
@@ -185,41 +188,69 @@ def npz(path):
                 arrays[key] = np.asarray(z[key])
     except Exception as e:  # NumPy and zipfile raise a dozen kinds for damaged files
         raise UserError(f"{path}: {f'array {key}' if key else 'it'} cannot be read ({brief(e)}): write the "
-                        "file anew with numpy.savez, without object arrays") from e
+                        "file anew with numpy.savez, without object arrays; lists of several lengths as "
+                        "strings (N, k), padded with ''") from e
     if "images" not in arrays:
         raise UserError(f"{path} holds {', '.join(arrays) or 'nothing'}: expected an array images")
     for key, a in arrays.items():
-        what = f"{path}: {key} is {a.dtype} {a.shape}"
-        if key in ("images", "test_images"):
-            if a.dtype != np.uint8 or a.ndim != 4 or a.shape[1] not in (1, 3) or 0 in a.shape:
-                hint = "values 0..255, N > 0, C = 1 or 3"
-                if a.dtype == np.uint8 and a.ndim == 3:
-                    hint = f"add the channel: {key}[:, None]"
-                elif a.dtype == np.uint8 and a.ndim == 4 and a.shape[3] in (1, 3):
-                    hint = f"this looks like (N, H, W, C), so store {key}.transpose(0, 3, 1, 2)"
-                raise UserError(f"{what}: expected uint8 (N, C, H, W); {hint}")
-        elif key in ("labels", "test_labels"):
-            if a.ndim != 1 or a.dtype.kind not in "iub":
-                raise UserError(f"{what}: expected integers (N,), one a picture")
-            a = a.astype(np.int64)
-        arrays[key] = to_torch(np.ascontiguousarray(a), what)
-    for part in ("", "test_"):
-        x, y = (arrays.get(f"{part}{key}", ()) for key in ("images", "labels"))
-        if f"{part}labels" in arrays and len(x) != len(y):
-            raise UserError(f"{path}: {len(y)} {part}labels for {len(x) or 'no'} {part}images: expected as "
-                            "many")
-        if len(x) and x.shape[1:] != arrays["images"].shape[1:]:
-            raise UserError(f"{path}: images are {tuple(arrays['images'].shape[1:])} and test_images "
-                            f"{tuple(x.shape[1:])}: expected one (C, H, W)")
+        if expected := misfit(key, a):
+            raise UserError(f"{path}: {key} is {a.dtype} {a.shape}: expected {expected}")
+    rows = {part: len(arrays.get(f"{part}images", ())) for part in ("", "test_")}
+    for key, a in arrays.items():
+        part, kind = ("test_", key[5:]) if key.startswith("test_") else ("", key)
+        if kind in ("labels", "captions", *COLUMNS) and len(a) != rows[part]:
+            raise UserError(f"{path} has {key} of {len(a)} pictures, of {rows[part]} expected")
+        if kind in ("images", *COLUMNS) and kind in arrays and a.shape[1:] != arrays[kind].shape[1:]:
+            raise UserError(f"{path}: {kind} are {arrays[kind].shape[1:]} and {key} {a.shape[1:]}: expected "
+                            "rows of one shape")
+        names = arrays.get(COLUMNS.get(kind))
+        if names is not None and len(names) != a.shape[1]:
+            raise UserError(f"{path} has {len(names)} {COLUMNS[kind]} for {a.shape[1]} columns of {key}: "
+                            "expected as many")
+    arrays = {key: to_torch(a) for key, a in arrays.items()}
+    for kind in ("attributes", "factors"):
+        if kind in arrays:
+            names = [f"{kind[:-1]} {i + 1}" for i in range(arrays[kind].shape[1])]
+            arrays.setdefault(COLUMNS[kind], names)
     for key, a in arrays.items():  # shuffled, so that a part held out from the end has all classes
-        if len(a) == len(arrays["images"]) and not key.startswith("test_") and not key.endswith(NAMES):
+        if len(a) == rows[""] and not key.startswith("test_") and not key.endswith(NAMES):
             arrays[key] = a[shuffled(range(len(a)))] if torch.is_tensor(a) else shuffled(a)
     return arrays
 
 
+def misfit(key, a):
+    """What was expected of the array `a` called `key` in an .npz file, and the cure; None if it fits."""
+    numbers, text, kind = a.dtype.kind in "fiub", a.dtype.kind in "US", key.removeprefix("test_")
+    if a.ndim == 0 or not (numbers or text):
+        return "numbers or strings, one row or more"
+    if kind == "images" and (a.dtype != np.uint8 or a.ndim != 4 or a.shape[1] not in (1, 3) or 0 in a.shape):
+        cures = []
+        if numbers and a.size and a.dtype != np.uint8:
+            low, high = a.min(), a.max()
+            known = (0, 1, f"({key} * 255)"), (-1, 1, f"(({key} + 1) * 127.5)"), (0, 255, key)
+            cures = [f'{low:g} to {high:g} found, so store {cure}.round().astype("uint8")'
+                     for least, most, cure in known if least <= low and high <= most][:1]
+        if a.ndim == 3:
+            cures.append(f"add the channel: {key}[:, None]")
+        elif a.ndim == 4 and a.shape[1] not in (1, 3) and a.shape[3] in (1, 3):
+            cures.append(f"this looks like (N, H, W, C), so store {key}.transpose(0, 3, 1, 2)")
+        return f"uint8 (N, C, H, W); {'; '.join(cures) or 'values 0..255, N > 0, C = 1 or 3'}"
+    if kind == "labels" and (a.ndim != 1 or a.dtype.kind not in "iub"):
+        cure = f"np.unique({key}, return_inverse=True)[1]" if text else \
+            f"{key}.argmax(1)" if a.ndim == 2 else f"{key}.astype(int)"
+        return f"integers (N,), one a picture; store {cure}"
+    if kind == "captions" and (not text or a.ndim > 2):
+        return "strings (N,) or (N, k), one or k sentences a picture"
+    if kind in COLUMNS and (not numbers or a.ndim != 2 or not np.isfinite(a).all()):
+        return "numbers (N, A), none of them NaN or infinite" + f"; store {key}[:, None]" * (a.ndim == 1)
+    if kind in (*COLUMNS.values(), "classes") and (not text or a.ndim != 1):
+        return "strings (A,), one for each name"
+    return None
+
+
 def renumber(arrays, path):
     """Number the labels that occur from 0, without gaps, and name them in `classes`.  -1: no label."""
-    parts = {key: arrays[key] for key in ("labels", "test_labels") if arrays.get(key) is not None}
+    parts = {key: arrays[key].long() for key in ("labels", "test_labels") if arrays.get(key) is not None}
     values = torch.cat([torch.zeros(0).long(), *parts.values()]).unique()
     if (values < -1).any():
         raise UserError(f"{path} has a label {values[0]}: expected 0, 1, ... for classes, -1 for no label")
@@ -243,16 +274,14 @@ def shuffled(rows):
     return [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()]
 
 
-def to_torch(a, what):
+def to_torch(a):
     """Strings become a list, floats a float32 tensor, integers int64; uint8 and bool keep their type."""
     a = np.asarray(a)
     if a.dtype.kind in "US":
-        return a.astype(str).tolist()
-    if a.dtype.kind not in "fiub":
-        raise UserError(f"{what}: expected numbers or strings")
+        return (np.char.decode(a, "utf-8") if a.dtype.kind == "S" else a).tolist()
     keep = a.dtype in (np.uint8, np.bool_)
     kind = a.dtype if keep else np.float32 if a.dtype.kind == "f" else np.int64
-    return torch.from_numpy(a.astype(kind, copy=False))
+    return torch.from_numpy(np.ascontiguousarray(a).astype(kind, copy=False))
 
 
 def resize(images, size, channels):
@@ -407,7 +436,9 @@ def captioned(path, root, size, channels, skip_bad=False):
     if not (path / within).is_dir():
         raise UserError(f"{path} has text_c10/, but no images/ or jpg/: expected the pictures there")
     arrays, captions = folder(path / within, root, size, channels, skip_bad), []
-    files = arrays["files"] + arrays.get("test_files", [])
+    files, images = arrays["files"], arrays["images"]
+    if "test_files" in arrays:
+        files, images = files + arrays["test_files"], torch.cat([images, arrays["test_images"]])
     for f in files:
         text = texts.get(Path(f).stem)
         if text is None:
@@ -437,7 +468,7 @@ def captioned(path, root, size, channels, skip_bad=False):
     for part, rows in (("", ~held), ("test_", held)):
         if rows.any():
             which = rows.nonzero()[:, 0].tolist()
-            out |= {f"{part}images": arrays["images"][which], f"{part}labels": y[which],
+            out |= {f"{part}images": images[which], f"{part}labels": y[which],
                     f"{part}captions": [captions[i] for i in which],
                     f"{part}files": [files[i] for i in which]}
     return out
@@ -538,7 +569,7 @@ def rendered(name, root, size, channels):
         print(f"rendering {name} {size}x{size}, once", file=sys.stderr, flush=True)
         drawn = render.shapes(size=size) if name == "shapes" else \
             render.faces(size=size, channels=channels, plain=channels == 1)
-        rest = {key: v if isinstance(v, (str, list)) else to_torch(v, key) for key, v in drawn.items()}
+        rest = {key: v if isinstance(v, (str, list)) else to_torch(v) for key, v in drawn.items()}
         parts = [rest.pop(key).numpy() for key in ("images", "test_images") if key in rest]
         if len(parts) > 1:
             rest["test_from"] = len(parts[0])
@@ -723,7 +754,9 @@ def cached(where, make):
     with warnings.catch_warnings():
         # Mode "r", though torch warns of it: a private writable mapping larger than the memory is refused.
         warnings.filterwarnings("ignore", message=".*not writable")
-        return {"images": torch.from_numpy(images)} | arrays
+        images, split = torch.from_numpy(images), arrays.pop("test_from", None)
+    return arrays | ({"images": images} if split is None else
+                     {"images": images[:split], "test_images": images[split:]})
 
 
 def write(where, temporary, shape, blocks, rest):

@@ -298,7 +298,8 @@ def test_values_beyond_8_bits_are_scaled_alike(tmp_path, values, expected):
 
 @pytest.mark.parametrize("values, words", [
     (np.float32([0, 7]), ["from 0 to 7"]), (np.float32([-1, 2]), ["from -1 to 2"]),
-    (np.float32([0, np.nan]), ["nan"]), (np.float32([0, 1000]), ["to 1000"]), (np.int32([-1, 255]), ["from -1"]),
+    (np.float32([0, np.nan]), ["nan"]), (np.float32([0, 1000]), ["to 1000"]),
+    (np.int32([-1, 255]), ["from -1"]),
     (np.int32([0, 65536]), ["0 to 65536"]), (np.uint8([0, 1]), ["from 0 to 1", "255"]),
     (np.uint16([0, 1]), ["from 0 to 1"])])
 def test_values_that_are_unclear_are_refused(tmp_path, values, words):
@@ -714,6 +715,17 @@ def test_a_label_of_the_test_part_alone_has_its_number(tmp_path):
     assert d.classes == ["5", "7", "9"]
 
 
+def test_other_arrays_of_an_npz(tmp_path):
+    x = noise(4, 1, 2, 2)
+    np.savez(tmp_path / "a.npz", images=x, test_images=x, attributes=np.eye(4)[:, :2],
+             factors=np.ones((4, 1)), captions=np.array([["à".encode(), b""]] * 4),
+             test_from=np.arange(4))
+    d = load(tmp_path / "a.npz")
+    assert d.extra["attribute_names"] == ["attribute 1", "attribute 2"]
+    assert d.extra["factor_names"] == ["factor 1"] and d.extra["captions"] == [["à", ""]] * 4
+    assert len(d.images) == len(d.test_images) == 4 and len(d.extra["test_from"]) == 4
+
+
 OK = np.zeros((4, 3, 8, 8), np.uint8)
 
 
@@ -721,7 +733,13 @@ OK = np.zeros((4, 3, 8, 8), np.uint8)
     "arrays, words",
     [
         ({"x": OK, "y": OK}, ["holds x, y", "expected an array images"]),
-        ({"images": OK.astype(np.float32)}, ["float32 (4, 3, 8, 8)", "expected uint8", "0..255"]),
+        ({"images": OK.astype(np.float32)},
+         ["float32 (4, 3, 8, 8)", "expected uint8", '(images * 255).round().astype("uint8")']),
+        ({"images": OK - np.float32(0.5)},
+         ['((images + 1) * 127.5).round().astype("uint8")', "-0.5 to -0.5"]),
+        ({"images": OK + np.int64(300)}, ["int64", "expected uint8", "0..255"]),
+        ({"images": OK[:, 0] + 255.0},
+         ['images.round().astype("uint8")', "add the channel: images[:, None]"]),
         (
             {"images": OK.transpose(0, 2, 3, 1)},
             ["(4, 8, 8, 3)", "like (N, H, W, C)", "images.transpose(0, 3,"],
@@ -729,19 +747,42 @@ OK = np.zeros((4, 3, 8, 8), np.uint8)
         ({"images": OK[:, 0]}, ["(4, 8, 8)", "images[:, None]"]),
         ({"images": OK[:, :2]}, ["(4, 2, 8, 8)", "C = 1 or 3"]),
         ({"images": OK[:0]}, ["(0, 3, 8, 8)", "N > 0"]),
-        ({"images": OK, "labels": np.arange(3)}, ["3 labels for 4 images"]),
-        ({"images": OK, "labels": np.arange(0)}, ["0 labels for 4 images"]),
+        ({"images": OK, "labels": np.arange(3)}, ["labels of 3 pictures, of 4 expected"]),
+        ({"images": OK, "labels": np.arange(0)}, ["labels of 0 pictures, of 4 expected"]),
         ({"images": OK, "labels": np.array([0, 1, -5, 1])}, ["a label -5", "-1 for no label"]),
         ({"images": OK, "labels": np.arange(4), "classes": ["a", "b"]}, ["2 classes for labels up to 3"]),
         ({"images": OK[:, :, :1, :1].repeat(300, 0), "labels": np.arange(1200)},
          ["1,200 different labels for 1,200 pictures", "classes"]),
-        ({"images": OK, "labels": np.zeros(4)}, ["labels is float64 (4,)", "integers (N,)"]),
-        ({"images": OK, "labels": np.eye(4, dtype=int)}, ["labels is int64 (4, 4)", "integers (N,)"]),
+        ({"images": OK, "labels": np.zeros(4)},
+         ["labels is float64 (4,)", "integers (N,)", "labels.astype(int)"]),
+        ({"images": OK, "labels": np.eye(4, dtype=int)},
+         ["labels is int64 (4, 4)", "integers (N,)", "labels.argmax(1)"]),
+        ({"images": OK, "labels": list("abca")},
+         ["labels is <U1", "np.unique(labels, return_inverse=True)[1]"]),
+        ({"images": OK, "captions": np.arange(4)}, ["captions is int64 (4,)", "strings (N,) or (N, k)"]),
+        ({"images": OK, "captions": ["a"] * 3}, ["captions of 3 pictures, of 4 expected"]),
+        ({"images": OK, "captions": np.array([["a"], ["a", "b"]] * 2, object)}, ["captions", "padded with"]),
+        ({"images": OK, "factors": np.zeros((3, 2))}, ["factors of 3 pictures, of 4 expected"]),
+        ({"images": OK, "factors": np.full((4, 2), np.nan)}, ["factors is float64 (4, 2)", "NaN"]),
+        ({"images": OK, "factors": np.zeros((4, 2)), "factor_names": ["a"]},
+         ["1 factor_names for 2 columns"]),
+        ({"images": OK, "factors": np.zeros((4, 1)), "factor_names": np.array("a")}, ["factor_names", "()"]),
+        ({"images": OK, "attributes": np.zeros(4)}, ["attributes is float64 (4,)", "attributes[:, None]"]),
+        ({"images": OK, "attributes": ["a"] * 4}, ["attributes is <U1", "numbers (N, A)"]),
+        ({"images": OK, "attributes": np.zeros((4, 1)), "attribute_names": [3]},
+         ["names is int64", "strings"]),
+        ({"images": OK, "tags": np.zeros((4, 2)), "words": [["a", "b"]]}, ["words is <U1 (1, 2)", "strings"]),
+        ({"images": OK, "tags": np.zeros((4, 2)), "words": list("abc")}, ["3 words for 2 columns of tags"]),
+        ({"images": OK, "test_images": OK, "factors": np.zeros((4, 2)), "test_factors": np.zeros((4, 3))},
+         ["factors are (2,) and test_factors (3,)"]),
+        ({"images": OK, "classes": [1, 2]}, ["classes is int64 (2,)", "strings"]),
+        ({"images": OK, "scale": np.array(3.0)}, ["scale is float64 ()", "one row or more"]),
+        ({"images": np.array(3)}, ["images is int64 ()", "one row or more"]),
         (
             {"images": OK, "test_images": OK[:2], "test_labels": np.arange(4)},
-            ["4 test_labels for 2 test_images"],
+            ["test_labels of 4 pictures, of 2 expected"],
         ),
-        ({"images": OK, "test_labels": np.arange(4)}, ["4 test_labels for no test_images"]),
+        ({"images": OK, "test_labels": np.arange(4)}, ["test_labels of 4 pictures, of 0 expected"]),
         ({"images": OK, "test_images": OK[..., :4]}, ["(3, 8, 8)", "(3, 8, 4)"]),
         (
             {"images": OK, "test_images": OK.transpose(0, 2, 3, 1)},
