@@ -443,15 +443,22 @@ def test_cache_is_mapped_and_read_only(tmp_path, pictures, recwarn):
     assert d.images.sum() > 0
 
 
-@pytest.mark.parametrize("damage", ["short", "long", "garbage", "no rest", "bad rest"])
-def test_damaged_cache_is_named(tmp_path, pictures, damage):
+@pytest.mark.parametrize("damage", ["short", "long", "garbage", "a pixel", "swapped", "no rest", "bad rest"])
+def test_damaged_cache_is_named(tmp_path, pictures, damage, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 4)
     first = load(pictures, tmp_path, 8).images.clone()
     (made,) = cache_of(tmp_path)
     images, rest = made / "images.npy", made / "rest.pt"
+    whole = images.read_bytes()
     if damage == "short":
         os.truncate(images, images.stat().st_size - 1)
     elif damage == "long":
         os.truncate(images, images.stat().st_size + 1)
+    elif damage == "a pixel":
+        images.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    elif damage == "swapped":
+        images.write_bytes(whole[:128] + whole[128 + 4 * 192:128 + 8 * 192] + whole[128:128 + 4 * 192]
+                           + whole[128 + 8 * 192:])
     elif damage == "garbage":
         images.write_bytes(bytes(images.stat().st_size))
     elif damage == "no rest":
@@ -463,6 +470,15 @@ def test_damaged_cache_is_named(tmp_path, pictures, damage):
         file.unlink()
     made.rmdir()
     assert torch.equal(load(pictures, tmp_path, 8).images, first)
+
+
+def test_a_cache_without_checksums_gets_them(tmp_path, pictures):
+    first = load(pictures, tmp_path, 8).images.clone()
+    (made,) = cache_of(tmp_path)
+    marks = (made / "checksums").read_bytes()
+    (made / "checksums").unlink()
+    assert torch.equal(load(pictures, tmp_path, 8).images, first)
+    assert (made / "checksums").read_bytes() == marks
 
 
 def test_data_folder_that_cannot_be_written(tmp_path, pictures):
@@ -529,7 +545,8 @@ def test_killed_and_then_two_at_once(tmp_path, pictures, monkeypatch, request):
 
 @pytest.mark.parametrize("change, start", [
     ("nothing", 8), ("a pixel", 4), ("cut off", 4), ("more", 8), ("header", 8), ("rest", 8), ("torn mark", 4),
-    ("wrong mark", 0), ("no marks", 0), ("no images", 0), ("another list", 0), ("fewer", 0)])
+    ("wrong mark", 0), ("repeated marks", 8), ("no marks", 0), ("no images", 0), ("another list", 0),
+    ("fewer", 0)])
 def test_interrupted_preparation_goes_on(tmp_path, monkeypatch, change, start):
     """Whatever became of the part that is there: each block is kept that is as it was written."""
     monkeypatch.setattr(data, "BLOCK", 4)
@@ -548,7 +565,7 @@ def test_interrupted_preparation_goes_on(tmp_path, monkeypatch, change, start):
         data.cached(tmp_path / "set", make(8))
     (half,) = tmp_path.glob("set.tmp*")
     half = half.rename(tmp_path / "set.tmp0")  # of a process with another number
-    images, marks = half / "images.npy", half / "done"
+    images, marks = half / "images.npy", half / "checksums"
     a, m = images.read_bytes(), marks.read_bytes()
     assert len(a) == 128 + 8 * 12 and len(m) == 8
     if change == "a pixel":
@@ -559,6 +576,8 @@ def test_interrupted_preparation_goes_on(tmp_path, monkeypatch, change, start):
         images.write_bytes(b"?" + a[1:])
     elif change == "rest":
         (half / "rest.pt").write_bytes(b"?")
+    elif change == "repeated marks":
+        marks.write_bytes(m + m[-4:])
     elif change.endswith("mark"):
         marks.write_bytes(m[:-1] if change == "torn mark" else b"????" + m[4:])
     elif change.startswith("no "):
@@ -571,7 +590,7 @@ def test_interrupted_preparation_goes_on(tmp_path, monkeypatch, change, start):
     assert starts == [0, start]
     assert np.array_equal(found["images"], x) and found["files"] == files
     assert {p.name for p in tmp_path.iterdir()} == {"set", "set.lock"}
-    assert {p.name for p in (tmp_path / "set").iterdir()} == {"images.npy", "rest.pt"}
+    assert {p.name for p in (tmp_path / "set").iterdir()} == {"images.npy", "rest.pt", "checksums"}
 
 
 def test_interrupted_folder_goes_on(tmp_path, pictures, monkeypatch, capsys):
