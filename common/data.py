@@ -15,6 +15,7 @@ import re
 import shutil
 import stat
 import sys
+import tarfile
 import time
 import warnings
 import zipfile
@@ -47,15 +48,15 @@ MNIST = {  # file -> published md5 of its decompressed bytes
 SMALL = {"fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100",
          "svhn": "SVHN"}
 PLACE = {  # torchvision set -> what to place in the data folder where it cannot be downloaded
-    "fashion-mnist": "the four *-ubyte.gz in FashionMNIST/raw/",
-    "kmnist": "the four *-ubyte.gz in KMNIST/raw/",
+    "fashion-mnist": "the four *-ubyte or *-ubyte.gz in FashionMNIST/raw/",
+    "kmnist": "the four *-ubyte or *-ubyte.gz in KMNIST/raw/",
     "cifar10": "cifar-10-python.tar.gz",
     "cifar100": "cifar-100-python.tar.gz",
     "svhn": "train_32x32.mat and test_32x32.mat",
     "stl10": "stl10_binary.tar.gz",
     "celeba": "celeba/img_align_celeba/*.jpg and the five lists celeba/*.txt",
     "flowers102": "flowers-102/jpg/*.jpg, flowers-102/imagelabels.mat and flowers-102/setid.mat",
-    "lfw": "lfw-py/ with lfw-funneled.tgz, lfw_funneled/ unpacked from it, people.txt and lfw-names.txt",
+    "lfw": "lfw-py/ with lfw_funneled/, people.txt and lfw-names.txt",
     "imagenet": "imagenet/ILSVRC2012_devkit_t12.tar.gz and imagenet/ILSVRC2012_img_train.tar",
     "lsun": "lsun/bedroom_train_lmdb/",
     "coco": "coco/annotations/captions_train2014.json and coco/train2014/*.jpg"}
@@ -99,6 +100,8 @@ def load(name, data_dir="data", size=None, channels=None, download=True, skip_ba
     Raises UserError if the name, a file or an argument is wrong.
     """
     root, path, name = Path(data_dir).expanduser(), Path(name).expanduser(), str(name)
+    if not name.strip():
+        raise UserError("the data set has no name: expected one, a folder of pictures, or an .npz file")
     if channels not in (None, 1, 3):
         raise UserError(f"channels is {channels}: expected 1 (grey) or 3 (RGB)")
     if size is not None and size < 1:
@@ -117,7 +120,7 @@ def load(name, data_dir="data", size=None, channels=None, download=True, skip_ba
         arrays, name = captioned(path, root, size, channels, skip_bad), path.resolve().name
     elif path.is_dir():
         arrays, name = folder(path, root, size, channels, skip_bad), path.resolve().name
-    elif path.suffix == ".npz" and path.is_file():
+    elif path.suffix.lower() == ".npz" and path.is_file():
         arrays, name = npz(path), path.stem
     else:
         found = "is a file, but no .npz" if path.is_file() else "is neither known nor a path that exists"
@@ -136,41 +139,71 @@ def load(name, data_dir="data", size=None, channels=None, download=True, skip_ba
 
 # ---- sets that fit in memory
 
-def mnist(root):
-    """MNIST (LeCun and Cortes) from root/MNIST/raw/*.gz, checked against the published md5 sums."""
-    arrays = {"classes": list("0123456789")}
-    for key, (file, md5) in zip(ARRAYS, MNIST.items()):
-        path = root / "MNIST" / "raw" / f"{file}.gz"
-        try:
-            raw = gzip.decompress(path.read_bytes())
-            if (found := hashlib.md5(raw, usedforsecurity=False).hexdigest()) != md5:
-                raise ValueError(f"md5 of its content {found}, expected {md5}")
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing: expected the file that comes with the repository; copy it "
-                            "there, or point --data-dir at the repository's data/") from None
-        except (OSError, EOFError, ValueError, zlib.error) as e:
-            raise UserError(f"{path} is damaged ({brief(e)}): restore it from the repository") from e
-        a = np.frombuffer(raw, np.uint8, offset=16 if "images" in key else 8)
-        arrays[key] = torch.tensor(a).view(-1, 1, 28, 28) if "images" in key else torch.tensor(a).long()
+def ubyte(folder, check=None):
+    """Images and labels of MNIST and its relatives from the four *-ubyte files in `folder`, plain or gzipped.
+
+    check(name of the file, its bytes) may raise.  Raises OSError, EOFError, zlib.error or ValueError.
+    """
+    arrays = {}
+    for key, file in zip(ARRAYS, MNIST):
+        packed = folder / f"{file}.gz"
+        plain = not packed.is_file() and (folder / file).is_file()
+        raw = (folder / file).read_bytes() if plain else gzip.decompress(packed.read_bytes())
+        if check:
+            check(file, raw)
+        shape = np.frombuffer(raw[4:4 + 4 * raw[3]] if len(raw) > 3 else b"", ">i4").tolist()
+        start = 4 + 4 * len(shape)
+        if raw[:3] != b"\0\0\x08" or len(shape) not in (1, 3) or len(raw) != start + math.prod(shape):
+            raise ValueError(f"{file} has {len(raw)} bytes and the shape {shape} in its header")
+        a = torch.tensor(np.frombuffer(raw, np.uint8, offset=start)).view(shape)
+        arrays[key] = a[:, None] if a.ndim == 3 else a.long()
+    if [len(arrays[key]) for key in ARRAYS[::2]] != [len(arrays[key]) for key in ARRAYS[1::2]]:
+        raise ValueError(f"images and labels in {folder} differ in number")
     return arrays
+
+
+def mnist(root):
+    """MNIST (LeCun and Cortes) from root/MNIST/raw, checked against the published md5 sums."""
+    def check(file, raw):
+        if (found := hashlib.md5(raw, usedforsecurity=False).hexdigest()) != MNIST[file]:
+            raise ValueError(f"md5 of {file} {found}, expected {MNIST[file]}")
+
+    raw = root / "MNIST" / "raw"
+    try:
+        return ubyte(raw, check) | {"classes": list("0123456789")}
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise UserError(f"{e.filename} is missing: expected the file that comes with the repository; copy it "
+                        "there, or point --data-dir at the repository's data/") from None
+    except (OSError, EOFError, ValueError, zlib.error) as e:
+        raise UserError(f"{raw} is damaged ({brief(e)}): restore it from the repository") from e
 
 
 def small(name, root, download):
     """A torchvision set that fits in memory, with its test part."""
-    arrays = {}
-    for prefix, part in (("", "train"), ("test_", "test")):
-        with say_what_to_place(name, root):
-            import torchvision  # not at the top: it takes seconds, and most runs need none of it
+    with say_what_to_place(name, root):
+        import torchvision  # not at the top: it takes seconds, and most runs need none of it
+        kind, arrays = getattr(torchvision.datasets, SMALL[name]), {}
+        if name.endswith("mnist"):
+            raw = root / SMALL[name] / "raw"
+            if download and not all(any(raw.glob(f"{file}*")) for file in MNIST):
+                kind(root, download=True)
+            return ubyte(raw) | {"classes": list(kind.classes)}
+        if name != "svhn":
+            unpack(root / kind.filename, kind.base_folder)
+        for prefix, part in (("", "train"), ("test_", "test")):
             kw = {"split": part} if name == "svhn" else {"train": part == "train"}
-            d = getattr(torchvision.datasets, SMALL[name])(root, download=download, **kw)
-        x = torch.as_tensor(d.data)
-        if x.ndim == 3:
-            x = x[:, None]
-        elif name != "svhn":
-            x = x.permute(0, 3, 1, 2)  # CIFAR is (N, H, W, C)
-        arrays[f"{prefix}images"] = x.contiguous()
-        arrays[f"{prefix}labels"] = torch.as_tensor(d.labels if name == "svhn" else d.targets)
+            d = kind(root, download=download, **kw)
+            x = torch.as_tensor(d.data)
+            arrays[f"{prefix}images"] = x if name == "svhn" else x.permute(0, 3, 1, 2).contiguous()
+            arrays[f"{prefix}labels"] = torch.as_tensor(d.labels if name == "svhn" else d.targets)
     return arrays | {"classes": list(getattr(d, "classes", "0123456789"))}
+
+
+def unpack(archive, folder):
+    """Unpack `folder` from any archive beside it; torchvision takes one archive alone, but checks files."""
+    if archive.is_file() and not (archive.parent / folder).exists():
+        with tarfile.open(archive) as t:
+            t.extractall(archive.parent, [m for m in t if m.isfile() and Path(m.name).parent == Path(folder)])
 
 
 def npz(path):
@@ -444,10 +477,7 @@ def captioned(path, root, size, channels, skip_bad=False):
         if text is None:
             raise UserError(f"{path / within / f} has no captions: expected a file "
                             f"text_c10/CLASS/{Path(f).stem}.txt")
-        try:
-            captions.append([line.strip() for line in text.read_text().splitlines() if line.strip()])
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"{text} cannot be read ({brief(e)})") from e
+        captions.append([line.strip() for line in read_text(text).splitlines() if line.strip()])
         if not captions[-1]:
             raise UserError(f"{text} is empty: expected a caption a line")
     classes = sorted({t.parent.name for t in found})
@@ -455,7 +485,7 @@ def captioned(path, root, size, channels, skip_bad=False):
     for file, is_test in (("trainvalids.txt", False), ("trainvalclasses.txt", False), ("testids.txt", True),
                           ("testclasses.txt", True)):
         if (path / file).is_file():
-            listed = set((path / file).read_text().split())
+            listed = set(read_text(path / file).split())
             if listed.isdisjoint(classes) and listed.isdisjoint(map(str, range(1, len(classes) + 1))):
                 raise UserError(f"{path / file} names none of the {len(classes)} classes: expected some, as "
                                 f"{classes[0]} or 1, one a line")
@@ -508,7 +538,7 @@ def listed(name, root, download):
                     yield f"{path}: {key.decode(errors='replace')}", BytesIO(cursor.value())
         return values, env.stat()["entries"], {}
     if name == "coco":
-        lists = json.loads((root / "coco" / "annotations" / "captions_train2014.json").read_text())
+        lists = json.loads(read_text(root / "coco" / "annotations" / "captions_train2014.json"))
         captions = {}
         for a in lists["annotations"]:
             captions.setdefault(a["image_id"], []).append(a["caption"].strip())
@@ -529,7 +559,11 @@ def listed(name, root, download):
         pairs = sorted((f, y) for d in parts for f, y in zip(d._image_files, d._labels))
         classes = getattr(datasets.Flowers102, "classes", None)
     elif name == "lfw":  # never download=True: torchvision refuses it
-        d = datasets.LFWPeople(root, split="10fold", image_set="funneled")
+        class People(datasets.LFWPeople):
+            def _check_integrity(self):
+                return True  # of the archive, which is not read
+
+        d = People(root, split="10fold", image_set="funneled")
         pairs, classes = list(zip(d.data, d.targets)), list(d.class_to_idx)
     else:
         d = datasets.ImageNet(root / "imagenet", split="train")
@@ -542,6 +576,7 @@ def listed(name, root, download):
 def stl10(root, size, channels, download):
     """(blocks, how many, further arrays): labelled, unlabelled (label -1) and test pictures of STL-10."""
     from torchvision.datasets import STL10
+    unpack(root / STL10.filename, STL10.base_folder)
     train, test = (STL10(root, split=s, download=download) for s in ("train", "test"))
     more = np.memmap(root / "stl10_binary" / "unlabeled_X.bin", np.uint8, "r").reshape(-1, 3, 96, 96)
     more = more.swapaxes(2, 3)  # the file stores pictures column by column
@@ -850,6 +885,14 @@ def say_what_to_place(name, root):
                         "or give the path of a folder of pictures") from e
 
 
+def read_text(path):
+    """The text of a file in UTF-8, whatever the system's encoding, with or without a byte order mark."""
+    try:
+        return path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} cannot be read ({brief(e)}): expected text in UTF-8") from e
+
+
 def brief(e):
     """The message of an exception in one short line."""
     return " ".join(str(e).split())[:160] or type(e).__name__
@@ -904,8 +947,12 @@ class Batches:
         self.n, self.b, self.batch = len(images), batch_size, batch_size * world
         self.rank, self.seed, self.scale, self.device = rank, seed, scale, torch.device(device)
         if not 0 < self.batch <= self.n:
+            expected = f"{self.n // world} at most, see --batch-size" if self.n // world > 1 else \
+                f"more pictures, {2 * world} at least"
             raise UserError(f"a batch of {batch_size} on each of {world} ranks from {self.n} pictures: "
-                            f"expected 1 to {self.n // world}, see --batch-size")
+                            f"expected {expected}")
+        if self.n > 1 and all((x == images[:1]).all() for x in images.split(BLOCK)):
+            raise UserError(f"all {self.n} pictures are the same: expected different ones")
         self.per_epoch, self.cuda = self.n // self.batch, self.device.type == "cuda"
         self.tensors = [t if t.dtype in (torch.uint8, torch.bool) or t.is_floating_point() else t.long()
                         for t in (images, *others)]

@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import types
@@ -90,9 +91,9 @@ def test_mnist_damaged(tmp_path, damage):
     }
     if damage != "missing":
         (raw / bad).write_bytes(damaged[damage])
-    words = {"missing": ["missing"], "bit of content": ["md5", data.MNIST[bad[:-3]]]}
+    words = {"missing": ["missing", bad], "bit of content": ["md5", bad[:-3], data.MNIST[bad[:-3]]]}
     words = words.get(damage, ["damaged", "restore"])
-    one_line(lambda: load("mnist", tmp_path), raw / bad, *words)
+    one_line(lambda: load("mnist", tmp_path), raw, *words)
 
 
 # ---- names, size, channels -------------------------------------------------------------------------------
@@ -101,6 +102,11 @@ def test_mnist_damaged(tmp_path, damage):
 def test_unknown_name(tmp_path):
     one_line(lambda: load("minst", tmp_path), "'minst'", "mnist, faces", "celeba", "folder", ".npz")
     one_line(lambda: load(str(tmp_path / "gone.npz"), tmp_path), "gone.npz", "exists")
+    one_line(lambda: load("", tmp_path), "no name")
+    one_line(lambda: load(" ", tmp_path, 8), "no name")
+    one_line(lambda: load("a\0b", tmp_path, 8), "exists")
+    np.savez(tmp_path / "a.npz", images=noise(2, 1, 4, 4))
+    assert len(load((tmp_path / "a.npz").rename(tmp_path / "A.NPZ")).images) == 2
     one_line(lambda: load(str(save(tmp_path / "a.png", noise(4, 4))), tmp_path), "a.png", "no .npz")
 
 
@@ -934,6 +940,21 @@ def test_flowers_layout(tmp_path):
     assert d.extra["captions"] == [[f"flower {f[10]}"] for f in d.extra["files"]]
 
 
+def test_texts_are_read_as_utf_8(tmp_path, birds):
+    """Whatever the system's encoding, with a byte order mark or without."""
+    for text in (birds / "text_c10").glob("*/*.txt"):
+        text.write_bytes("\ufeffein Vögelchen\r\n".encode())
+    (birds / "testclasses.txt").write_bytes("\ufeff001.Auk\n".encode())
+    code = ("import sys; from common import data; d = data.load(sys.argv[1], sys.argv[2], 8); "
+            "print(ascii(d.extra['captions'][0]), len(d.extra['captions']), len(d.test_images))")
+    r = subprocess.run([sys.executable, "-c", code, birds, tmp_path], cwd=REPO, text=True,
+                       capture_output=True, check=False,
+                       env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    assert r.stdout == r"['ein V\xf6gelchen'] 9 3" + "\n", r.stderr
+    (birds / "testclasses.txt").write_bytes(b"\xff")
+    one_line(lambda: load(birds, tmp_path, size=8), "testclasses.txt cannot be read", "UTF-8")
+
+
 def test_bad_captions_are_named(tmp_path, birds):
     text = birds / "text_c10" / "002.Bee" / "Bee_2.txt"
     text.write_text("\n")
@@ -976,8 +997,45 @@ def test_cifar10(tmp_path, monkeypatch):
     assert d.labels.tolist() == [0, 1, 2, 3, 4] and d.test_labels.tolist() == [5]
     assert d.classes == list("abcdefghij")
     assert load("cifar10", tmp_path, size=16, channels=1, download=False).images.shape == (5, 1, 16, 16)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", "of another archive")
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as t:
+        t.add(folder, folder.name)
+        t.add(folder / "batches.meta", f"{folder.name}/../../escaped")
+    folder.rename(tmp_path / "away")
+    assert len(load("cifar10", tmp_path).images) == 5       # its files are checked, not the archive
+    assert not (tmp_path.parent / "escaped").exists()
     (folder / "data_batch_3").write_bytes(b"other")
     one_line(lambda: load("cifar10", tmp_path, download=False), "corrupted", "cifar-10-python.tar.gz")
+
+
+@pytest.mark.parametrize("kind", ["gz", "plain", "short", "header", "labels"])
+def test_ubyte_files_are_checked_by_their_content(tmp_path, kind):
+    """As a distribution packs them: other archives, the same contents."""
+    raw = tmp_path / "KMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, n in (("train", 3), ("t10k", 2)):
+        x = np.array([0x803, n, 28, 28], ">i4").tobytes() + noise(n, 28, 28).tobytes()
+        y = np.array([0x801, n], ">i4").tobytes() + bytes(range(n))
+        x, y = {"short": (x[:-1], y), "header": (b"<" + x[1:], y),
+                "labels": (x, np.array([0x801, 1], ">i4").tobytes() + b"1")}.get(kind, (x, y))
+        for file, b in (("images-idx3-ubyte", x), ("labels-idx1-ubyte", y)):
+            if kind == "plain":
+                (raw / f"{part}-{file}").write_bytes(b)
+            else:
+                (raw / f"{part}-{file}.gz").write_bytes(gzip.compress(b, 1))
+    if kind in ("gz", "plain"):
+        d = load("kmnist", tmp_path)
+        assert d.images.shape == (3, 1, 28, 28) and d.test_labels.tolist() == [0, 1] and d.classes[0] == "o"
+    else:
+        one_line(lambda: load("kmnist", tmp_path), "kmnist is not there", "KMNIST/raw")
+
+
+def test_mnist_unpacked(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file in data.MNIST:
+        (raw / file).write_bytes(gzip.decompress((REPO / "data/MNIST/raw" / f"{file}.gz").read_bytes()))
+    assert load("mnist", tmp_path).labels[:3].tolist() == [5, 0, 4]
 
 
 def test_fashion_mnist(tmp_path):
@@ -1096,18 +1154,13 @@ def test_flowers102(tmp_path, monkeypatch):
                                        (150, 4, "image_00003.jpg")]
 
 
-def test_lfw(tmp_path, monkeypatch):
-    from torchvision.datasets import LFWPeople
-
+def test_lfw(tmp_path):
     folder = tmp_path / "lfw-py"
     for i, person in enumerate(("Bo", "Al", "Al")):
         file = folder / "lfw_funneled" / person / f"{person}_{max(i, 1):04}.jpg"
         save(file, np.full((250, 250, 3), 60 * i, np.uint8))
     (folder / "lfw-names.txt").write_text("Al\t2\nBo\t1\n")
     (folder / "people.txt").write_text("2\n1\nBo\t1\n1\nAl\t2\n")
-    (folder / "lfw-funneled.tgz").write_bytes(b"")
-    monkeypatch.setattr(LFWPeople, "file_dict", {"funneled": ("lfw_funneled", "lfw-funneled.tgz", None)})
-    monkeypatch.setattr(LFWPeople, "checksums", {"people.txt": None, "lfw-names.txt": None})
     d = load("lfw", tmp_path, 150)
     assert d.images.shape == (3, 3, 150, 150) and d.images[:, 0, 0, 0].tolist() == [120, 0, 60]
     assert d.labels.tolist() == [0, 1, 0] and d.classes == ["Al", "Bo"]
@@ -1323,7 +1376,9 @@ def test_order_depends_on_seed_alone():
 def test_bad_minibatches():
     x, i = numbered(20)
     one_line(lambda: Batches(x, batch_size=21), "batch of 21", "20 pictures", "--batch-size")
-    one_line(lambda: Batches(x, batch_size=11, world=2), "11", "2 ranks", "1 to 10")
+    one_line(lambda: Batches(x, batch_size=11, world=2), "11", "2 ranks", "10 at most")
+    one_line(lambda: Batches(x[:1], batch_size=2), "from 1 pictures: expected more pictures, 2 at least")
+    one_line(lambda: Batches(x[:1].expand(20, -1, -1, -1), batch_size=2), "all 20 pictures are the same")
     one_line(lambda: Batches(x, batch_size=0), "batch of 0")
     one_line(lambda: Batches(x, i[:19], batch_size=2), "item 1 has 19 rows for 20")
     one_line(lambda: Batches(x, None, batch_size=2), "item 1 is None")
