@@ -72,7 +72,7 @@ NAMES = ("names", "values", "words", "classes")     # arrays with these endings 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
           "valid": "val", "validation": "val"}
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # EXIF orientation -> upright
-BLOCK = 1024           # images decoded and written at a time: bounds the memory that preprocessing takes
+BLOCK = 1024           # images decoded, written and check-summed at a time; another value voids what is prepared
 GPU_SHARE = 0.5        # fraction of the free GPU memory that a data set may fill
 HOST_RESIDENT = 2**30  # bytes; on a CPU a larger set is probably memory-mapped, so read it ahead in a thread
 

@@ -534,6 +534,7 @@ def test_killed_and_then_two_at_once(tmp_path, pictures, monkeypatch, request):
     assert ".tmp" in half.name  # a set cut off never has the name of a whole one
 
     count, decode = [], data.decode
+    monkeypatch.setattr(data, "BLOCK", 4)
     monkeypatch.setattr(data, "decode", lambda *a, **k: (count.append("decoded"), decode(*a, **k))[1])
     peer.stdin.write("go\n")
     peer.stdin.flush()
