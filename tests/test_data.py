@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import types
@@ -91,9 +92,9 @@ def test_mnist_damaged(tmp_path, damage):
     }
     if damage != "missing":
         (raw / bad).write_bytes(damaged[damage])
-    words = {"missing": ["missing"], "bit of content": ["md5", data.MNIST[bad[:-3]]]}
+    words = {"missing": ["missing", bad], "bit of content": ["md5", bad[:-3], data.MNIST[bad[:-3]]]}
     words = words.get(damage, ["damaged", "restore"])
-    one_line(lambda: load("mnist", tmp_path), raw / bad, *words)
+    one_line(lambda: load("mnist", tmp_path), raw, *words)
 
 
 # ---- names, size, channels -------------------------------------------------------------------------------
@@ -102,6 +103,11 @@ def test_mnist_damaged(tmp_path, damage):
 def test_unknown_name(tmp_path):
     one_line(lambda: load("minst", tmp_path), "'minst'", "mnist, faces", "celeba", "folder", ".npz")
     one_line(lambda: load(str(tmp_path / "gone.npz"), tmp_path), "gone.npz", "exists")
+    one_line(lambda: load("", tmp_path), "no name")
+    one_line(lambda: load(" ", tmp_path, 8), "no name")
+    one_line(lambda: load("a\0b", tmp_path, 8), "exists")
+    np.savez(tmp_path / "a.npz", images=noise(2, 1, 4, 4))
+    assert len(load((tmp_path / "a.npz").rename(tmp_path / "A.NPZ")).images) == 2
     one_line(lambda: load(str(save(tmp_path / "a.png", noise(4, 4))), tmp_path), "a.png", "no .npz")
 
 
@@ -228,12 +234,179 @@ def test_corrupt_picture_is_named(tmp_path, channels):
         assert cache_of(tmp_path) == []
 
 
+def test_all_bad_pictures_are_listed_and_may_be_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "BLOCK", 4)
+    good, f = [], tmp_path / "f"
+    for i in range(12):
+        file = save(f / "ab"[i % 2] / f"{i:02}.png", noise(8, 8, 3))
+        if i in (0, 3, 7):
+            file.write_bytes([b"", b"<html>", file.read_bytes()[:150]][i // 3])
+        else:
+            good.append(f"{'ab'[i % 2]}/{i:02}.png")
+    one_line(lambda: load(f, tmp_path, 8), "00.png", "03.png", "07.png", "--skip-bad")
+    assert cache_of(tmp_path) == []
+    capsys.readouterr()
+    d = load(f, tmp_path, 8, skip_bad=True)
+    said = capsys.readouterr().err.splitlines()[0]
+    assert all(word in said for word in ("left out", "00.png", "03.png", "07.png"))
+    assert sorted(d.extra["files"]) == sorted(good) and len(d.images) == len(d.labels) == 9
+    for x, y, name in zip(d.images, d.labels, d.extra["files"]):
+        assert np.array_equal(x, np.asarray(Image.open(f / name)).transpose(2, 0, 1)) and "ab"[y] == name[0]
+    for name in good:
+        (f / name).write_bytes(b"")
+    one_line(lambda: load(f, tmp_path, 8, skip_bad=True), "none of the 12 pictures", f)
+
+
+def test_no_picture_reaches_another_program(tmp_path, monkeypatch):
+    """Pillow hands EPS files to Ghostscript, whatever their names end in."""
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: pytest.fail("Ghostscript runs"))
+    f = tmp_path / "f"
+    save(f / "a.png", noise(8, 8, 3))
+    Image.fromarray(noise(8, 8, 3)).save(f / "b.eps")
+    (f / "b.eps").rename(f / "b.png")
+    one_line(lambda: load(f, tmp_path, 8), f / "b.png", "cannot be read")
+
+
+def test_a_broken_exif_tag_does_not_matter(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A], exif[0x010E] = 6, 1.5, "x"
+    a = np.zeros((16, 16, 3), np.uint8)
+    a[:8] = 255
+    path = tmp_path / "f" / "a.jpg"
+    path.parent.mkdir()
+    Image.fromarray(np.rot90(a).copy()).save(path, exif=exif)
+    b = path.read_bytes()
+    for old, new in ((b"", b""), (b"\x01\x0e\x00\x02", b"\x01\x0e\xff\x02"), (b"MM\x00*", b"MM\xff*"),
+                     (b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x02")):
+        assert old in b
+        path.write_bytes(b.replace(old, new))
+        x = load(tmp_path / "f", tmp_path, 16).images[0, 0]
+        assert {int(x[0, 0]) > 200, int(x[-1, -1]) > 200} == {True, False}
+
+
+def deep(f, *pictures):
+    for i, a in enumerate(pictures):
+        save(f / f"{i}.tif", Image.fromarray(np.broadcast_to(a, (4, 4)).copy()))
+    return f
+
+
+@pytest.mark.parametrize("values, expected", [
+    (np.float32([0, 0.5, 1]), [0, 128, 255]), (np.float32([-1, 0, 1]), [0, 128, 255]),
+    (np.float32([0, 100.4, 255]), [0, 100, 255]), (np.uint16([0, 100, 255]), [0, 100, 255]),
+    (np.uint16([16, 1600, 4095]), [1, 100, 255]), (np.uint16([256, 25600, 65535]), [1, 100, 255]),
+    (np.int32([0, 100, 255]), [0, 100, 255]), (np.int32([0, 25600, 65535]), [0, 100, 255]),
+    (np.uint16([4, 400, 1023]), [1, 100, 255])])
+def test_values_beyond_8_bits_are_scaled_alike(tmp_path, values, expected):
+    d = load(deep(tmp_path / "f", *values), tmp_path, 4)
+    assert by_name(d)[:, 0, 0, 0].tolist() == expected and d.images.shape[1] == 1
+
+
+@pytest.mark.parametrize("values, words", [
+    (np.float32([0, 7]), ["from 0 to 7"]), (np.float32([-1, 2]), ["from -1 to 2"]),
+    (np.float32([0, np.nan]), ["nan"]), (np.float32([0, 1000]), ["to 1000"]),
+    (np.int32([-1, 255]), ["from -1"]),
+    (np.int32([0, 65536]), ["0 to 65536"]), (np.uint8([0, 1]), ["from 0 to 1", "255"]),
+    (np.uint16([0, 1]), ["from 0 to 1"])])
+def test_values_that_are_unclear_are_refused(tmp_path, values, words):
+    f = deep(tmp_path / "f", *values)
+    one_line(lambda: load(f, tmp_path, 4), "f ", "expected", *words)
+
+
+def test_black_arrays_and_thin_pictures_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", images=noise(4, 1, 4, 4) % 2)
+    one_line(lambda: load(tmp_path / "a.npz"), "from 0 to 1", "by 255")
+    np.savez(tmp_path / "a.npz", images=noise(4, 1, 1, 500))
+    one_line(lambda: load(tmp_path / "a.npz", size=8), "500x1", "one flat colour")
+    save(tmp_path / "f" / "a.png", noise(500, 1))
+    one_line(lambda: load(tmp_path / "f", tmp_path, 8), "1x500", "one flat colour")
+
+
 def test_folders_that_are_no_data_set(tmp_path):
     (tmp_path / "f").mkdir()
     one_line(lambda: load(tmp_path / "f", tmp_path, 4), tmp_path / "f", "no pictures", ".png")
     save(tmp_path / "f" / "a.png", noise(4, 4))
     save(tmp_path / "f" / "cat" / "b.png", noise(4, 4))
     one_line(lambda: load(tmp_path / "f", tmp_path, 4), "1 pictures beside 1 in sub-folders")
+
+
+def loaded(path, tmp_path, capsys):
+    """(Data, what was said of what was left out)."""
+    capsys.readouterr()
+    d = load(path, tmp_path, 4)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
+    return d, "\n".join(lines)
+
+
+def test_links_are_read_once(tmp_path, capsys):
+    f = tmp_path / "f"
+    for c in "ab":
+        for i in range(3):
+            save(f / c / f"{i}.png", noise(4, 4))
+    away = save(tmp_path / "away" / "x.png", noise(4, 4))
+    for link, to in (("a/loop", f), ("b/loop", f / "b"), ("a/up", tmp_path),
+                     ("a/0 again.png", f / "a" / "0.png"), ("a/away.png", away), ("b/away.png", away),
+                     ("a/self.png", "self.png"), ("b/gone.png", tmp_path / "gone.png"), ("c", away.parent),
+                     ("0", f / "a")):
+        (f / link).symlink_to(to)
+    d, said = loaded(f, tmp_path, capsys)
+    assert d.classes == ["a", "b", "c"]
+    assert sorted(d.extra["files"])[:3] == ["a/0.png", "a/1.png", "a/2.png"] and len(d.images) == 7
+    assert "2 dangling links" in said and "links to what is read already" in said and "\n" not in said
+
+
+def test_what_is_no_picture_is_counted(tmp_path, capsys, monkeypatch):
+    f, scandir = tmp_path / "f", os.scandir
+    for i in range(3):
+        save(f / "cat" / f"{i}.png", noise(4, 4))
+        (f / "cat" / f"{i}.heic").write_bytes(b"")
+    (f / "cat" / "x.AVIF").write_bytes(b"")
+    (f / "cat" / "README").write_bytes(b"")
+    save(f / "dog" / "0.png", noise(4, 4))
+    save(f / "secret" / "0.png", noise(4, 4))
+    os.mkfifo(f / "cat" / "pipe.png")
+
+    def refuse(at):
+        if str(at).endswith("secret"):
+            raise PermissionError
+        return scandir(at)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    d, said = loaded(f, tmp_path, capsys)
+    assert len(d.images) == 4 and d.classes == ["cat", "dog"]
+    for words in ("3 .heic", "1 .avif", "1 files without an ending", "1 pipes", "1 folders that cannot be"):
+        assert words in said
+    assert "\n" not in said
+    assert loaded(save(tmp_path / "g" / "0.png", noise(4, 4)).parent, tmp_path, capsys)[1] == ""
+
+
+@pytest.mark.parametrize("names, labels, test_labels, classes", [
+    ("train/cat/0 train/dog/1 test/cat/2 test/dog/3", {0: 0, 1: 1}, {2: 0, 3: 1}, ["cat", "dog"]),
+    ("all/Train/cat/0 all/Train/dog/1 all/val/dog/3", {0: 0, 1: 1}, {3: 1}, ["cat", "dog"]),
+    ("train/cat/0 train/dog/1 test/dog/3 val/cat/4", {0: 0, 1: 1}, {3: 1}, ["cat", "dog"]),
+    ("training/cat/0 training/dog/1 test/cow/3", {0: 0, 1: 1}, {3: 2}, ["cat", "dog", "cow"]),
+    ("train/0 train/1 test/2", {0: None, 1: None}, {2: None}, None),
+    ("train/cat/0 train/dog/1 test/2", {0: 0, 1: 1}, {2: None}, ["cat", "dog"]),
+    ("animals/cat/0 animals/dog/1", {0: 0, 1: 1}, {}, ["cat", "dog"]),
+    ("x/y/train/cat/0 x/y/train/dog/1", {0: 0, 1: 1}, {}, ["cat", "dog"]),
+    ("animals/0 animals/1", {0: None, 1: None}, {}, None),
+    ("train/0 other/1", {0: 1, 1: 0}, {}, ["other", "train"])])
+def test_layout_of_folders(tmp_path, names, labels, test_labels, classes):
+    for name in names.split():
+        save(tmp_path / "f" / f"{name}.png", np.full((4, 4), 60 * int(name[-1]), np.uint8))
+    d = load(tmp_path / "f", tmp_path, 4)
+    assert d.classes == (classes and sorted(classes))
+    test = d.test_images, d.test_labels, d.extra.get("test_files"), test_labels
+    for images, y, files, expected in ((d.images, d.labels, d.extra["files"], labels), test):
+        if not expected:
+            assert images is y is files is None
+            continue
+        numbers = [int(Path(f).stem) for f in files]
+        assert images[:, 0, 0, 0].tolist() == [60 * i for i in numbers]
+        found = {i: None if y is None else classes.index(d.classes[k])
+                 for i, k in zip(numbers, [None] * len(files) if y is None else y.tolist())}
+        assert found == expected
 
 
 # ---- the cache -------------------------------------------------------------------------------------------
@@ -248,7 +421,7 @@ def pictures(tmp_path):
 
 def test_cache_is_reused_until_the_pictures_change(tmp_path, pictures, monkeypatch):
     count, decode = itertools.count(), data.decode
-    monkeypatch.setattr(data, "decode", lambda *a: (next(count), decode(*a))[1])
+    monkeypatch.setattr(data, "decode", lambda *a, **k: (next(count), decode(*a, **k))[1])
     first = load(pictures, tmp_path, 8)
     (made,) = cache_of(tmp_path)
     stamp = (made / "images.npy").stat().st_mtime_ns
@@ -277,15 +450,22 @@ def test_cache_is_mapped_and_read_only(tmp_path, pictures, recwarn):
     assert d.images.sum() > 0
 
 
-@pytest.mark.parametrize("damage", ["short", "long", "garbage", "no rest", "bad rest"])
-def test_damaged_cache_is_named(tmp_path, pictures, damage):
+@pytest.mark.parametrize("damage", ["short", "long", "garbage", "a pixel", "swapped", "no rest", "bad rest"])
+def test_damaged_cache_is_named(tmp_path, pictures, damage, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 4)
     first = load(pictures, tmp_path, 8).images.clone()
     (made,) = cache_of(tmp_path)
     images, rest = made / "images.npy", made / "rest.pt"
+    whole = images.read_bytes()
     if damage == "short":
         os.truncate(images, images.stat().st_size - 1)
     elif damage == "long":
         os.truncate(images, images.stat().st_size + 1)
+    elif damage == "a pixel":
+        images.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    elif damage == "swapped":
+        images.write_bytes(whole[:128] + whole[128 + 4 * 192:128 + 8 * 192] + whole[128:128 + 4 * 192]
+                           + whole[128 + 8 * 192:])
     elif damage == "garbage":
         images.write_bytes(bytes(images.stat().st_size))
     elif damage == "no rest":
@@ -297,6 +477,15 @@ def test_damaged_cache_is_named(tmp_path, pictures, damage):
         file.unlink()
     made.rmdir()
     assert torch.equal(load(pictures, tmp_path, 8).images, first)
+
+
+def test_a_cache_without_checksums_gets_them(tmp_path, pictures):
+    first = load(pictures, tmp_path, 8).images.clone()
+    (made,) = cache_of(tmp_path)
+    marks = (made / "checksums").read_bytes()
+    (made / "checksums").unlink()
+    assert torch.equal(load(pictures, tmp_path, 8).images, first)
+    assert (made / "checksums").read_bytes() == marks
 
 
 def test_data_folder_that_cannot_be_written(tmp_path, pictures):
@@ -317,11 +506,11 @@ SLOW = """
 import sys, time
 from common import data
 decode = data.decode
-def picture(*a):
+def picture(*a, **k):
     sys.stdout.write("decoded\\n")  # print() of two threads may mix their lines
     sys.stdout.flush()
     time.sleep(float(sys.argv[3]))
-    return decode(*a)
+    return decode(*a, **k)
 data.decode, data.BLOCK = picture, 4
 sys.stdin.readline()
 print("sum", int(data.load(sys.argv[1], sys.argv[2], 8).images.sum()), flush=True)
@@ -346,7 +535,8 @@ def test_killed_and_then_two_at_once(tmp_path, pictures, monkeypatch, request):
     assert ".tmp" in half.name  # a set cut off never has the name of a whole one
 
     count, decode = [], data.decode
-    monkeypatch.setattr(data, "decode", lambda *a: (count.append("decoded"), time.sleep(0.1), decode(*a))[2])
+    monkeypatch.setattr(data, "BLOCK", 4)
+    monkeypatch.setattr(data, "decode", lambda *a, **k: (count.append("decoded"), decode(*a, **k))[1])
     peer.stdin.write("go\n")
     peer.stdin.flush()
     mine = load(pictures, tmp_path, 8).images
@@ -363,7 +553,8 @@ def test_killed_and_then_two_at_once(tmp_path, pictures, monkeypatch, request):
 
 @pytest.mark.parametrize("change, start", [
     ("nothing", 8), ("a pixel", 4), ("cut off", 4), ("more", 8), ("header", 8), ("rest", 8), ("torn mark", 4),
-    ("wrong mark", 0), ("no marks", 0), ("no images", 0), ("another list", 0), ("fewer", 0)])
+    ("wrong mark", 0), ("repeated marks", 8), ("no marks", 0), ("no images", 0), ("another list", 0),
+    ("fewer", 0)])
 def test_interrupted_preparation_goes_on(tmp_path, monkeypatch, change, start):
     """Whatever became of the part that is there: each block is kept that is as it was written."""
     monkeypatch.setattr(data, "BLOCK", 4)
@@ -382,7 +573,7 @@ def test_interrupted_preparation_goes_on(tmp_path, monkeypatch, change, start):
         data.cached(tmp_path / "set", make(8))
     (half,) = tmp_path.glob("set.tmp*")
     half = half.rename(tmp_path / "set.tmp0")  # of a process with another number
-    images, marks = half / "images.npy", half / "done"
+    images, marks = half / "images.npy", half / "checksums"
     a, m = images.read_bytes(), marks.read_bytes()
     assert len(a) == 128 + 8 * 12 and len(m) == 8
     if change == "a pixel":
@@ -393,6 +584,8 @@ def test_interrupted_preparation_goes_on(tmp_path, monkeypatch, change, start):
         images.write_bytes(b"?" + a[1:])
     elif change == "rest":
         (half / "rest.pt").write_bytes(b"?")
+    elif change == "repeated marks":
+        marks.write_bytes(m + m[-4:])
     elif change.endswith("mark"):
         marks.write_bytes(m[:-1] if change == "torn mark" else b"????" + m[4:])
     elif change.startswith("no "):
@@ -405,18 +598,18 @@ def test_interrupted_preparation_goes_on(tmp_path, monkeypatch, change, start):
     assert starts == [0, start]
     assert np.array_equal(found["images"], x) and found["files"] == files
     assert {p.name for p in tmp_path.iterdir()} == {"set", "set.lock"}
-    assert {p.name for p in (tmp_path / "set").iterdir()} == {"images.npy", "rest.pt"}
+    assert {p.name for p in (tmp_path / "set").iterdir()} == {"images.npy", "rest.pt", "checksums"}
 
 
 def test_interrupted_folder_goes_on(tmp_path, pictures, monkeypatch, capsys):
     expected, decode = load(pictures, tmp_path / "reference", 8).images, data.decode
     count, seen = itertools.count(), []
 
-    def picture(source, *a):
+    def picture(source, *a, **k):
         seen.append(Path(source).name)
         if next(count) == 10:
             raise KeyboardInterrupt
-        return decode(source, *a)
+        return decode(source, *a, **k)
 
     monkeypatch.setattr(data, "BLOCK", 4)
     monkeypatch.setattr(data, "decode", picture)
@@ -439,11 +632,12 @@ def test_a_disk_too_small_is_told_at_once(tmp_path, pictures, monkeypatch):
 
 
 def test_name_of_a_prepared_folder(tmp_path, pictures):
-    """As it has been from the start, so that what is prepared stays in use."""
+    """It must not change unless the pixels or their order do, so that what is prepared stays in use."""
     load(pictures, tmp_path, 8)
-    files = data.shuffled(sorted(pictures.iterdir()))
-    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    digest = hashlib.sha256(json.dumps([str(pictures.resolve()), stats]).encode()).hexdigest()[:16]
+    files = sorted(pictures.iterdir())
+    stats = [(f.name, [f.stat().st_size, f.stat().st_mtime_ns]) for f in files]
+    text = "".join(map(json.dumps, [[2, str(pictures.resolve()), False], *stats]))
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     assert [p.name for p in cache_of(tmp_path)] == [f"f-8xown-{digest}"]
 
 
@@ -452,12 +646,12 @@ def test_slower_of_two_without_locks(tmp_path, pictures, monkeypatch):
     decode, remove, rename, faster = data.decode, data.shutil.rmtree, Path.rename, []
     pid = os.getpid()
 
-    def picture(*a):
+    def picture(*a, **k):
         if not faster:  # the other one starts and ends in the midst of this one
             faster.append(None)
             monkeypatch.setattr(data.os, "getpid", lambda: 1)
             faster[0] = load(pictures, tmp_path, 8).images
-        return decode(*a)
+        return decode(*a, **k)
 
     def rmtree(path, **kw):  # as on Windows: nothing that is open goes away or gets another name
         if path.name.endswith(".tmp1"):
@@ -511,11 +705,11 @@ def test_npz(tmp_path, monkeypatch):
                                     np.array([2, 1, 0]).repeat(4)])
 def test_an_npz_is_shuffled_whatever_its_order(tmp_path, labels):
     i, more = np.arange(12, dtype=np.uint8), {} if labels is None else {"labels": labels}
-    np.savez(tmp_path / "s.npz", images=np.tile(i[:, None, None, None] + 1, (1, 1, 2, 2)), age=i,
+    np.savez(tmp_path / "s.npz", images=np.tile(20 * i[:, None, None, None], (1, 1, 2, 2)), age=i,
              captions=i.astype(str), tag_names=i.astype(str), test_images=np.zeros((12, 1, 2, 2), np.uint8),
              test_labels=i // 4, **more)
     d = load(tmp_path / "s.npz", tmp_path)
-    order = (d.images[:, 0, 0, 0] - 1).tolist()
+    order = (d.images[:, 0, 0, 0] // 20).tolist()
     assert sorted(order) == i.tolist() != order and d.extra["age"].tolist() == order
     if labels is not None:
         assert d.labels.tolist() == labels[order].tolist() and set(d.labels[6:].tolist()) == {0, 1, 2}
@@ -548,6 +742,17 @@ def test_a_label_of_the_test_part_alone_has_its_number(tmp_path):
     assert d.classes == ["5", "7", "9"]
 
 
+def test_other_arrays_of_an_npz(tmp_path):
+    x = noise(4, 1, 2, 2)
+    np.savez(tmp_path / "a.npz", images=x, test_images=x, attributes=np.eye(4)[:, :2],
+             factors=np.ones((4, 1)), captions=np.array([["à".encode(), b""]] * 4),
+             test_from=np.arange(4))
+    d = load(tmp_path / "a.npz")
+    assert d.extra["attribute_names"] == ["attribute 1", "attribute 2"]
+    assert d.extra["factor_names"] == ["factor 1"] and d.extra["captions"] == [["à", ""]] * 4
+    assert len(d.images) == len(d.test_images) == 4 and len(d.extra["test_from"]) == 4
+
+
 OK = np.zeros((4, 3, 8, 8), np.uint8)
 
 
@@ -555,7 +760,13 @@ OK = np.zeros((4, 3, 8, 8), np.uint8)
     "arrays, words",
     [
         ({"x": OK, "y": OK}, ["holds x, y", "expected an array images"]),
-        ({"images": OK.astype(np.float32)}, ["float32 (4, 3, 8, 8)", "expected uint8", "0..255"]),
+        ({"images": OK.astype(np.float32)},
+         ["float32 (4, 3, 8, 8)", "expected uint8", '(images * 255).round().astype("uint8")']),
+        ({"images": OK - np.float32(0.5)},
+         ['((images + 1) * 127.5).round().astype("uint8")', "-0.5 to -0.5"]),
+        ({"images": OK + np.int64(300)}, ["int64", "expected uint8", "0..255"]),
+        ({"images": OK[:, 0] + 255.0},
+         ['images.round().astype("uint8")', "add the channel: images[:, None]"]),
         (
             {"images": OK.transpose(0, 2, 3, 1)},
             ["(4, 8, 8, 3)", "like (N, H, W, C)", "images.transpose(0, 3,"],
@@ -563,19 +774,42 @@ OK = np.zeros((4, 3, 8, 8), np.uint8)
         ({"images": OK[:, 0]}, ["(4, 8, 8)", "images[:, None]"]),
         ({"images": OK[:, :2]}, ["(4, 2, 8, 8)", "C = 1 or 3"]),
         ({"images": OK[:0]}, ["(0, 3, 8, 8)", "N > 0"]),
-        ({"images": OK, "labels": np.arange(3)}, ["3 labels for 4 images"]),
-        ({"images": OK, "labels": np.arange(0)}, ["0 labels for 4 images"]),
+        ({"images": OK, "labels": np.arange(3)}, ["labels of 3 pictures, of 4 expected"]),
+        ({"images": OK, "labels": np.arange(0)}, ["labels of 0 pictures, of 4 expected"]),
         ({"images": OK, "labels": np.array([0, 1, -5, 1])}, ["a label -5", "-1 for no label"]),
         ({"images": OK, "labels": np.arange(4), "classes": ["a", "b"]}, ["2 classes for labels up to 3"]),
         ({"images": OK[:, :, :1, :1].repeat(300, 0), "labels": np.arange(1200)},
          ["1,200 different labels for 1,200 pictures", "classes"]),
-        ({"images": OK, "labels": np.zeros(4)}, ["labels is float64 (4,)", "integers (N,)"]),
-        ({"images": OK, "labels": np.eye(4, dtype=int)}, ["labels is int64 (4, 4)", "integers (N,)"]),
+        ({"images": OK, "labels": np.zeros(4)},
+         ["labels is float64 (4,)", "integers (N,)", "labels.astype(int)"]),
+        ({"images": OK, "labels": np.eye(4, dtype=int)},
+         ["labels is int64 (4, 4)", "integers (N,)", "labels.argmax(1)"]),
+        ({"images": OK, "labels": list("abca")},
+         ["labels is <U1", "np.unique(labels, return_inverse=True)[1]"]),
+        ({"images": OK, "captions": np.arange(4)}, ["captions is int64 (4,)", "strings (N,) or (N, k)"]),
+        ({"images": OK, "captions": ["a"] * 3}, ["captions of 3 pictures, of 4 expected"]),
+        ({"images": OK, "captions": np.array([["a"], ["a", "b"]] * 2, object)}, ["captions", "padded with"]),
+        ({"images": OK, "factors": np.zeros((3, 2))}, ["factors of 3 pictures, of 4 expected"]),
+        ({"images": OK, "factors": np.full((4, 2), np.nan)}, ["factors is float64 (4, 2)", "NaN"]),
+        ({"images": OK, "factors": np.zeros((4, 2)), "factor_names": ["a"]},
+         ["1 factor_names for 2 columns"]),
+        ({"images": OK, "factors": np.zeros((4, 1)), "factor_names": np.array("a")}, ["factor_names", "()"]),
+        ({"images": OK, "attributes": np.zeros(4)}, ["attributes is float64 (4,)", "attributes[:, None]"]),
+        ({"images": OK, "attributes": ["a"] * 4}, ["attributes is <U1", "numbers (N, A)"]),
+        ({"images": OK, "attributes": np.zeros((4, 1)), "attribute_names": [3]},
+         ["names is int64", "strings"]),
+        ({"images": OK, "tags": np.zeros((4, 2)), "words": [["a", "b"]]}, ["words is <U1 (1, 2)", "strings"]),
+        ({"images": OK, "tags": np.zeros((4, 2)), "words": list("abc")}, ["3 words for 2 columns of tags"]),
+        ({"images": OK, "test_images": OK, "factors": np.zeros((4, 2)), "test_factors": np.zeros((4, 3))},
+         ["factors are (2,) and test_factors (3,)"]),
+        ({"images": OK, "classes": [1, 2]}, ["classes is int64 (2,)", "strings"]),
+        ({"images": OK, "scale": np.array(3.0)}, ["scale is float64 ()", "one row or more"]),
+        ({"images": np.array(3)}, ["images is int64 ()", "one row or more"]),
         (
             {"images": OK, "test_images": OK[:2], "test_labels": np.arange(4)},
-            ["4 test_labels for 2 test_images"],
+            ["test_labels of 4 pictures, of 2 expected"],
         ),
-        ({"images": OK, "test_labels": np.arange(4)}, ["4 test_labels for no test_images"]),
+        ({"images": OK, "test_labels": np.arange(4)}, ["test_labels of 4 pictures, of 0 expected"]),
         ({"images": OK, "test_images": OK[..., :4]}, ["(3, 8, 8)", "(3, 8, 4)"]),
         (
             {"images": OK, "test_images": OK.transpose(0, 2, 3, 1)},
@@ -708,6 +942,21 @@ def test_flowers_layout(tmp_path):
     assert d.extra["captions"] == [[f"flower {f[10]}"] for f in d.extra["files"]]
 
 
+def test_texts_are_read_as_utf_8(tmp_path, birds):
+    """Whatever the system's encoding, with a byte order mark or without."""
+    for text in (birds / "text_c10").glob("*/*.txt"):
+        text.write_bytes("\ufeffein Vögelchen\r\n".encode())
+    (birds / "testclasses.txt").write_bytes("\ufeff001.Auk\n".encode())
+    code = ("import sys; from common import data; d = data.load(sys.argv[1], sys.argv[2], 8); "
+            "print(ascii(d.extra['captions'][0]), len(d.extra['captions']), len(d.test_images))")
+    r = subprocess.run([sys.executable, "-c", code, birds, tmp_path], cwd=REPO, text=True,
+                       capture_output=True, check=False,
+                       env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    assert r.stdout == r"['ein V\xf6gelchen'] 9 3" + "\n", r.stderr
+    (birds / "testclasses.txt").write_bytes(b"\xff")
+    one_line(lambda: load(birds, tmp_path, size=8), "testclasses.txt cannot be read", "UTF-8")
+
+
 def test_bad_captions_are_named(tmp_path, birds):
     text = birds / "text_c10" / "002.Bee" / "Bee_2.txt"
     text.write_text("\n")
@@ -750,8 +999,45 @@ def test_cifar10(tmp_path, monkeypatch):
     assert d.labels.tolist() == [0, 1, 2, 3, 4] and d.test_labels.tolist() == [5]
     assert d.classes == list("abcdefghij")
     assert load("cifar10", tmp_path, size=16, channels=1, download=False).images.shape == (5, 1, 16, 16)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", "of another archive")
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as t:
+        t.add(folder, folder.name)
+        t.add(folder / "batches.meta", f"{folder.name}/../../escaped")
+    folder.rename(tmp_path / "away")
+    assert len(load("cifar10", tmp_path).images) == 5       # its files are checked, not the archive
+    assert not (tmp_path.parent / "escaped").exists()
     (folder / "data_batch_3").write_bytes(b"other")
     one_line(lambda: load("cifar10", tmp_path, download=False), "corrupted", "cifar-10-python.tar.gz")
+
+
+@pytest.mark.parametrize("kind", ["gz", "plain", "short", "header", "labels"])
+def test_ubyte_files_are_checked_by_their_content(tmp_path, kind):
+    """As a distribution packs them: other archives, the same contents."""
+    raw = tmp_path / "KMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, n in (("train", 3), ("t10k", 2)):
+        x = np.array([0x803, n, 28, 28], ">i4").tobytes() + noise(n, 28, 28).tobytes()
+        y = np.array([0x801, n], ">i4").tobytes() + bytes(range(n))
+        x, y = {"short": (x[:-1], y), "header": (b"<" + x[1:], y),
+                "labels": (x, np.array([0x801, 1], ">i4").tobytes() + b"1")}.get(kind, (x, y))
+        for file, b in (("images-idx3-ubyte", x), ("labels-idx1-ubyte", y)):
+            if kind == "plain":
+                (raw / f"{part}-{file}").write_bytes(b)
+            else:
+                (raw / f"{part}-{file}.gz").write_bytes(gzip.compress(b, 1))
+    if kind in ("gz", "plain"):
+        d = load("kmnist", tmp_path)
+        assert d.images.shape == (3, 1, 28, 28) and d.test_labels.tolist() == [0, 1] and d.classes[0] == "o"
+    else:
+        one_line(lambda: load("kmnist", tmp_path), "kmnist is not there", "KMNIST/raw")
+
+
+def test_mnist_unpacked(tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file in data.MNIST:
+        (raw / file).write_bytes(gzip.decompress((REPO / "data/MNIST/raw" / f"{file}.gz").read_bytes()))
+    assert load("mnist", tmp_path).labels[:3].tolist() == [5, 0, 4]
 
 
 def test_fashion_mnist(tmp_path):
@@ -870,18 +1156,13 @@ def test_flowers102(tmp_path, monkeypatch):
                                        (150, 4, "image_00003.jpg")]
 
 
-def test_lfw(tmp_path, monkeypatch):
-    from torchvision.datasets import LFWPeople
-
+def test_lfw(tmp_path):
     folder = tmp_path / "lfw-py"
     for i, person in enumerate(("Bo", "Al", "Al")):
         file = folder / "lfw_funneled" / person / f"{person}_{max(i, 1):04}.jpg"
         save(file, np.full((250, 250, 3), 60 * i, np.uint8))
     (folder / "lfw-names.txt").write_text("Al\t2\nBo\t1\n")
     (folder / "people.txt").write_text("2\n1\nBo\t1\n1\nAl\t2\n")
-    (folder / "lfw-funneled.tgz").write_bytes(b"")
-    monkeypatch.setattr(LFWPeople, "file_dict", {"funneled": ("lfw_funneled", "lfw-funneled.tgz", None)})
-    monkeypatch.setattr(LFWPeople, "checksums", {"people.txt": None, "lfw-names.txt": None})
     d = load("lfw", tmp_path, 150)
     assert d.images.shape == (3, 3, 150, 150) and d.images[:, 0, 0, 0].tolist() == [120, 0, 60]
     assert d.labels.tolist() == [0, 1, 0] and d.classes == ["Al", "Bo"]
@@ -1097,7 +1378,9 @@ def test_order_depends_on_seed_alone():
 def test_bad_minibatches():
     x, i = numbered(20)
     one_line(lambda: Batches(x, batch_size=21), "batch of 21", "20 pictures", "--batch-size")
-    one_line(lambda: Batches(x, batch_size=11, world=2), "11", "2 ranks", "1 to 10")
+    one_line(lambda: Batches(x, batch_size=11, world=2), "11", "2 ranks", "10 at most")
+    one_line(lambda: Batches(x[:1], batch_size=2), "from 1 pictures: expected more pictures, 2 at least")
+    one_line(lambda: Batches(x[:1].expand(20, -1, -1, -1), batch_size=2), "all 20 pictures are the same")
     one_line(lambda: Batches(x, batch_size=0), "batch of 0")
     one_line(lambda: Batches(x, i[:19], batch_size=2), "item 1 has 19 rows for 20")
     one_line(lambda: Batches(x, None, batch_size=2), "item 1 is None")
