@@ -2,11 +2,11 @@
 
 Whole scripts run on it as they would on a GPU, CUDA graph included, and what a GPU would refuse or wait for
 is found without one:
-- an operation on tensors of the device and of the host is a RuntimeError (0-dim ones of the host may mix in);
+- an operation on tensors of the device and of the host is a RuntimeError, unless refused() knows better;
 - in a capture, whatever makes the host wait, and copies between the two, is a RuntimeError as well; elsewhere
   `waits` counts them;
-- a capture records each operation and leaves everything as it was; a replay carries the recorded operations
-  out again, with the Python numbers that they had and with new random ones.
+- a capture records each operation of the device and leaves everything as it was; a replay carries the recorded
+  operations out again, with the numbers of Python and of the host that they had and with new random ones.
 
 Not pretended: streams, memory that a graph takes again, bfloat16, torch.compile, rounding.
 """
@@ -24,8 +24,12 @@ GPU = torch.device("cuda", 0)
 TO_THE_HOST = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
 WAITS = {*TO_THE_HOST, aten.nonzero.default, aten.masked_select.default, aten._unique2.default,
          aten.unique_consecutive.default}
-INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
-BOTH = {aten.copy_.default, aten._to_copy.default, *INDEXING}  # the operations that may meet host and device
+COPIES = {"copy", "_to_copy", "_foreach_copy", "fill"}
+INDEXING = {"index", "index_put"}
+ON_THE_HOST = {  # arguments that may be 0-dim tensors of the host
+    "where": ("condition", "self", "other"), "masked_fill": ("value",), "index_fill": ("value",),
+    "index_put": ("values",), "_fused_adam": ("lr",), "_fused_adamw": ("lr",), "_fused_sgd": ("lr",)}
+MASKS = {aten.masked_fill.Scalar, aten.masked_fill_.Scalar, aten.native_dropout_backward.default}
 
 
 class OnGPU(torch.Tensor):
@@ -82,8 +86,85 @@ def on_gpu(t):
     return OnGPU(t) if isinstance(t, torch.Tensor) else t
 
 
+def on_host(t):
+    return isinstance(t, torch.Tensor) and not isinstance(t, OnGPU)
+
+
 def is_device(name):
     return name is not None and torch.device(name).type in ("cuda", "meta")
+
+
+def name_of(func):
+    return func._schema.name.removeprefix("aten::").rstrip("_")  # in place or not
+
+
+def given(func, args, kwargs):
+    """Argument's name -> value."""
+    return dict(zip((a.name for a in func._schema.arguments), args)) | kwargs
+
+
+def written(func):
+    return {a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write}
+
+
+def refused(func, args, kwargs):
+    """Whether a GPU refuses `func` because of where its tensors are.
+
+    Generated code compares the devices of all tensors, 0-dim ones as well: stack, cat, gather, matrix products.
+    Exempt are, by ATen/native of torch 2.6 (later versions accept some more):
+    - TensorIterator.cpp: an elementwise operation of two takes one 0-dim input of the host
+      (`allow_cpu_scalars`, at most one), and never writes to the host.  Those of three (addcmul, clamp with
+      tensors, lerp with a tensor's weight) do not;
+    - _foreach_ operations on two lists: a pair at a time when not all are on one device (the slow path);
+      a single tensor in place of a list must be on the device ("scalar tensor expected to be on cuda:0");
+    - TensorCompare.cpp: where() moves 0-dim tensors to the device;
+    - TensorAdvancedIndexing.cpp: indices may be on the host, which must then wait; a 0-dim value is moved;
+    - masked_fill and index_fill read their value's number, fused optimizers that of their rate.
+    """
+    name, values = name_of(func), given(func, args, kwargs)
+    leaves = tree_leaves((args, kwargs))
+    if name in COPIES or not (any(map(on_host, leaves)) and any(isinstance(t, OnGPU) for t in leaves)):
+        return False
+    if name.startswith("_foreach_"):
+        lists = [v for v in values.values() if isinstance(v, (list, tuple)) and v and torch.is_tensor(v[0])]
+        single = [v for v in values.values() if torch.is_tensor(v)]
+        pairs = len(lists) == 2 and not single
+        return any(len({on_host(t) for t in row}) > 1
+                   and not (pairs and on_host(row[1]) and not row[1].dim())
+                   for row in ((*row, *single) for row in zip(*lists)))
+    if name in INDEXING:
+        indices = [i for i in values.pop("indices") if i is not None]
+        if on_host(values["self"]) and not all(map(on_host, indices)):
+            return True
+    host = [(k, t) for k, v in values.items() for t in tree_leaves(v) if on_host(t)]
+    if any(t.dim() or k in written(func) for k, t in host):
+        return True
+    if name in ON_THE_HOST and func not in MASKS:
+        return any(k not in ON_THE_HOST[name] for k, _ in host)
+    two = sum(str(a.type) == "Tensor" for a in func._schema.arguments) == 2
+    return bool(host) and not (two and len(host) == 1 and torch.Tag.pointwise in func.tags
+                               and func not in MASKS)
+
+
+def waits(func, args, kwargs):
+    """Whether the host waits for the GPU in `func`."""
+    name, values = name_of(func), given(func, args, kwargs)
+    leaves = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    host, device = [t for t in leaves if on_host(t)], [t for t in leaves if not on_host(t)]
+    to = kwargs.get("device")
+    if name == "_to_copy":
+        crossing = to is not None and is_device(to) != bool(device)
+    else:
+        crossing = bool(host and device) and name in {*COPIES, *INDEXING, "where"}
+    if name == "fill":
+        crossing = crossing and on_host(args[0])  # the other way it reads a number of the host
+    if crossing:
+        return not (kwargs.get("non_blocking") and any(getattr(t, "pinned", False) for t in host))
+    if name in INDEXING and device:
+        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in values["indices"])
+    if name in ("masked_fill", "index_fill") and func not in MASKS:
+        return isinstance(values["value"], OnGPU)  # .item()
+    return bool(device) and func in WAITS
 
 
 class Pretence(TorchDispatchMode):
@@ -101,40 +182,28 @@ class Pretence(TorchDispatchMode):
             raise RuntimeError(f"{what}: operation not permitted when stream is capturing")
         self.waits += 1
 
-    def look(self, func, args, kwargs, device, host):
-        """Raise or count what a GPU would not do, or only after the host has waited."""
-        to = kwargs.get("device")
-        if kwargs.get("non_blocking") and getattr(args[0], "pinned", False):
-            return
-        masks = [i for i in args[1] if i is not None] if func in INDEXING else []
-        if device and host and func not in BOTH:
+    def carry_out(self, func, args, kwargs):
+        if refused(func, args, kwargs):
             raise RuntimeError("Expected all tensors to be on the same device, but found at least two "
                                f"devices, cuda:0 and cpu, in {func}")
-        if masks and not isinstance(args[0], OnGPU) and device:
-            raise RuntimeError(f"{func}: indices should be on the same device as the indexed tensor (cpu)")
-        if (device and func in WAITS
-                or func is aten._to_copy.default and to is not None and is_device(to) != bool(device)
-                or func is aten.copy_.default and isinstance(args[0], OnGPU) != isinstance(args[1], OnGPU)
-                or device and masks and (host or any(i.dtype in (torch.bool, torch.uint8) for i in masks))):
+        if waits(func, args, kwargs):
             self.wait(func)
-
-    def carry_out(self, func, args, kwargs):
-        leaves = tree_leaves((args, kwargs))
-        device = [t for t in leaves if isinstance(t, OnGPU)]
-        host = [t for t in leaves if isinstance(t, torch.Tensor) and not isinstance(t, OnGPU) and t.dim()]
-        self.look(func, args, kwargs, device, host)
+        device = [t for t in tree_leaves((args, kwargs)) if isinstance(t, OnGPU)]
         to = kwargs.get("device")
         stays = bool(device) if to is None else is_device(to)
-        if func in (aten.copy_.default, aten.index_put_.default):
+        if name_of(func) in ("copy", "fill", "index_put"):
             stays = isinstance(args[0], OnGPU)
-        ours, named = tree_map(numbers, args), tree_map(numbers, kwargs)
+        capture = self.capture if device or stays else None  # what the host alone does is in no graph
+        # A graph has the host's 0-dim tensors as numbers.
+        known = (lambda t: t.clone() if on_host(t) and not t.dim() else numbers(t)) if capture else numbers
+        ours, named = tree_map(known, args), tree_map(known, kwargs)
         if is_device(to):
             named["device"] = torch.device("cpu")
-        if self.capture:
-            self.capture.remember(func, ours)
+        if capture:
+            capture.remember(func, ours)
         out = func(*ours, **named)
-        if self.capture:
-            self.capture.recorded.append((func, ours, named, out))
+        if capture:
+            capture.recorded.append((func, ours, named, out))
         if not stays or func in TO_THE_HOST:
             return out
         known = {id(t.numbers): t for t in device}

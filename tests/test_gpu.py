@@ -1,6 +1,7 @@
 """Every script as on a GPU, on a pretended one: the step as one CUDA graph equals the plain step on the CPU
 to the bit, in each phase of a run; host and device do not mix; the loop never waits."""
 
+import contextlib
 import importlib
 import json
 
@@ -8,6 +9,7 @@ import numpy as np
 import pretend
 import pytest
 import torch
+from conftest import cuda
 from test_fuse import gan_step
 from torch.utils._pytree import MappingKey, keystr, tree_flatten_with_path
 
@@ -133,7 +135,7 @@ def test_a_number_of_python_is_baked_in():
     (lambda x: x.cpu(), "not permitted when stream is capturing"),
     (lambda x: x.tolist(), "not permitted when stream is capturing"),
     (lambda x: x + torch.ones(3), "cuda:0 and cpu"),
-    (lambda x: torch.ones(3)[x.long()], "indices should be on the same device")])
+    (lambda x: torch.ones(3)[x.long()], "cuda:0 and cpu")])
 def test_what_a_gpu_refuses_is_refused(spoil, said):
     with pretend.gpu() as device:
         run = fuse.Graph(lambda x: {"x": x.sum(), "y": spoil(x)}, warmup=0)
@@ -141,6 +143,92 @@ def test_what_a_gpu_refuses_is_refused(spoil, said):
         assert not device.waits
         with pytest.raises(RuntimeError, match=said):
             run(x)
+
+
+N, S, I = torch.arange(3.0), torch.tensor(2.0), torch.tensor([2, 0])     # of the host
+MEET = {  # x: a vector on the device; what a GPU does when host and device meet
+    "x + S": lambda x: x + S,
+    "S - x": lambda x: S - x,
+    "x.mul_(S)": lambda x: x.clone().mul_(S),
+    "x < S": lambda x: x < S,
+    "maximum": lambda x: torch.maximum(x, S),
+    "x ** S": lambda x: x ** S,
+    "where(x, x, S)": lambda x: torch.where(x > 1, x, S),
+    "where(x, S, S)": lambda x: torch.where(x > 1, S, -S),
+    "masked_fill": lambda x: x.masked_fill(x > 1, S),
+    "fill_(S)": lambda x: x.clone().fill_(S),
+    "copy_(N)": lambda x: x.clone().copy_(N),
+    "x[I]": lambda x: x[I],
+    "x[I] = S": lambda x: x.clone().index_put_((I,), S),
+    "foreach_add pairs": lambda x: torch.stack(torch._foreach_add([x, x], [x, S])),
+    "foreach_add apart": lambda x: torch._foreach_add([x, N], [x, N])[0],
+}
+APART = {  # what it refuses
+    "x + N": lambda x: x + N,
+    "N.add_(x)": lambda x: N.clone().add_(x),
+    "S.add_(x0)": lambda x: S.clone().add_(x[0]),
+    "stack": lambda x: torch.stack([x[0], S]),
+    "cat": lambda x: torch.cat([x, N]),
+    "gather": lambda x: x.gather(0, I),
+    "index_select": lambda x: x.index_select(0, I),
+    "N[x]": lambda x: N[x.long()],
+    "x[I] = N": lambda x: x.clone().index_put_((I,), N[:2]),
+    "matmul": lambda x: x @ N,
+    "addmm": lambda x: torch.addmm(S, x[:, None], x[None]),
+    "clamp": lambda x: x.clamp(-S, S),
+    "clamp(max)": lambda x: x.clamp(max=S),
+    "where(N)": lambda x: torch.where(x > 1, x, N),
+    "where(N > 1)": lambda x: torch.where(N > 1, x, x),
+    "masked_fill(N > 1)": lambda x: x.masked_fill(N > 1, 0.0),
+    "foreach_add(N)": lambda x: torch._foreach_add([x, x], [x, N]),
+    "embedding": lambda x: torch.nn.functional.embedding(I, x[:, None]),
+    "batch_norm": lambda x: torch.nn.functional.batch_norm(x[:, None], N[:1], N[1:2]),
+}
+
+
+def gpus():
+    return [pytest.param(pretend.gpu, id="pretended"),
+            pytest.param(lambda: contextlib.nullcontext(), id="real", marks=cuda)]
+
+
+@pytest.mark.parametrize("gpu", gpus())
+@pytest.mark.parametrize("name", MEET)
+def test_where_host_and_device_may_meet(name, gpu):
+    with gpu():
+        found = MEET[name](torch.arange(3.0, device="cuda"))
+        assert found.is_cuda and torch.equal(found.cpu(), MEET[name](torch.arange(3.0)))
+
+
+@pytest.mark.parametrize("gpu", gpus())
+@pytest.mark.parametrize("name", APART)
+def test_where_host_and_device_may_not_meet(name, gpu):
+    with gpu():
+        x = torch.arange(3.0, device="cuda")
+        with pytest.raises(RuntimeError, match="devices?"):
+            APART[name](x)
+
+
+@pytest.mark.parametrize("name", ["addcmul", "lerp"])
+def test_what_older_versions_refuse_is_refused(name):
+    with pretend.gpu():
+        x = torch.ones(3, device="cuda:0")
+        with pytest.raises(RuntimeError, match="cuda:0 and cpu"):
+            getattr(x, name)(x, S)
+
+
+@pytest.mark.parametrize("gpu", gpus())
+def test_a_graph_has_the_numbers_of_the_host_that_it_was_captured_with(gpu):
+    with gpu():
+        x, rate, done = torch.ones(3, device="cuda"), torch.tensor(2.0), []
+
+        def step(x):
+            done.append(rate.add_(1.0))         # on the host: in no graph
+            return {"y": (x * rate).sum()}
+
+        run = fuse.Graph(step, warmup=0)
+        first = run(x)["y"].item()
+        rate.fill_(7.0)
+        assert first == run(x)["y"].item() == 9 and len(done) == 1 and rate == 7
 
 
 def test_waits_are_counted_outside_of_a_capture():
