@@ -1,4 +1,5 @@
-"""A pretended GPU: tensors that say they are on cuda:0 while their numbers lie in the host's memory.
+"""A pretended GPU: tensors that say they are on cuda:0 while their numbers lie in the host's memory.  Or a
+pretended accelerator of another make, on mps:0.
 
 Whole scripts run on it as they would on a GPU, CUDA graph included, and what a GPU would refuse or wait for
 is found without one:
@@ -36,15 +37,18 @@ class OnGPU(torch.Tensor):
     """A tensor of the pretended GPU; `numbers`: the tensor of the host that it stands for."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
-    device, is_cuda, is_cpu, is_meta = GPU, True, False, False
+    device = property(lambda self: self.place)
+    is_cuda = property(lambda self: self.place.type == "cuda")
+    is_cpu, is_meta = False, False
 
     @staticmethod
     def __new__(cls, numbers):
+        PRETENCE[0].look(numbers)
         # "meta" keeps the autograd engine from looking for a driver.
         t = torch.Tensor._make_wrapper_subclass(
             cls, numbers.shape, strides=numbers.stride(), storage_offset=numbers.storage_offset(),
             dtype=numbers.dtype, device="meta")
-        t.numbers = numbers
+        t.numbers, t.place = numbers, PRETENCE[0].device
         return t
 
     @classmethod
@@ -52,7 +56,7 @@ class OnGPU(torch.Tensor):
         return PRETENCE[0].carry_out(func, args, kwargs or {})
 
     def numpy(self, *_, **__):
-        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        raise TypeError(f"can't convert {self.place} device type tensor to numpy")
 
     __array__ = numpy
 
@@ -91,7 +95,7 @@ def on_host(t):
 
 
 def is_device(name):
-    return name is not None and torch.device(name).type in ("cuda", "meta")
+    return name is not None and torch.device(name).type != "cpu"
 
 
 def name_of(func):
@@ -170,9 +174,14 @@ def waits(func, args, kwargs):
 class Pretence(TorchDispatchMode):
     """Carries operations out on the host's numbers; `waits`: how often the host has waited for the device."""
 
+    device = GPU
+
     def __init__(self):
         super().__init__()
         self.waits, self.capture = 0, None
+
+    def look(self, numbers):
+        """Raise where the device has no tensor like `numbers`."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return self.carry_out(func, args, kwargs or {})
@@ -185,7 +194,7 @@ class Pretence(TorchDispatchMode):
     def carry_out(self, func, args, kwargs):
         if refused(func, args, kwargs):
             raise RuntimeError("Expected all tensors to be on the same device, but found at least two "
-                               f"devices, cuda:0 and cpu, in {func}")
+                               f"devices, {self.device} and cpu, in {func}")
         if waits(func, args, kwargs):
             self.wait(func)
         device = [t for t in tree_leaves((args, kwargs)) if isinstance(t, OnGPU)]
@@ -209,6 +218,35 @@ class Pretence(TorchDispatchMode):
         known = {id(t.numbers): t for t in device}
         wrapped = tree_map(lambda t: known[id(t)] if id(t) in known else on_gpu(t), out)
         return return_and_correct_aliasing(func, args, kwargs, wrapped) if device else wrapped
+
+
+class Other(Pretence):
+    """An accelerator of another make: no float64, no channels_last, no border padding in grid_sample, as
+    Apple's once had it, and random numbers of its own."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.device, self.random = torch.device(kind, 0), torch.Generator().get_state()
+
+    def look(self, numbers):
+        if numbers.dtype in (torch.float64, torch.complex128):
+            raise TypeError(f"Cannot convert a {self.device.type} tensor to {numbers.dtype}")
+
+    def carry_out(self, func, args, kwargs):
+        to = kwargs.get("device")
+        if is_device(to) or any(isinstance(t, OnGPU) for t in tree_leaves((args, kwargs))):
+            if kwargs.get("memory_format") is torch.channels_last:
+                raise RuntimeError(f"{self.device.type}: no channels_last")
+            if name_of(func).startswith("grid_sampler_2d") and 1 == given(func, args, kwargs)["padding_mode"]:
+                raise NotImplementedError(f"{self.device.type}: Unsupported Border padding mode")
+            if torch.Tag.nondeterministic_seeded in func.tags:
+                host = torch.get_rng_state()
+                torch.set_rng_state(self.random)
+                out = super().carry_out(func, args, kwargs)
+                self.random = torch.get_rng_state()
+                torch.set_rng_state(host)
+                return out
+        return super().carry_out(func, args, kwargs)
 
 
 class CUDAGraph:
@@ -250,9 +288,8 @@ def graph(captured, **_):
         captured.capture_end()
 
 
-@contextlib.contextmanager
 def gpu():
-    """A machine with one GPU, pretended; yields the Pretence."""
+    """A machine with one NVIDIA GPU, pretended; with gpu() as the Pretence."""
     pretence = Pretence()
     stream = types.SimpleNamespace(wait_stream=lambda _: None,
                                    is_capturing=lambda: pretence.capture is not None)
@@ -263,7 +300,29 @@ def gpu():
         "manual_seed_all": lambda _: None, "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda *_: None, "is_current_stream_capturing": stream.is_capturing,
         "Stream": lambda: stream, "current_stream": lambda: stream,
+        "synchronize": lambda *_: None, "max_memory_allocated": lambda *_: 2**20,
         "stream": lambda _: contextlib.nullcontext(), "CUDAGraph": CUDAGraph, "graph": graph}
+    return machine(pretence, (torch.cuda, fakes), (torch.accelerator, {"current_stream": lambda *_: stream}))
+
+
+def accelerator(kind):
+    """A machine with an accelerator of another make, `kind` "mps", pretended; with accelerator() as the
+    Pretence."""
+    pretence = Other(kind)
+
+    def set_rng_state(state, *_):
+        pretence.random = state.clone()
+
+    own = {"get_rng_state": lambda *_: pretence.random.clone(), "set_rng_state": set_rng_state,
+           "manual_seed": lambda seed: set_rng_state(torch.Generator().manual_seed(seed + 1).get_state())}
+    here = {"is_available": lambda: True, "device_count": lambda: 1,
+            "current_accelerator": lambda *_, **__: torch.device(kind)}
+    return machine(pretence, (getattr(torch, kind), own), (torch.accelerator, here))
+
+
+@contextlib.contextmanager
+def machine(pretence, *fakes):
+    """Pretend with `fakes`, each a module and what stands in for its functions."""
     tensor, empty, save, load = torch.tensor, torch.empty, torch.save, torch.load
 
     def pin_memory(t):
@@ -276,10 +335,8 @@ def gpu():
         return tree_map(on_gpu, found) if is_device(map_location) else found
 
     with contextlib.ExitStack() as stack:
-        for name, fake in fakes.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, fake))
         for owner, name, fake in (
-                (torch.accelerator, "current_stream", lambda *_: stream),
+                *((owner, name, fake) for owner, named in fakes for name, fake in named.items()),
                 (torch.Tensor, "pin_memory", pin_memory),
                 (torch, "empty", lambda *size, pin_memory=False, **more: empty(*size, **more)),
                 (torch, "tensor", lambda x, device=None, **more: tensor(x, **more).to(device or "cpu")),
