@@ -4,6 +4,7 @@ to the bit, in each phase of a run; host and device do not mix; the loop never w
 import contextlib
 import importlib
 import json
+import time
 
 import numpy as np
 import pretend
@@ -13,7 +14,7 @@ from conftest import cuda
 from test_fuse import gan_step
 from torch.utils._pytree import MappingKey, keystr, tree_flatten_with_path
 
-from common import fuse, render
+from common import bench, fuse, render
 from common.run import Run
 
 HEADS = "--dataset", "heads.npz", "--net"
@@ -27,6 +28,8 @@ RUNS = {  # each with what it draws
     "cgan dcgan28": ((*DIGITS, "--net", "dcgan28", "--width", ".1", "--nn-samples", "100"), "fig2"),
     "dcgan": ((*HEADS, "svhn", "--width", ".1"), "fig8"),
     "aae prior": ((*DIGITS, "--width", ".1"), "fig4a"),
+    "aae likelihood": ((*DIGITS, "--width", ".1", "--task", "likelihood"), "samples"),
+    "aae style": ((*DIGITS, "--width", ".1", "--task", "style"), "fig6"),
     "aae semi": ((*DIGITS, "--width", ".1", "--task", "semi", "--nn-steps", "6"), "styles"),
     "aae cluster": ((*DIGITS, "--width", ".1", "--task", "cluster"), "fig9"),
     "aae reduce": ((*DIGITS, "--width", ".1", "--task", "reduce"), "fig10"),
@@ -82,6 +85,20 @@ def test_a_graph_equals_the_plain_step_and_the_loop_never_waits(name, folder, tm
     a, b = (json.loads((run / "results.json").read_text()) for run in (plain, fused))
     assert b["mode"].startswith("step: cuda-graph") and b["machine"] == "pretended GPU"
     assert a["results"].keys() == b["results"].keys()
+
+
+@pytest.mark.parametrize("mode", ["fused", "graph"])
+def test_the_benchmark_measures_a_step_of_each_mode(mode, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    turns = []
+    with pretend.gpu():                         # an epoch is 5 steps: dcgan draws Fig. 2 within the loop
+        found = bench.work({"script": "dcgan", "mode": mode, "seconds": 0.01, "began": time.time(),
+                            "count": mode == "fused", "device": "cuda:0", "words": [
+                                *RUNS["dcgan"][0], "--batch-size", "32", "--device", "cuda", "--data-dir",
+                                str(folder), *bench.ENDLESS, *bench.MODES[mode], "--no-amp"]},
+                           lambda: turns.append(1))
+    assert len(turns) == 1 and found["step"] > 0 and found["batch"] == 32 and found["gpu"]
+    assert mode == "graph" or min(found["flops"], found["bytes"]) > 1e6
 
 
 @pytest.mark.parametrize("name", ["gan", "aae semi"])
