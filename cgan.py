@@ -109,7 +109,8 @@ def beside(h, y):
     if h.ndim == 2:
         return torch.cat([h, y], 1)
     maps = y[:, :, None, None].expand(-1, -1, *h.shape[2:])
-    return torch.cat([h, maps], 1).contiguous(memory_format=torch.channels_last)
+    h = torch.cat([h, maps], 1)
+    return h.contiguous(memory_format=torch.channels_last) if h.is_cuda or h.is_cpu else h
 
 
 def conv(i, o):

@@ -3,16 +3,18 @@ pretended accelerator of another make, on mps:0.
 
 Whole scripts run on it as they would on a GPU, CUDA graph included, and what a GPU would refuse or wait for
 is found without one:
-- an operation on tensors of the device and of the host is a RuntimeError, unless refused() knows better;
+- an operation on tensors of the device and of the host is a RuntimeError, with the exceptions in refused();
 - in a capture, whatever makes the host wait, and copies between the two, is a RuntimeError as well; elsewhere
   `waits` counts them;
-- a capture records each operation of the device and leaves everything as it was; a replay carries the recorded
-  operations out again, with the numbers of Python and of the host that they had and with new random ones.
+- a capture records each operation of the device and leaves everything as it was; a replay carries the
+  recorded operations out again, with the numbers of Python and of the host that they had and with new random
+  ones.
 
 Not pretended: streams, memory that a graph takes again, bfloat16, torch.compile, rounding.
 """
 
 import contextlib
+import functools
 import types
 from unittest import mock
 
@@ -98,6 +100,7 @@ def is_device(name):
     return name is not None and torch.device(name).type != "cpu"
 
 
+@functools.cache
 def name_of(func):
     return func._schema.name.removeprefix("aten::").rstrip("_")  # in place or not
 
@@ -107,6 +110,7 @@ def given(func, args, kwargs):
     return dict(zip((a.name for a in func._schema.arguments), args)) | kwargs
 
 
+@functools.cache
 def written(func):
     return {a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write}
 
@@ -114,16 +118,16 @@ def written(func):
 def refused(func, args, kwargs):
     """Whether a GPU refuses `func` because of where its tensors are.
 
-    Generated code compares the devices of all tensors, 0-dim ones as well: stack, cat, gather, matrix products.
-    Exempt are, by ATen/native of torch 2.6 (later versions accept some more):
-    - TensorIterator.cpp: an elementwise operation of two takes one 0-dim input of the host
-      (`allow_cpu_scalars`, at most one), and never writes to the host.  Those of three (addcmul, clamp with
-      tensors, lerp with a tensor's weight) do not;
-    - _foreach_ operations on two lists: a pair at a time when not all are on one device (the slow path);
-      a single tensor in place of a list must be on the device ("scalar tensor expected to be on cuda:0");
-    - TensorCompare.cpp: where() moves 0-dim tensors to the device;
-    - TensorAdvancedIndexing.cpp: indices may be on the host, which must then wait; a 0-dim value is moved;
-    - masked_fill and index_fill read their value's number, fused optimizers that of their rate.
+    PyTorch compares the devices of all tensors, 0-dim ones as well: in stack, cat, gather, matrix products.
+    These are the exceptions, from its ATen/native; where versions differ (addcmul, lerp, one tensor in place
+    of a list), the stricter rule:
+    - TensorIterator.cpp, `allow_cpu_scalars`: an elementwise operation of two tensors takes one 0-dim input
+      of the host, and never writes to the host.  Operations of three tensors (addcmul, clamp, lerp) do not.
+    - _foreach_ operations on two lists go pair by pair when not all tensors are on one device.  One tensor in
+      place of a list must be on the device ("scalar tensor expected to be on cuda:0").
+    - TensorCompare.cpp: where() moves 0-dim tensors to the device.
+    - TensorAdvancedIndexing.cpp: indices may be on the host, which then waits; a 0-dim value is moved.
+    - masked_fill and index_fill read the number of a 0-dim value, fused optimizers that of their rate.
     """
     name, values = name_of(func), given(func, args, kwargs)
     leaves = tree_leaves((args, kwargs))
@@ -155,8 +159,8 @@ def waits(func, args, kwargs):
     name, values = name_of(func), given(func, args, kwargs)
     leaves = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     host, device = [t for t in leaves if on_host(t)], [t for t in leaves if not on_host(t)]
-    to = kwargs.get("device")
     if name == "_to_copy":
+        to = kwargs.get("device")
         crossing = to is not None and is_device(to) != bool(device)
     else:
         crossing = bool(host and device) and name in {*COPIES, *INDEXING, "where"}
@@ -221,8 +225,8 @@ class Pretence(TorchDispatchMode):
 
 
 class Other(Pretence):
-    """An accelerator of another make: no float64, no channels_last, no border padding in grid_sample, as
-    Apple's once had it, and random numbers of its own."""
+    """An accelerator of another make, less able than Apple's: no float64, no channels_last, no border padding
+    in grid_sample, no fused optimizers.  It has random numbers of its own."""
 
     def __init__(self, kind):
         super().__init__()
@@ -235,10 +239,14 @@ class Other(Pretence):
     def carry_out(self, func, args, kwargs):
         to = kwargs.get("device")
         if is_device(to) or any(isinstance(t, OnGPU) for t in tree_leaves((args, kwargs))):
+            if kwargs.get("dtype") is torch.float64:  # on its way to the host too
+                raise TypeError(f"Cannot convert a {self.device.type} tensor to torch.float64")
             if kwargs.get("memory_format") is torch.channels_last:
                 raise RuntimeError(f"{self.device.type}: no channels_last")
             if name_of(func).startswith("grid_sampler_2d") and 1 == given(func, args, kwargs)["padding_mode"]:
                 raise NotImplementedError(f"{self.device.type}: Unsupported Border padding mode")
+            if name_of(func).startswith("_fused_"):
+                raise NotImplementedError(f"{func} is not implemented for {self.device.type}")
             if torch.Tag.nondeterministic_seeded in func.tags:
                 host = torch.get_rng_state()
                 torch.set_rng_state(self.random)
@@ -300,9 +308,10 @@ def gpu():
         "manual_seed_all": lambda _: None, "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda *_: None, "is_current_stream_capturing": stream.is_capturing,
         "Stream": lambda: stream, "current_stream": lambda: stream,
-        "synchronize": lambda *_: None, "max_memory_allocated": lambda *_: 2**20,
+        "max_memory_allocated": lambda *_: 2**20,
         "stream": lambda _: contextlib.nullcontext(), "CUDAGraph": CUDAGraph, "graph": graph}
-    return machine(pretence, (torch.cuda, fakes), (torch.accelerator, {"current_stream": lambda *_: stream}))
+    here = {"current_stream": lambda *_: stream, "synchronize": lambda: None}
+    return machine(pretence, (torch.cuda, fakes), (torch.accelerator, here))
 
 
 def accelerator(kind):
@@ -315,7 +324,7 @@ def accelerator(kind):
 
     own = {"get_rng_state": lambda *_: pretence.random.clone(), "set_rng_state": set_rng_state,
            "manual_seed": lambda seed: set_rng_state(torch.Generator().manual_seed(seed + 1).get_state())}
-    here = {"is_available": lambda: True, "device_count": lambda: 1,
+    here = {"is_available": lambda: True, "device_count": lambda: 1, "synchronize": lambda: None,
             "current_accelerator": lambda *_, **__: torch.device(kind)}
     return machine(pretence, (getattr(torch, kind), own), (torch.accelerator, here))
 
