@@ -110,7 +110,8 @@ def beside(h, y):
         return torch.cat([h, y], 1)
     maps = y[:, :, None, None].expand(-1, -1, *h.shape[2:])
     h = torch.cat([h, maps], 1)
-    return h if torch.compiler.is_compiling() else h.contiguous(memory_format=torch.channels_last)
+    ordered = (h.is_cuda or h.is_cpu) and not torch.compiler.is_compiling()
+    return h.contiguous(memory_format=torch.channels_last) if ordered else h
 
 
 def conv(i, o):

@@ -57,7 +57,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import UserError, data, log, metrics, run
-from common.fuse import Adam, autocast, calibrate, descend, frozen, fuse, place, sampling
+from common.fuse import Adam, autocast, calibrate, descend, frozen, fuse, place, precise, sampling
 from common.metrics import need, shapes
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -420,8 +420,8 @@ def features(r, D, net, channels):
         images, y, test, y_test = images[~kept], y[~kept], images[kept], y[kept]
     images, y = (images[y >= 0], y[y >= 0]) if y.min() < 0 else (images, y)
     average(D, images, args.device)
-    X, X_test = (activations(D, x, args.device) for x in (images, test))
-    y, y_test = y.to(args.device), y_test.to(args.device)
+    X, X_test = (precise(activations(D, x, args.device)) for x in (images, test))
+    y, y_test = y.to(X.device), y_test.to(X.device)
     results = {}
     for key, how in PROTOCOLS.get(pictures.name, {f"features-{pictures.name}": {}}).items():
         how = dict(how)
@@ -501,7 +501,7 @@ def log_p(a, concept, names):
 
 def share(a, concept, names):
     """Share in % of the pictures that the predictor calls `concept`."""
-    return 100 * (signed(a, concept, names) > 0).all(1).double().mean().item()
+    return 100 * (signed(a, concept, names) > 0).all(1).cpu().double().mean().item()
 
 
 def exemplars(score, repeats, k):

@@ -351,12 +351,12 @@ def toy(args, r):
     D = place(args, D)
     G.weight.data.fill_(0.5), G.bias.data.fill_(2.0)
     opt_D, opt_G = Adam(D.parameters(), 5e-3), Adam(G.parameters(), 1e-3)
-    x, n = torch.linspace(-5, 5, 2001, device=device).double(), args.batch_size
+    x, n = torch.linspace(-5, 5, 2001).double(), args.batch_size
     alone = max(1, min(1000, args.steps // 5))              # steps of D alone
     when = [*dict.fromkeys((1, alone, 3 * alone // 2, args.steps))]
     seen = nn.Module()                                      # what a run that is resumed draws from before
-    seen.register_buffer("curves", x.new_zeros(4, 2, len(x)))       # D and p_g at the steps `when`
-    seen.register_buffer("error", torch.tensor(math.nan, device=device))
+    seen.register_buffer("curves", torch.zeros(4, 2, len(x)))       # D and p_g at the steps `when`
+    seen.register_buffer("error", torch.tensor(math.nan))
     r.keep(G=G, D=D, opt_D=opt_D, opt_G=opt_G, seen=seen)
 
     def step_D():
@@ -370,7 +370,7 @@ def toy(args, r):
 
     def D_x():
         with sampling(D):
-            return D(x.float()[:, None]).sigmoid().double()[:, 0]
+            return D(x.float().to(device)[:, None]).sigmoid().cpu().double()[:, 0]
 
     for step in r.loop():
         r.log({"V": step_D()})
@@ -381,7 +381,7 @@ def toy(args, r):
         if step == alone:                                   # Prop. 1: E|D - D*| over data and samples
             p, q = density(x, 0, 1), p_g()
             seen.error.fill_((0.5 * (p + q) * (D_x() - D_star(p, q)).abs()).sum() * 10 / 2000)
-        r.log({"C(G)": torch.tensor(C(density(x, 0, 1), p_g(), 10 / 2000), device=device)})
+        r.log({"C(G)": C(density(x, 0, 1), p_g(), 10 / 2000)})
         if step in when:
             seen.curves[when.index(step)] = torch.stack([D_x(), p_g()])
     if not r.lead:

@@ -726,6 +726,7 @@ def agreement(a, attributes, counts, names):
     "value" is the mean over kinds of attribute, which are the first words of the names, "least" that of the
     worst kind; "all": all at once.  An attribute of -1, of an object that is not there, does not count.
     """
+    a, attributes = a.cpu(), attributes.cpu()
     right = torch.stack([a_i.argmax(1) == y for a_i, y in zip(a.split(counts, 1), attributes.T)], 1).double()
     there, kinds, share = attributes >= 0, [name.split()[0] for name in names], {}
     for kind in dict.fromkeys(kinds):
@@ -750,12 +751,13 @@ def auc(same, other):
     """Area under the ROC: the chance that a score of `same` (n,) exceeds one of `other` (m,), ties a half."""
     other = other.sort().values
     below = torch.searchsorted(other, same) + torch.searchsorted(other, same, right=True)
-    return below.double().mean().item() / (2 * len(other))
+    return below.cpu().double().mean().item() / (2 * len(other))
 
 
 def roc(same, other, n=201):
     """The ROC of scores `same` (m,) against `other` (k,), straight over ties: rates of true positives (n,) at
     n rates of false ones from 0 to 1, evenly spaced."""
+    same, other = same.cpu(), other.cpu()
     edges = torch.cat([same, other]).unique().flip(0)
     false, true = (1 - torch.searchsorted(s.sort().values, edges).double() / len(s) for s in (other, same))
     return np.interp(np.linspace(0, 1, n), [0, *false], [0, *true])

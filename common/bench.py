@@ -176,8 +176,8 @@ def loop(self, job, found, turn):
         began = time.perf_counter()
         for _ in range(n):
             yield next(numbers)
-        if cuda:
-            torch.cuda.synchronize()
+        if args.device != "cpu":
+            torch.accelerator.synchronize()
         return time.perf_counter() - began
 
     found["start"] = time.time() - job["began"]
@@ -245,8 +245,8 @@ def limits(device, seconds):
         while len(times) < 3 or time.perf_counter() < end:
             began = time.perf_counter()
             f()
-            if cuda:
-                torch.cuda.synchronize()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
             times.append(time.perf_counter() - began)
         return min(times)
 

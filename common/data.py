@@ -901,7 +901,7 @@ def brief(e):
 # ---- minibatches
 
 def warp(x, amount=1.0, share=0.8):
-    """Rotate, stretch, shear and shift a share of the images x (n, C, H, W) at random, repeating their edges.
+    """Rotate, stretch, shear and shift a share of the images x (n, C, S, S) at random, repeating their edges.
 
     `amount` 1: rotate by up to 20 degrees, stretch each side by up to 28 %, shear by up to a fifth, shift by
     up to a fourteenth of the side (2 of 28 pixels); 0: x itself.  `share`: fraction of the batch to warp.  A
@@ -917,7 +917,9 @@ def warp(x, amount=1.0, share=0.8):
                         wide.exp() * turn.sin(), high.exp() * turn.cos(), down], 1).unflatten(1, (2, 3))
     with torch.autocast(x.device.type, enabled=False):      # a bfloat16 grid blurs those left as they are too
         grid = F.affine_grid(maps, x.shape, align_corners=False)
-        return F.grid_sample(x.float(), grid, padding_mode="border", align_corners=False)
+        # For padding_mode="border", which Apple's GPUs lack: stop at the centres of the outermost pixels.
+        edge = 1 - 1 / x.shape[3]
+        return F.grid_sample(x.float(), grid.clamp(-edge, edge), align_corners=False)
 
 
 class Batches:
@@ -976,7 +978,7 @@ class Batches:
             items = (self.ahead or self._gather()).result()
             self._advance()
             self.ahead = self._gather()
-            items = [t.to(self.device, non_blocking=True) for t in items]
+            items = [t.to(self.device, non_blocking=self.cuda) for t in items]
         low, high = self.scale
         x = items[0].float().div_(255)
         x = x if (low, high) == (0, 1) else x.mul_(high - low).add_(low)
@@ -992,8 +994,8 @@ class Batches:
         if self.order[0] != self.epoch:
             seed = int(np.random.SeedSequence([self.seed % 2**64, self.epoch]).generate_state(1)[0])
             order = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed))
-            if self.resident and self.cuda:  # pinned: a copy from pageable memory waits for the device
-                order = order.pin_memory().to(self.device, non_blocking=True)
+            if self.resident:  # pinned: a copy from pageable memory waits for the device
+                order = (order.pin_memory() if self.cuda else order).to(self.device, non_blocking=self.cuda)
             self.order = self.epoch, order
         start = self.position * self.batch + self.rank * self.b
         return self.order[1][start:start + self.b]

@@ -14,6 +14,7 @@ All modes share one optimizer state, in torch.optim's layout, so a run may chang
 import contextlib
 import copy
 import ctypes
+import functools
 import importlib.util
 import itertools
 import os
@@ -25,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.nn import functional as F
 
 BACKEND = "inductor"  # of torch.compile
 COUNT = itertools.count()
@@ -68,6 +70,8 @@ def cannot_compile(device):
     """Why the iteration cannot be compiled for `device` (a torch.device), in one line; "" if it can."""
     from torch._dynamo import config
 
+    if device.type not in ("cuda", "cpu"):
+        return "--compile is for cuda and cpu"
     if not hasattr(config, "trace_autograd_ops"):
         return f"PyTorch {torch.__version__} found, 2.11 or newer needed"
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -155,6 +159,9 @@ def _step(opt, params, grads):
     if hasattr(opt, "update"):
         with torch.no_grad():
             return opt.update(grads)
+    if not can(params[0].device.type, "fused"):
+        with torch.no_grad():
+            return _adam(opt, grads)
     for p, g in zip(params, grads):
         p.grad = g
     for group in opt.param_groups:
@@ -355,16 +362,17 @@ def place(args, *nets):
     """
     if torch.device(args.device).type == "cpu":
         _keep_freed_memory()
+    layout = can(torch.device(args.device).type, "channels_last")
     for net in nets:
         # Compiled, a convolution of one channel gets gradients in another layout than Inductor expects: it
         # stays in plain order (PyTorch issue 171622).
         one = args.compile and any(1 in m.weight.shape[:2] for m in net.modules()
                                    if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)))
-        net.to(args.device, memory_format=None if one else torch.channels_last)
+        net.to(args.device, **({"memory_format": torch.channels_last} if layout and not one else {}))
         if dist.is_initialized():
             for t in net.state_dict().values():
                 dist.broadcast(t, 0)
-        if args.compile:  # a compiled step chooses layouts itself, and takes no hooks
+        if args.compile or not layout:  # a compiled step chooses layouts itself, and takes no hooks
             continue
         for m in net.modules():
             if isinstance(m, nn.Flatten):
@@ -410,4 +418,37 @@ def has_bf16(device):
     if device.type == "cpu":
         asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, ask, bool)() for ask in asks)
-    return False
+    return can(device.type, "bf16")
+
+
+@functools.cache
+def can(device, what):
+    """Whether `device` ("mps" ...) does `what`: "bf16", "channels_last", "float64", "fused" (Adam's update).
+
+    True for "cuda" and "cpu".  On others a small probe must give a CPU's values.
+    """
+    if device in ("cpu", "cuda"):
+        return True
+    try:
+        found, expected = (_probe(torch.device(d, 0), what) for d in (device, "cpu"))
+        return torch.allclose(found, expected, 0.02, 0.02 if what == "bf16" else 1e-5)
+    except (AssertionError, RuntimeError, TypeError):  # what PyTorch raises where it has no such thing
+        return False
+
+
+def _probe(device, what):
+    """A small convolution's gradient and its weights after one update, as float32 on the CPU."""
+    form = {"memory_format": torch.channels_last} if what == "channels_last" else {}
+    t = torch.arange(288.0).sin().to(torch.float64 if what == "float64" else torch.float32)
+    x, w = t.view(2, 4, 6, 6).to(device, **form), t.view(8, 4, 3, 3).to(device, **form).requires_grad_()
+    with torch.autocast(device.type, torch.bfloat16, enabled=what == "bf16"):
+        y = F.conv2d(x, w)
+    w.grad, = torch.autograd.grad(y.to(w.dtype).square().mean(), w)
+    if what == "fused":
+        torch.optim.Adam([w], torch.tensor(0.1, device=device), fused=True).step()
+    return torch.stack([w.grad, w.detach()]).float().cpu()
+
+
+def precise(t):
+    """`t`, on the CPU if its device has no float64."""
+    return t if can(t.device.type, "float64") else t.cpu()

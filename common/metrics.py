@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import UserError, intact
-from common.fuse import sampling
+from common.fuse import precise, sampling
 from common.log import say
 
 
@@ -77,7 +77,7 @@ def _parzen_ll(samples, x, sigmas, chunk):
          and samples.is_floating_point() and x.is_floating_point(),
          "floating-point samples (n, ...) and x (N, ...) of one shape, n, N > 0", shapes(samples, x))
     need(min(sigmas) > 0, "sigma > 0", min(sigmas))
-    samples, x = samples.flatten(1), x.flatten(1)
+    samples, x = precise(samples.flatten(1)), precise(x.flatten(1))
     n, d = samples.shape
     s = torch.tensor(sigmas, dtype=torch.float64, device=samples.device)[:, None]
     ll = []
@@ -175,7 +175,7 @@ def rank_correlation(a, b):
     a, b = torch.as_tensor(a), torch.as_tensor(b)
     need(a.dim() == 1 and a.shape == b.shape, "two vectors (N,)", shapes(a, b))
     need(not (a.isnan().any() or b.isnan().any()), "two vectors of numbers", "nan")
-    a, b = _ranks(a), _ranks(b)
+    a, b = _ranks(precise(a)), _ranks(precise(b))
     return ((a @ b) / (a.norm() * b.norm())).clamp(-1, 1).item()
 
 
@@ -323,7 +323,7 @@ def label_agreement(clf, x, y):
     """
     need(y.shape == x.shape[:1], f"labels ({len(x)},)", shapes(y))
     label = logits(clf, x).argmax(1)
-    return (label == y.to(label.device)).double().mean().item()
+    return (label == y.to(label.device)).cpu().double().mean().item()
 
 
 def frechet(feat_a, feat_b):
@@ -336,7 +336,8 @@ def frechet(feat_a, feat_b):
     need(feat_a.dim() == feat_b.dim() == 2 and feat_a.shape[1] == feat_b.shape[1]
          and min(len(feat_a), len(feat_b)) > 1,
          "features (N, d) and (M, d), N, M > 1", shapes(feat_a, feat_b))
-    a, b = feat_a.double(), feat_b.double().to(feat_a.device)
+    a, b = precise(feat_a).double(), precise(feat_b).double()
+    b = b.to(a.device)
     C1, C2 = torch.atleast_2d(a.T.cov()), torch.atleast_2d(b.T.cov())
     # With R = C1^(1/2), R C2 R is symmetric and has the eigenvalues of C1 C2: no complex numbers.
     e, U = torch.linalg.eigh(C1)

@@ -65,7 +65,7 @@ def parser(file, doc, **defaults):
     add("--steps", type=number(int, 1), help=f"iterations [{own['steps']}]")
     add("--batch-size", type=number(int, 2), help=f"images a step, on each rank [{own['batch_size']}]")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random [%(default)s]")
-    add("--device", default="auto", help="cpu, cuda, cuda:1 ... [%(default)s: a GPU if there is one]")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps ... [%(default)s: cuda if there is one]")
     add("--amp", action=flag, help="bfloat16 matrix products [where the hardware has them]")
     add("--compile", action=flag, help="torch.compile the whole step [--no-compile]")
     add("--graph", action=flag, help="the step as one CUDA graph [on a GPU]")
@@ -121,7 +121,9 @@ class Run:
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.lead = self.rank == 0
-        args.device = str(_device(args.device))
+        args.device = str(_device(args.device, self.lead))
+        # torch.cuda, torch.mps ...: the module that holds the device's random numbers
+        self.random = None if args.device == "cpu" else torch.get_device_module(args.device)
         cuda = args.device.startswith("cuda")
         if cuda:
             torch.cuda.set_device(args.device)
@@ -215,7 +217,9 @@ class Run:
     def aside(self):
         """Within the block random numbers come from the seed alone, and training's own are left as they
         were."""
-        with torch.random.fork_rng([self.args.device] if self.args.device.startswith("cuda") else []):
+        with torch.random.fork_rng([]), contextlib.ExitStack() as after:
+            if self.random:
+                after.callback(self.random.set_rng_state, self.random.get_rng_state())
             torch.manual_seed(self.args.seed)
             yield
 
@@ -254,8 +258,8 @@ class Run:
                 raise UserError(self._diverged(f"a parameter of {name} is infinite or NaN"))
         state = {"script": self.args.script, "step": self.step, "world": self.world, "parts": parts,
                  "random": torch.get_rng_state()}
-        if self.args.device.startswith("cuda"):
-            state["random_cuda"] = torch.cuda.get_rng_state()
+        if self.random:
+            state[f"random_{torch.device(self.args.device).type}"] = self.random.get_rng_state()
         path = self.folder / "checkpoint.pt"
         temporary = path.with_suffix(".tmp")
         try:
@@ -279,10 +283,14 @@ class Run:
             for name, part in self.parts.items():
                 part.load_state_dict(state["parts"][name])
             self.step = state["step"]
-            if self.world == 1 == state["world"]:
+            kind = torch.device(self.args.device).type
+            made = next((key.removeprefix("random_") for key in state if key.startswith("random_")), "cpu")
+            if kind != made and self.lead and not self.args.sample:
+                print(f"{path} was written on {made}: on {kind} the run goes on, but not to the bit")
+            if self.world == 1 == state["world"] and kind == made:
                 torch.set_rng_state(state["random"].cpu())
-                if self.args.device.startswith("cuda") and "random_cuda" in state:
-                    torch.cuda.set_rng_state(state["random_cuda"].cpu())
+                if self.random:
+                    self.random.set_rng_state(state[f"random_{kind}"].cpu())
             else:
                 torch.manual_seed(self.args.seed + 7919 * self.rank + 104729 * self.step)
         except FileNotFoundError:
@@ -346,7 +354,8 @@ def machine(device):
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads"
+    where = "" if device == "cpu" else f"{device} of "
+    return f"{where}{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads"
 
 
 def fetch(where, wanted, device="cpu", **nets):
@@ -369,19 +378,25 @@ def fetch(where, wanted, device="cpu", **nets):
                         "expected") from None
 
 
-def _device(name):
+def _device(name, lead=True):
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    other = here.type if here is not None and here.type != "cuda" else None
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if other and lead:
+            print(f"on the CPU: --device {other} is here too, but this repository has not been run on it")
     try:
         device = torch.device(name)
+        if device.type != "cpu":
+            device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", str(device.index or 0))))
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", str(device.index or 0))))
             torch.cuda.get_device_name(device)
-        elif device.type != "cpu":
+        elif device.type != "cpu" and (device.type != other or int(os.environ.get("WORLD_SIZE", "1")) > 1):
             raise RuntimeError
     except (RuntimeError, AssertionError):
-        count = torch.cuda.device_count()
-        raise UserError(f"--device {name} found, cpu or one of {count} CUDA devices expected") from None
+        choice = f"cpu, {other} (one rank)" if other else "cpu"
+        raise UserError(f"--device {name} found, {choice} or one of {torch.cuda.device_count()} CUDA devices "
+                        "expected") from None
     return device
 
 
@@ -410,6 +425,9 @@ def _one_line(script):
         elif issubclass(kind, OSError) and error.errno in UNWRITABLE:
             print(f"{script}.py: {error.filename or 'a file of the run'} cannot be written "
                   f"({error.strerror}): free some space, or give another --out", file=sys.stderr)
+        elif issubclass(kind, NotImplementedError) and "PYTORCH_ENABLE_MPS_FALLBACK" in str(error):
+            print(f"{script}.py: {str(error).split('.')[0]}: set the environment variable "
+                  "PYTORCH_ENABLE_MPS_FALLBACK=1 to run it on the CPU", file=sys.stderr)
         elif dist.is_initialized() and (issubclass(kind, dist.DistError) or "gloo" in str(error)):
             print(f"{script}.py: another rank has ended: go on with --resume from the last checkpoint "
                   f"({' '.join(str(error).split())[:80]} ...)", file=sys.stderr)
