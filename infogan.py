@@ -6,104 +6,70 @@ Part of the input of G is a code c that its pictures must give away: a network Q
     Eq. 1   V(D, G) = E_x[log D(x)] + E_z[log(1 - D(G(z)))]                          -> V()
     Eq. 3   min_G max_D  V(D, G) - lam I(c; G(z, c))
     Eq. 4   I(c; G(z, c)) >= E_{x ~ G(z, c)}[E_{c' ~ P(c|x)}[log Q(c'|x)]] + H(c)
-    Eq. 5   L_I(G, Q) = E_{c ~ P(c), x ~ G(z, c)}[log Q(c|x)] + H(c)                 -> L_I_cat(), L_I_cont()
+    Eq. 5   L_I(G, Q) = E_{c ~ P(c), x ~ G(z, c)}[log Q(c|x)] + H(c)                 -> L_I()
     Eq. 6   min_{G,Q} max_D  V(D, G) - lam L_I(G, Q)                                 -> train_step()
-    Tables 1-6 (App. C)  networks and codes of each data set                         -> networks(), NETS
-    Fig. 1  L_I over training, InfoGAN against a regular GAN                         -> draw_fig1()
+    Tables 1-7 (App. C)  networks, codes and rates of each data set                  -> networks(), PAPER
+    Fig. 1  L_I during training, InfoGAN against a regular GAN                       -> draw_fig1()
     Figs. 2-6  one code varied, everything else fixed                                -> vary()
     Sec. 7.2  c1 as a classifier of digits                                           -> classify()
 
-Run
-    python infogan.py --dataset mnist
-    python infogan.py --dataset faces --steps 1800
-
-Expect
-    ig-cls  median 3.41 % error of seeds 0 to 4 (4.57, 3.38, 3.60, 3.20, 3.41; paper about 5), Frechet
-            distance 6.2 to 7.9, and
-    ig-mi   2.300 to 2.302 nats (paper 2.30), after 3,000 steps: 15 to 18 minutes on one core of an AMD EPYC
-            with AVX512-BF16, torch 2.14.1, bfloat16
-    ig-faces  |rank correlation| with the code that found it: azimuth .91, lighting .91, elevation .73, width
-            .53, mean .77 (paper: pictures only), 1,800 steps, 39 minutes on one core, seed 0 alone
-
-Deviations
-    [dev 1] The parameters of Q, and of the trunk that it shares with D, are in the optimizer of D: its step
-            ascends V + lam L_I, as in the code of the authors.
-    [dev 2] G ascends log D(G(z, c)) in place of descending log(1 - D(G(z, c))), as in the authors' code.
-    [dev 3] lam of the continuous codes is 0.1 on MNIST (the authors' code: 1): App. C allows a smaller one.
-    [dev 4] On MNIST lam rises from 0 over the first 1,500 steps and lam of the continuous codes over the next
-            1,500: digits first, then the code that tells them apart, then their style.  Switched on at once,
-            c1 settles on whatever the first blurred pictures differ in, and several digits share a category.
-    [dev 5] For the regular GAN Q reads a detached trunk: neither G nor D learns from it.
-    [dev 6] Stride-1 upconvolutions of Table 6 are convolutions padded to the same size: the same linear maps.
-    [dev 7] On faces D sees data and samples as one batch (the authors' code: two).  With statistics of their
-            own, BatchNorm hides from D how bright and how contrasty samples are, and G draws grey noise.
-    [dev 8] On faces D's inputs carry Gaussian noise of std .1: without it D wins, and a tenth of the samples
-            turns into one saturated pattern.
-    [dev 9] On faces sigma of the codes is 1 (as in the authors' code for MNIST) and lam 1 (Table 5: .1 or
-            .2): a learnt sigma lets codes hide in a texture that only Q sees.
-    [dev 10] On MNIST D and Q see half of the pictures, data and samples alike, turned, stretched, sheared and
-            moved at random: what c1 says has to survive that, and which digit it is does.  --warp 0: without.
-    [dev 11] On MNIST both rates fall to 0 in a straight line over the second half of the run.
-    [dev 12] On MNIST a run has 3,000 steps over 60,000 pictures, and G steps by the z and c that D has just
-            seen (the authors' code: 5,000 over 55,000, and fresh ones).
+    python infogan.py --dataset mnist            (Figs. 1 and 2; --paper: the published settings)
+    python infogan.py --dataset faces            (Fig. 3; --factor elevation, lighting, width: Table 5)
+    python infogan.py --resume runs/infogan-mnist --sample 100
 """
 
+import argparse
 import math
-from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import data, log, metrics, run
-from common.fuse import Adam, autocast, descend, frozen, fuse, place, sampling
+from common import UserError, data, log, metrics, run
+from common.fuse import Adam, autocast, descend, frozen, fuse, place, sampling, set_rate
 
-LOG_2PI = math.log(2 * math.pi)
+# --------------------------------------------------------------------------------------------------- settings
+# cats: sizes of the categorical codes; m: continuous codes, Unif(-1, 1); dz: noise, Unif(-1, 1).  lam weighs
+# L_I of the categorical codes, lam_cont that of the continuous ones.  Where the print is silent, the authors'
+# code for MNIST: batch 128, 5,000 steps, G trained on fresh z and c.  No length is published for the others.
+
+CODE = dict(batch_size=128, lr_D=2e-4, lr_G=1e-3, lam=1.0, lam_cont=1.0, fix_sigma=False, fresh_z=True,
+            warm_up=0, warp=0.0, decay_lr=False, together=False, noise=0.0, gan_steps=0)
+FACES = CODE | dict(net="faces", size=32, channels=1, scale=(0.0, 1.0), cats=(), m=5, dz=128,
+                    steps=3000)                                                     # Table 4
+CHAIRS = CODE | dict(net="chairs", size=64, channels=1, scale=(0.0, 1.0), cats=(20,) * 3, m=1, dz=128,
+                     steps=3000)                                                    # Table 6
+PAPER = {
+    "mnist": CODE | dict(net="mnist", size=28, channels=1, scale=(0.0, 1.0), cats=(10,), m=2, dz=62,
+                         steps=5000, gan_steps=5000, fix_sigma=True),               # Table 1; authors' code
+    "svhn": CODE | dict(net="svhn", size=32, channels=3, scale=(-1.0, 1.0), cats=(10,) * 4, m=4, dz=124,
+                        steps=3000),                                                # Table 2
+    "celeba": CODE | dict(net="celeba", size=32, channels=3, scale=(-1.0, 1.0), cats=(10,) * 10, m=0, dz=128,
+                          steps=3000),                                              # Table 3
+    "faces": FACES | dict(lr_D=2e-4, lr_G=5e-4, lam_cont=0.2),                      # Table 5
+    "faces-elevation": FACES | dict(lr_D=4e-4, lr_G=3e-4, lam_cont=0.1),
+    "faces-lighting": FACES | dict(lr_D=8e-4, lr_G=3e-4, lam_cont=0.1),
+    "faces-width": FACES | dict(lr_D=8e-4, lr_G=3e-4, lam_cont=0.1),
+    "chairs": CHAIRS | dict(lr_D=2e-4, lr_G=1e-3, lam=1.0, lam_cont=10.0),          # Table 7
+    "chairs-width": CHAIRS | dict(lr_D=2e-4, lr_G=1e-3, lam=2.0, lam_cont=0.05),
+}
+ONE_PASS = dict(fresh_z=False)             # one pass of G serves both updates: a step takes a sixth less time
+STABLE = ONE_PASS | dict(
+    together=True, noise=0.1,              # else a tenth of the samples turns into one saturated pattern
+    fix_sigma=True, lam_cont=1.0)          # a learnt sigma lets codes hide in a texture that only Q sees
+TUNED = {
+    "mnist": ONE_PASS | dict(
+        steps=3000, gan_steps=1000,
+        warm_up=1500, lam_cont=0.1,        # categories first, then style: else digits share a category
+        warp=1.0,                          # categories must survive small warps
+        decay_lr=True,                     # to zero, linearly over the second half
+        fix_sigma=False),
+    "svhn": ONE_PASS, "celeba": ONE_PASS, "chairs": ONE_PASS, "chairs-width": ONE_PASS,
+    "faces": STABLE, "faces-elevation": STABLE, "faces-lighting": STABLE, "faces-width": STABLE,
+}
 
 
 # --------------------------------------------------------------------------------------------------- networks
-
-@dataclass
-class Net:
-    """One experiment of App. C: picture, codes and rates."""
-
-    size: int
-    channels: int
-    cats: tuple          # sizes of the categorical codes
-    m: int               # number of continuous codes, each Unif(-1, 1)
-    dz: int              # size of the noise z
-    lr_D: float = 2e-4
-    lr_G: float = 1e-3
-    lam: float = 1.0
-    lam_cont: float = 1.0
-    warm_up: int = 0             # steps over which lam rises from 0, and after them lam_cont [dev 4]
-    scale: tuple = (0.0, 1.0)    # values of the pictures: a sigmoid or a tanh ends G
-    together: bool = False       # D sees data and samples as one batch [dev 7]
-    noise: float = 0.0           # std of the noise on what D sees [dev 8]
-    warp: float = 0.0            # how much what D sees is warped [dev 10]
-    fall: bool = False           # rates fall to 0 over the second half [dev 11]
-    fix_sigma: bool = False      # sigma of Q's Gaussians is 1, else learnt
-    gan_steps: int = 0           # steps of the regular GAN of Figs. 1 and 2b, trained beside
-    sweep: float = 1.0           # the figures vary a continuous code from -sweep to sweep
-
-    @property
-    def dq(self):
-        """How many numbers Q gives: logits, means and, where they are learnt, log standard deviations."""
-        return sum(self.cats) + self.m * (1 if self.fix_sigma else 2)
-
-
-NETS = {
-    "mnist": Net(28, 1, (10,), 2, 62, lam_cont=0.1,                            # Table 1, [dev 3]
-                 warm_up=1500, warp=1.0, fall=True,                            # [dev 4], [dev 10], [dev 11]
-                 gan_steps=1000, sweep=2.0),
-    "svhn": Net(32, 3, (10,) * 4, 4, 124, scale=(-1.0, 1.0)),                  # Table 2
-    "celeba": Net(32, 3, (10,) * 10, 0, 128, scale=(-1.0, 1.0)),               # Table 3
-    "faces": Net(32, 1, (), 5, 128, lr_G=5e-4,                                 # Tables 4, 5 (azimuth)
-                 together=True, noise=0.1, fix_sigma=True),                    # [dev 7], [dev 8], [dev 9]
-    "chairs": Net(64, 1, (20,) * 3, 1, 128, lam_cont=10.0),                    # Tables 6 and 7 (rotation)
-}
-FIGURE = {"mnist": "fig2", "faces": "fig3", "chairs": "fig4", "svhn": "fig5", "celeba": "fig6"}
-
 
 def conv(i, o, stride=2):
     return nn.Conv2d(i, o, 4, stride, padding=1 if stride == 2 else "same", bias=False)
@@ -122,79 +88,33 @@ def bn_relu(n):
 
 
 def fc(i, o, slope):
-    """Fully connected, BatchNorm, leaky ReLU; with slope 0 a ReLU."""
+    """Fully connected, BatchNorm, leaky ReLU; a ReLU if slope is 0."""
     return nn.Sequential(nn.Linear(i, o, bias=False), nn.BatchNorm1d(o), nn.LeakyReLU(slope))
 
 
-def networks(name, dim, dq, width=1.0):
-    """(G, D) of Tables 1-6, D(x) = (a (n,), q (n, dq)); in Tables 1-3 Q has a layer of its own on D's trunk.
-
-    `dim`: size of G's input (z, c).  `dq`: numbers that Q gives.  `width`: feature maps and units as a share
-    of the tables', 8 at least.
-    """
-    c64, c128, c256, c448, c1024 = (max(8, round(n * width)) for n in (64, 128, 256, 448, 1024))
-    lrelu = nn.LeakyReLU(0.1)
-    if name == "mnist":                                   # Table 1
-        G = nn.Sequential(
-            fc(dim, c1024, 0),                            # 1024
-            fc(c1024, c128 * 7 * 7, 0), nn.Unflatten(1, (c128, 7, 7)),
-            upconv(c128, c64), bn_relu(c64),              # 64 x 14 x 14
-            upconv(c64, 1, bias=True), nn.Sigmoid())      # 1 x 28 x 28
-        trunk = nn.Sequential(
-            nn.Conv2d(1, c64, 4, 2, 1), lrelu,            # 64 x 14 x 14
-            conv(c64, c128), bn(c128),                    # 128 x 7 x 7
-            nn.Flatten(), fc(c128 * 7 * 7, c1024, 0.1))   # 1024
-        D = Discriminator(trunk, c1024, c128, dq)
-    elif name in ("svhn", "celeba"):                      # Tables 2 and 3
-        G = nn.Sequential(
-            fc(dim, c448 * 2 * 2, 0), nn.Unflatten(1, (c448, 2, 2)),
-            upconv(c448, c256), bn_relu(c256),            # 256 x 4 x 4
-            upconv(c256, c128, bias=True), nn.ReLU(),     # 128 x 8 x 8
-            upconv(c128, c64, bias=True), nn.ReLU(),      # 64 x 16 x 16
-            upconv(c64, 3, bias=True), nn.Tanh())         # 3 x 32 x 32
-        trunk = nn.Sequential(
-            nn.Conv2d(3, c64, 4, 2, 1), lrelu,            # 64 x 16 x 16
-            conv(c64, c128), bn(c128),                    # 128 x 8 x 8
-            conv(c128, c256), bn(c256),                   # 256 x 4 x 4
-            nn.Flatten())
-        D = Discriminator(trunk, c256 * 4 * 4, c128, dq)
-    elif name == "faces":                                 # Table 4
-        G = nn.Sequential(
-            fc(dim, c1024, 0),                            # 1024
-            fc(c1024, c128 * 8 * 8, 0), nn.Unflatten(1, (c128, 8, 8)),
-            upconv(c128, c64), bn_relu(c64),              # 64 x 16 x 16
-            upconv(c64, 1, bias=True), nn.Sigmoid())      # 1 x 32 x 32
-        trunk = nn.Sequential(
-            nn.Conv2d(1, c64, 4, 2, 1), lrelu,            # 64 x 16 x 16
-            conv(c64, c128), bn(c128),                    # 128 x 8 x 8
-            nn.Flatten(), fc(c128 * 8 * 8, c1024, 0.1))   # 1024
-        D = Discriminator(trunk, c1024, 0, dq)
-    else:                                                 # Table 6, chairs
-        G = nn.Sequential(
-            fc(dim, c1024, 0),                            # 1024
-            fc(c1024, c256 * 8 * 8, 0), nn.Unflatten(1, (c256, 8, 8)),
-            conv(c256, c256, 1), bn_relu(c256),           # 256 x 8 x 8 [dev 6]
-            conv(c256, c256, 1), bn_relu(c256),           # 256 x 8 x 8 [dev 6]
-            upconv(c256, c128), bn_relu(c128),            # 128 x 16 x 16
-            upconv(c128, c64), bn_relu(c64),              # 64 x 32 x 32
-            upconv(c64, 1, bias=True), nn.Sigmoid())      # 1 x 64 x 64
-        trunk = nn.Sequential(
-            nn.Conv2d(1, c64, 4, 2, 1), lrelu,            # 64 x 32 x 32
-            conv(c64, c128), bn(c128),                    # 128 x 16 x 16
-            conv(c128, c256), bn(c256),                   # 256 x 8 x 8
-            conv(c256, c256, 1), bn(c256),                # 256 x 8 x 8
-            conv(c256, c256, 1), bn(c256),                # 256 x 8 x 8
-            nn.Flatten(), fc(c256 * 8 * 8, c1024, 0.1))   # 1024
-        D = Discriminator(trunk, c1024, 0, dq)
-    return G.apply(init), D.apply(init)
+def table_1(dc, dq, ch):
+    """MNIST.  dc: numbers in (z, c).  dq: numbers that Q gives.  ch(n): n feature maps, times --width."""
+    G = nn.Sequential(
+        fc(dc, ch(1024), 0),                                                        # 1024
+        fc(ch(1024), ch(128) * 7 * 7, 0), nn.Unflatten(1, (ch(128), 7, 7)),         # 128 x 7 x 7
+        upconv(ch(128), ch(64)), bn_relu(ch(64)),                                   # 64 x 14 x 14
+        upconv(ch(64), 1, bias=True), nn.Sigmoid())                                 # 1 x 28 x 28
+    trunk = nn.Sequential(
+        nn.Conv2d(1, ch(64), 4, 2, 1), nn.LeakyReLU(0.1),                           # 64 x 14 x 14
+        conv(ch(64), ch(128)), bn(ch(128)),                                         # 128 x 7 x 7
+        nn.Flatten(), fc(ch(128) * 7 * 7, ch(1024), 0.1))                           # 1024
+    return G, Discriminator(trunk, ch(1024), dq, hidden=ch(128))
 
 
 class Discriminator(nn.Module):
-    """D and Q on one trunk (App. C): a (n,) is the logit of D, q (n, dq) the parameters of Q(c|x)."""
+    """D and Q on one trunk (App. C): a (n,) is D's logit, q (n, dq) the parameters of Q(c|x).
 
-    def __init__(self, trunk, width, hidden, dq):
+    Q has a layer of `hidden` units of its own, or shares all but the last layer.
+    """
+
+    def __init__(self, trunk, width, dq, hidden=0):
         super().__init__()
-        self.register_buffer("t", torch.zeros(()))    # updates so far
+        self.register_buffer("t", torch.zeros(()))                                  # updates so far
         self.trunk = trunk
         self.head = nn.Linear(width, 1)
         self.Q = nn.Linear(width, dq)
@@ -204,6 +124,15 @@ class Discriminator(nn.Module):
     def forward(self, x, detach=False):
         h = self.trunk(x)
         return self.head(h).squeeze(1), self.Q(h.detach() if detach else h)
+
+
+def networks(args):
+    """(G, D): G(z, c) -> x (n, C, H, W), D(x) -> (a (n,), q (n, dq)), of Tables 1 to 6."""
+    dc = args.dz + sum(args.cats) + args.m
+    dq = sum(args.cats) + args.m * (1 if args.fix_sigma else 2)     # logits, means, log standard deviations
+    table = {"mnist": table_1, "svhn": table_2, "celeba": table_2, "faces": table_4, "chairs": table_6}
+    G, D = table[args.net](dc, dq, lambda n: max(8, round(n * args.width)))
+    return G.apply(init), D.apply(init)
 
 
 def init(module):
@@ -216,192 +145,297 @@ def init(module):
         nn.init.zeros_(module.bias)
 
 
-# ---------------------------------------------------------------------------------------- latents and codes
+# ------------------------------------------------------------------------------------------ latents and codes
 
-def sample_latent(n, net, device="cpu"):
+def sample_latent(n, args, device="cpu"):
     """z ~ Unif(-1, 1) (n, dz), c ~ Cat(K) each (n, number of cats) int64, u ~ Unif(-1, 1) (n, m): Sec. 7."""
-    z = torch.rand(n, net.dz, device=device) * 2 - 1
-    c = torch.stack([torch.randint(k, (n,), device=device) for k in net.cats], 1) if net.cats \
+    z = torch.rand(n, args.dz, device=device) * 2 - 1
+    c = torch.stack([torch.randint(k, (n,), device=device) for k in args.cats], 1) if args.cats \
         else torch.zeros(n, 0, dtype=torch.long, device=device)
-    u = torch.rand(n, net.m, device=device) * 2 - 1
+    u = torch.rand(n, args.m, device=device) * 2 - 1
     return z, c, u
 
 
-def join(z, c, u, net):
-    """G's input: noise, one-hot categorical codes, continuous codes, (n, dz + sum of cats + m)."""
-    return torch.cat([z, *(F.one_hot(c[:, i], k).to(z) for i, k in enumerate(net.cats)), u], 1)
+def join(z, c, u, args):
+    """G's input (n, dz + sum of cats + m): noise, one-hot categorical codes, continuous codes."""
+    return torch.cat([z, *(F.one_hot(c[:, i], k).to(z) for i, k in enumerate(args.cats)), u], 1)
 
 
-def split_q(q, net):
-    """Q's output (n, dq) -> list of logits (n, K), means (n, m) and log standard deviations (n, m)."""
-    *logits, rest = q.float().split([*net.cats, net.dq - sum(net.cats)], 1)
-    mu = rest[:, :net.m]
-    return logits, mu, torch.zeros_like(mu) if net.fix_sigma else rest[:, net.m:]
+def split_q(q, args):
+    """Q's output q (n, dq) -> list of logits (n, K), means (n, m) and log standard deviations (n, m)."""
+    *logits, rest = q.float().split([*args.cats, q.shape[1] - sum(args.cats)], 1)
+    mu = rest[:, :args.m]
+    return logits, mu, torch.zeros_like(mu) if args.fix_sigma else rest[:, args.m:]
 
 
 # -------------------------------------------------------------------------------------------------- objective
 
 def V(a_real, a_fake):
-    """Eq. 1: E_x[log D(x)] + E_z[log(1 - D(G(z)))], D = sigmoid(a), a (n,).  -log 4 where D = 1/2
-    everywhere."""
+    """Eq. 1: E_x[log D(x)] + E_z[log(1 - D(G(z)))], D = sigmoid(a), a (n,).  -log 4 if D = 1/2 everywhere."""
     return F.logsigmoid(a_real.float()).mean() + F.logsigmoid(-a_fake.float()).mean()
 
 
+def log_D(a_fake):
+    """What G ascends in place of Eq. 1 (authors' code): E_z[log D(G(z))], a (n,).  -log 2 if D = 1/2."""
+    return F.logsigmoid(a_fake.float()).mean()
+
+
 def L_I_cat(logits, c):
-    """Eq. 5 for a categorical code in nats: E[log Q(c|x)] + log K.  logits (n, K), c (n,).  log K for a sure
-    Q, 0 for a uniform one."""
+    """Eq. 5 for one categorical code: E[log Q(c|x)] + log K, in nats.  logits (n, K), c (n,).
+
+    log K if Q is certain and right, 0 if it is uniform.
+    """
     return math.log(logits.shape[1]) - F.cross_entropy(logits, c)
 
 
 def L_I_cont(mu, log_sigma, u):
-    """Eq. 5 for Unif(-1, 1) codes in nats: the sum over codes of E[log N(u; mu, sigma)] + log 2.  All (n, m).
-    -log(2 pi)/2 + log 2 = -0.2258 for each at mu = u, sigma = 1."""
-    log_q = -0.5 * LOG_2PI - log_sigma - 0.5 * ((u - mu) / log_sigma.exp()) ** 2
+    """Eq. 5 for Unif(-1, 1) codes: sum over codes of E[log N(u; mu, sigma)] + log 2, in nats.  All (n, m).
+
+    -log(2 pi)/2 + log 2 = -0.2258 for each code at mu = u, sigma = 1.
+    """
+    log_q = -0.5 * math.log(2 * math.pi) - log_sigma - 0.5 * ((u - mu) / log_sigma.exp()) ** 2
     return (log_q + math.log(2)).sum(1).mean()
 
 
-def L_I(q, c, u, net):
-    """Both terms of Eq. 5 for Q's output q (n, dq): summed over the categorical and over the continuous
-    codes."""
-    logits, mu, log_sigma = split_q(q, net)
+def L_I(q, c, u, args):
+    """Eq. 5 for Q's output q (n, dq): its sum over the categorical codes, and over the continuous ones."""
+    logits, mu, log_sigma = split_q(q, args)
     cat = sum((L_I_cat(a, c[:, i]) for i, a in enumerate(logits)), q.new_zeros((), dtype=torch.float32))
     return cat, L_I_cont(mu, log_sigma, u)
 
 
-def lambdas(t, net):
-    """lam and lam_cont of Eq. 6 after t updates (a 0-dim tensor): each rises from 0 in a straight line [dev
-    4]."""
-    w = max(1, net.warm_up)
-    late = net.warm_up if net.cats else 0
-    return net.lam * ((t + 1) / w).clamp(max=1), net.lam_cont * ((t + 1 - late) / w).clamp(0, 1)
+# --------------------------------------------------------------------------------------------------- training
 
-
-# ------------------------------------------------------------------------------------------------------ flags
-
-def parse_args(argv=None):
-    p = run.parser(__file__, __doc__, dataset="mnist", steps=3000, batch_size=128)
-    add = p.add_argument_group("InfoGAN").add_argument
-    positive, weight = run.number(float, 0, open_low=True), run.number(float, 0)
-    add("--net", choices=NETS, help="networks and codes of Tables 1-6 [the data set's own, else mnist]")
-    add("--width", type=positive, default=1.0, help="units and feature maps as a share of the paper's [1]")
-    add("--lam", type=weight,
-        help="lambda of Eq. 6 for categorical codes; 0: a regular GAN, Q fitted too [1]")
-    add("--lam-cont", type=weight,
-        help="lambda of Eq. 6 for continuous codes (App. C) [MNIST .1, chairs 10, else 1, with --lam 0 0]")
-    add("--warm-up", type=run.number(int, 0),
-        help="steps in which lambda rises from 0, and as many after them for continuous codes [MNIST 1500]")
-    add("--warp", type=weight, help="how much pictures that D sees are turned, stretched, sheared and moved "
-        "[MNIST 1, else 0]")
-    add("--lr-D", type=positive, help="Adam's rate for D and Q (App. C) [2e-4]")
-    add("--lr-G", type=positive, help="Adam's rate for G (App. C) [1e-3, faces 5e-4]")
-    add("--gan-steps", type=run.number(int, 0),
-        help="steps of the regular GAN of Figs. 1 and 2b, trained beside [MNIST 1000, else 0]")
-    return run.parse(p, argv)
-
-
-def settle(args):
-    """The name and the Net of the experiment, with the rates that flags give."""
-    name = args.net or (args.dataset if args.dataset in NETS else "mnist")
-    given = {k: getattr(args, k) for k in ("lam", "lam_cont", "warm_up", "warp", "gan_steps", "lr_D", "lr_G")}
-    if args.lam == 0 and args.lam_cont is None:
-        given["lam_cont"] = 0.0
-    return name, replace(NETS[name], **{k: v for k, v in given.items() if v is not None})
-
-
-# ------------------------------------------------------------------------------------------------------- main
-
-def build(args, name, net):
-    """G, D with Q, their optimizers and the fused iteration of Eq. 6; lam = lam_cont = 0: the regular GAN."""
-    G, D = place(args, *networks(name, net.dz + sum(net.cats) + net.m, net.dq, args.width))
-    opt_D, opt_G = Adam(D.parameters(), net.lr_D), Adam(G.parameters(), net.lr_G)
-    amp = autocast(args)
-    regular = net.lam == 0 == net.lam_cont
+def build(args):
+    """G, D (with Q), their optimizers and the fused step of Eq. 6; if lam = lam_cont = 0 a regular GAN."""
+    G, D = place(args, *networks(args))
+    opt_D, opt_G = Adam(D.parameters(), args.lr_D), Adam(G.parameters(), args.lr_G)
+    amp, regular = autocast(args), args.lam == 0 == args.lam_cont
 
     @fuse(args)
-    def train_step(x):                                      # x (n, C, H, W) in net.scale [dev 12]
-        z, c, u = sample_latent(len(x), net, x.device)
-        # D ascends V; Q, on D's trunk and in D's optimizer, ascends lam L_I [dev 1], [dev 5].
+    def train_step(x):                                              # x (n, C, H, W) in args.scale
+        z, c, u = sample_latent(len(x), args, x.device)
+        lam, lam_cont = lambdas(D.t, args)                          # constant with --paper
+        # D and Q ascend V + lam L_I: Q shares D's trunk and optimizer (authors' code).  For a regular GAN, Q
+        # is fitted on a detached trunk, and neither G nor D learns from it.
         with amp:
-            x_fake = G(join(z, c, u, net))
-            a_real, a_fake, q = judge(D, x, x_fake.detach(), net, regular)
-        v = V(a_real, a_fake)
-        mi, mi_cont = L_I(q, c, u, net)
-        lam, lam_cont = (1.0, 1.0) if regular else lambdas(D.t, net)
+            x_fake = G(join(z, c, u, args))
+            a_real, a_fake, q = D_sees(D, x, x_fake.detach(), args, detach=regular)
+        v, (mi, mi_cont) = V(a_real, a_fake), L_I(q, c, u, args)
         descend(-v - lam * mi - lam_cont * mi_cont, opt_D)
-        # G ascends log D(G(z, c)) [dev 2] + lam L_I, through the updated D and Q.
+        # G ascends log D(G(z, c)) + lam L_I through the updated D and Q.
         with amp, frozen(D):
-            _, a_fake, q = judge(D, x if net.together else None, x_fake, net)
-        mi, mi_cont = L_I(q, c, u, net)
-        log_d = F.logsigmoid(a_fake.float()).mean()
-        descend(-log_d - (0.0 if regular else lam * mi + lam_cont * mi_cont), opt_G)
+            if args.fresh_z:
+                z, c, u = sample_latent(len(x), args, x.device)
+                x_fake = G(join(z, c, u, args))
+            _, a_fake, q = D_sees(D, x if args.together else None, x_fake, args)
+        mi, mi_cont = L_I(q, c, u, args)
+        descend(-log_D(a_fake) - (0.0 if regular else lam * mi + lam_cont * mi_cont), opt_G)
         D.t.add_(1)
         return {"V": v, "D(G(z))": a_fake.float().sigmoid().mean(), "L_I": mi, "L_I cont": mi_cont}
 
     return G, D, opt_D, opt_G, train_step
 
 
-def anneal(net, opt_D, opt_G, done):
-    """Rates after the share `done` of a run, in place, so that a captured step follows: constant, or with
-    net.fall over the second half in a straight line to 0 [dev 11]."""
-    for opt, lr in ((opt_D, net.lr_D), (opt_G, net.lr_G)):
-        for group in opt.param_groups:
-            group["lr"].fill_(lr * (min(1.0, 2 * (1 - done)) if net.fall else 1.0))
+def main(argv=None):
+    args = parse_args(argv)
+    r = run.Run(args)
+    pictures = data.load(args.dataset, args.data_dir, args.size, args.channels)
+    batches = data.Batches(pictures.images, scale=args.scale, **r.feed)
+    G, D, opt_D, opt_G, train_step = build(args)
+    parts = {"G": G, "D": D, "opt_D": opt_D, "opt_G": opt_G, "batches": batches}
+    gan_G = None
+    if args.gan_steps:                                              # the regular GAN of Figs. 1 and 2b
+        gan_G, gan_D, gan_opt_D, gan_opt_G, gan_step = build(regular_gan(args))
+        parts |= {"gan_G": gan_G, "gan_D": gan_D, "gan_opt_D": gan_opt_D, "gan_opt_G": gan_opt_G}
+    r.keep(**parts)
+    if args.sample:
+        return r.sample(lambda n: draw(G, args, n)[0], args.scale)
+
+    for step in r.loop():
+        x = next(batches)
+        decay_rates(args, opt_D, opt_G, (step - 1) / args.steps)
+        r.log(train_step(x))
+        if step <= args.gan_steps:
+            r.log({f"GAN {k}": v for k, v in gan_step(x).items()})
+        if r.every(args.save_every):
+            with r.aside():
+                r.show("samples", log.grid(draw(G, args, 100)[0], 10, args.scale))
+
+    if r.lead:
+        report(r, G, D, gan_G, pictures)
 
 
-def judge(D, x, x_fake, net, detach=False):
-    """(a_real, a_fake, q of the samples).  BatchNorm's statistics are each batch's own, or with net.together
-    those of data and samples as one, so that D sees how they differ in brightness and contrast [dev 7]."""
-    x_fake, x = (None if t is None else data.warp(t, net.warp, share=0.5) for t in (x_fake, x))     # [dev 10]
-    if net.noise:                                           # [dev 8]
-        x_fake = x_fake + net.noise * torch.randn_like(x_fake)
-        x = None if x is None else x + net.noise * torch.randn_like(x)
-    if net.together:
+# =========================================================================== Figures and numbers of the paper
+
+def parse_args(argv=None):
+    p = run.parser(__file__, __doc__, dataset="mnist", log_every=100)
+    add = p.add_argument_group("InfoGAN").add_argument
+    positive, weight = run.number(float, 0, open_low=True), run.number(float, 0)
+    add("--net", choices=("mnist", "svhn", "celeba", "faces", "chairs"),
+        help="networks and codes of Tables 1 to 6 [the data set's own, else mnist]")
+    add("--factor", choices=("azimuth", "elevation", "lighting", "width", "rotation"),
+        help="row of Table 5 (faces) or 7 (chairs: rotation, width) [the first]")
+    add("--width", type=positive, default=1.0, help="feature maps and units, as a fraction of the paper's")
+    add("--lam", type=weight, help="lambda of Eq. 6 for categorical codes; 0: a regular GAN [1]")
+    add("--lam-cont", type=weight,
+        help="lambda of Eq. 6 for continuous codes [MNIST .1, chairs 10, else 1; with --lam 0 0]")
+    add("--fix-sigma", action=argparse.BooleanOptionalAction,
+        help="sigma of Q's Gaussians is 1 [faces; --paper: MNIST]")
+    add("--fresh-z", action=argparse.BooleanOptionalAction, help="G learns from z and c of its own [--paper]")
+    add("--warm-up", type=run.number(int, 0),
+        help="steps over which lambda rises from 0, then as many for the continuous codes' [MNIST 1500]")
+    add("--warp", type=weight, help="how much half of the pictures that D sees are warped [MNIST 1, else 0]")
+    add("--noise", type=weight, help="std of the Gaussian noise on what D sees [faces .1, else 0]")
+    add("--lr-D", type=positive, help="Adam's rate for D and Q (App. C) [2e-4]")
+    add("--lr-G", type=positive, help="Adam's rate for G (App. C) [1e-3, faces 5e-4]")
+    add("--gan-steps", type=run.number(int, 0),
+        help="steps of the regular GAN of Figs. 1 and 2b, trained beside [MNIST 1000, else 0]")
+    args = run.parse(p, argv, experiment=experiment, paper=PAPER, tuned=TUNED)
+    if args.lam == 0 and "lam_cont" not in args.given:
+        args.lam_cont = 0.0
+    return args
+
+
+def experiment(args):
+    """The row of PAPER and TUNED: the network, and the row of its table of rates."""
+    net = args.net or (args.dataset if args.dataset in PAPER else "mnist")
+    if args.factor in (None, {"faces": "azimuth", "chairs": "rotation"}.get(net)):
+        return net
+    if f"{net}-{args.factor}" not in PAPER:
+        raise UserError(f"--factor {args.factor} found, which the table of {net} does not have")
+    return f"{net}-{args.factor}"
+
+
+def regular_gan(args):
+    """The settings of the regular GAN beside this run; only Q learns from L_I."""
+    return argparse.Namespace(**{**vars(args), "lam": 0.0, "lam_cont": 0.0})
+
+
+# ------------------------------------------------------------------------ what TUNED adds to the paper's step
+
+def lambdas(t, args):
+    """lam and lam_cont of Eq. 6 after t updates (a 0-dim tensor): over --warm-up steps each rises from 0 to
+    its value, first that of the categorical codes, then that of the continuous ones."""
+    if args.lam == 0 == args.lam_cont:                      # a regular GAN: Q alone learns from L_I
+        return 1.0, 1.0
+    w = max(1, args.warm_up)
+    late = args.warm_up if args.cats else 0
+    return args.lam * ((t + 1) / w).clamp(max=1), args.lam_cont * ((t + 1 - late) / w).clamp(0, 1)
+
+
+def D_sees(D, x, x_fake, args, detach=False):
+    """(a_real, a_fake, q of the samples).  BatchNorm normalizes real and fake batches separately (authors'
+    code), or jointly with `args.together` so that D sees differences in brightness and contrast.
+
+    x None: the samples alone.  Before all that, half of each batch is warped, and noise is added.
+    """
+    x_fake, x = (t if t is None else data.warp(t, args.warp, share=0.5) for t in (x_fake, x))
+    if args.noise:
+        x_fake, x = (t if t is None else t + args.noise * torch.randn_like(t) for t in (x_fake, x))
+    if args.together:
         a, q = D(torch.cat([x, x_fake]), detach)
         return a[:len(x)], a[len(x):], q[len(x):]
     a_real = None if x is None else D(x)[0]
     return a_real, *D(x_fake, detach)
 
 
-def vary(G, net, code, rows=10, columns=10, device="cpu"):
-    """Pictures (rows * columns, C, H, W): a row is one draw of everything, its columns one code from low to
-    high.
+def decay_rates(args, opt_D, opt_G, done):
+    """Rates after the fraction `done` of a run: constant, or linear to 0 over the second half."""
+    falling = min(1.0, 2 * (1 - done)) if args.decay_lr else 1.0
+    for opt, lr in ((opt_D, args.lr_D), (opt_G, args.lr_G)):
+        set_rate(opt, lr * falling)
 
-    `code`: i < number of categorical codes takes the categories of code i, the rest -sweep .. sweep of a
-    continuous one.
+
+# ---------------------------------------------------------------------------- networks of the other data sets
+
+def table_2(dc, dq, ch):
+    """SVHN, and CelebA (Table 3)."""
+    G = nn.Sequential(
+        fc(dc, ch(448) * 2 * 2, 0), nn.Unflatten(1, (ch(448), 2, 2)),               # 448 x 2 x 2
+        upconv(ch(448), ch(256)), bn_relu(ch(256)),                                 # 256 x 4 x 4
+        upconv(ch(256), ch(128), bias=True), nn.ReLU(),                             # 128 x 8 x 8
+        upconv(ch(128), ch(64), bias=True), nn.ReLU(),                              # 64 x 16 x 16
+        upconv(ch(64), 3, bias=True), nn.Tanh())                                    # 3 x 32 x 32
+    trunk = nn.Sequential(
+        nn.Conv2d(3, ch(64), 4, 2, 1), nn.LeakyReLU(0.1),                           # 64 x 16 x 16
+        conv(ch(64), ch(128)), bn(ch(128)),                                         # 128 x 8 x 8
+        conv(ch(128), ch(256)), bn(ch(256)),                                        # 256 x 4 x 4
+        nn.Flatten())
+    return G, Discriminator(trunk, ch(256) * 4 * 4, dq, hidden=ch(128))
+
+
+def table_4(dc, dq, ch):
+    """Faces."""
+    G = nn.Sequential(
+        fc(dc, ch(1024), 0),                                                        # 1024
+        fc(ch(1024), ch(128) * 8 * 8, 0), nn.Unflatten(1, (ch(128), 8, 8)),         # 128 x 8 x 8
+        upconv(ch(128), ch(64)), bn_relu(ch(64)),                                   # 64 x 16 x 16
+        upconv(ch(64), 1, bias=True), nn.Sigmoid())                                 # 1 x 32 x 32
+    trunk = nn.Sequential(
+        nn.Conv2d(1, ch(64), 4, 2, 1), nn.LeakyReLU(0.1),                           # 64 x 16 x 16
+        conv(ch(64), ch(128)), bn(ch(128)),                                         # 128 x 8 x 8
+        nn.Flatten(), fc(ch(128) * 8 * 8, ch(1024), 0.1))                           # 1024
+    return G, Discriminator(trunk, ch(1024), dq)
+
+
+def table_6(dc, dq, ch):
+    """Chairs.  Upconvolutions of stride 1 are convolutions padded to the same size."""
+    G = nn.Sequential(
+        fc(dc, ch(1024), 0),                                                        # 1024
+        fc(ch(1024), ch(256) * 8 * 8, 0), nn.Unflatten(1, (ch(256), 8, 8)),         # 256 x 8 x 8
+        conv(ch(256), ch(256), 1), bn_relu(ch(256)),                                # 256 x 8 x 8
+        conv(ch(256), ch(256), 1), bn_relu(ch(256)),                                # 256 x 8 x 8
+        upconv(ch(256), ch(128)), bn_relu(ch(128)),                                 # 128 x 16 x 16
+        upconv(ch(128), ch(64)), bn_relu(ch(64)),                                   # 64 x 32 x 32
+        upconv(ch(64), 1, bias=True), nn.Sigmoid())                                 # 1 x 64 x 64
+    trunk = nn.Sequential(
+        nn.Conv2d(1, ch(64), 4, 2, 1), nn.LeakyReLU(0.1),                           # 64 x 32 x 32
+        conv(ch(64), ch(128)), bn(ch(128)),                                         # 128 x 16 x 16
+        conv(ch(128), ch(256)), bn(ch(256)),                                        # 256 x 8 x 8
+        conv(ch(256), ch(256), 1), bn(ch(256)),                                     # 256 x 8 x 8
+        conv(ch(256), ch(256), 1), bn(ch(256)),                                     # 256 x 8 x 8
+        nn.Flatten(), fc(ch(256) * 8 * 8, ch(1024), 0.1))                           # 1024
+    return G, Discriminator(trunk, ch(1024), dq)
+
+
+# ------------------------------------------------------------------------------------------------ the figures
+
+FIGURE = {"mnist": "fig2", "faces": "fig3", "chairs": "fig4", "svhn": "fig5", "celeba": "fig6"}
+
+
+def draw(G, args, n):
+    """n fresh pictures (n, C, H, W) in args.scale, and their codes c (n, number of cats) and u (n, m)."""
+    z, c, u = sample_latent(n, args, args.device)
+    return metrics.batched(G, join(z, c, u, args)), c, u
+
+
+def Q_of(D, images, args):
+    """Q's output (N, dq) for uint8 pictures, or floats in args.scale."""
+    return metrics.batched(D, images, scale=args.scale)[1]
+
+
+def vary(G, args, code, rows=10, columns=10):
+    """Pictures (rows * columns, C, H, W): a row is one draw of everything, along it one code varies.
+
+    `code`: i < number of categorical codes takes the categories of code i; the next m vary a continuous code
+    from -1 to 1; on MNIST from -2 to 2, as in Fig. 2.
     """
-    if code < len(net.cats):
-        columns = net.cats[code]
-    z, c, u = (t.repeat_interleave(columns, 0) for t in sample_latent(rows, net, device))
-    if code < len(net.cats):
-        c[:, code] = torch.arange(columns, device=device).repeat(rows)
+    if code < len(args.cats):
+        columns = args.cats[code]
+    z, c, u = (t.repeat_interleave(columns, 0) for t in sample_latent(rows, args, args.device))
+    if code < len(args.cats):
+        c[:, code] = torch.arange(columns, device=args.device).repeat(rows)
     else:
-        sweep = torch.linspace(-net.sweep, net.sweep, columns, device=device)
-        u[:, code - len(net.cats)] = sweep.repeat(rows)
+        end = 2.0 if args.net == "mnist" else 1.0
+        u[:, code - len(args.cats)] = torch.linspace(-end, end, columns, device=args.device).repeat(rows)
     with sampling(G):
-        return G(join(z, c, u, net))
+        return G(join(z, c, u, args))
 
 
-def draw(G, net, n, device):
-    """n fresh pictures (n, C, H, W) in net.scale and their codes c, u."""
-    z, c, u = sample_latent(n, net, device)
-    with sampling(G):
-        return torch.cat([G(part) for part in join(z, c, u, net).split(500)]), c, u
-
-
-def read(D, images, net, device):
-    """Q's output (n, dq) for uint8 pictures or floats in net.scale."""
-    low, high = net.scale
-    with sampling(D):
-        parts = []
-        for x in images.split(500):
-            x = x.to(device)
-            parts.append(D(low + (high - low) * x.float() / 255 if x.dtype == torch.uint8 else x)[1])
-        return torch.cat(parts)
-
-
-def draw_fig1(folder, net):
-    """Fig. 1: L_I over training in nats, InfoGAN against the regular GAN, from metrics.jsonl."""
-    key = "L_I" if net.cats else "L_I cont"
+def draw_fig1(folder, args):
+    """Fig. 1: L_I in nats during training, InfoGAN against the regular GAN, from metrics.jsonl."""
+    key = "L_I" if args.cats else "L_I cont"
     lines = log.history(folder)
     curves = {label: [(line["step"], line[k]) for line in lines if k in line]
               for label, k in (("InfoGAN", key), ("GAN", "GAN " + key))}
@@ -414,112 +448,88 @@ def draw_fig1(folder, net):
     return chart.picture()
 
 
-def classify(D, pictures, net, device):
-    """ig-cls: (table category -> label by majority on 10,000 training images, error in % on the test
-    images)."""
-    k_train, k_test = (read(D, images, net, device)[:, :net.cats[0]].argmax(1).cpu()
-                       for images in (pictures.images[:10000], pictures.test_images))
-    table = metrics.majority(k_train, pictures.labels[:10000], net.cats[0])
-    return table, 100 * (table[k_test] != pictures.test_labels).float().mean().item()
+def figures(r, G, D, gan_G, pictures):
+    """Draw the paper's figures of this data set; a row is one draw, along it one code varies."""
+    args = r.args
 
-
-def match_factors(D, pictures, net, device):
-    """|Spearman correlation| of Q's means with the true factors: for each factor its own code and the
-    value."""
-    images, factors = pictures.images[:10000], pictures.extra["factors"][:10000]
-    mu = split_q(read(D, images, net, device), net)[1].cpu()
-    rho = torch.tensor([[abs(metrics.rank_correlation(f, m)) for m in mu.T] for f in factors.T])
-    rho = rho.nan_to_num(0.0)                               # a constant one
-    return {j: (int(i), rho[j, i].item()) for j, i in enumerate(metrics.matching(-rho.numpy())) if i < net.m}
-
-
-def figures(r, G, D, gan_G, net, name, pictures):
-    """Draw the paper's figures of this data set into the run's folder; a row is one draw, its columns one
-    code varied."""
     def show(title, net_G, code):
         with r.aside():
-            x = vary(net_G, net, code, device=r.args.device)
-        r.show(title, log.grid(x, len(x) // 10, net.scale))
+            x = vary(net_G, args, code)
+        r.show(title, log.grid(x, len(x) // 10, args.scale))
 
-    r.show("fig1", draw_fig1(r.folder, net))
-    if name == "mnist":
+    r.show("fig1", draw_fig1(r.folder, args))
+    if args.net == "mnist":
         for title, code in (("fig2a", 0), ("fig2c", 1), ("fig2d", 2)):
             show(title, G, code)
         if gan_G is not None:
             show("fig2b", gan_G, 0)
-    elif "factors" in pictures.extra and net.m:
-        for j, (code, _) in match_factors(D, pictures, net, r.args.device).items():
-            show(f"fig3{chr(ord('a') + j)}", G, len(net.cats) + code)
+    elif "factors" in pictures.extra and args.m:
+        for j, (code, _) in match_factors(D, pictures, args).items():
+            show(f"fig3{chr(ord('a') + j)}", G, len(args.cats) + code)
     else:
-        for code in range(len(net.cats) + net.m):
-            show(f"{FIGURE[name]}_c{code + 1}", G, code)
+        for code in range(len(args.cats) + args.m):
+            show(f"{FIGURE[args.net]}_c{code + 1}", G, code)
 
 
-def evaluate(r, G, D, net, name, pictures):
-    """The numbers of this data set, experiment id -> dict with "value" and where there is one the paper's."""
-    device, results = r.args.device, {}
+# ------------------------------------------------------------------------------------------------ the numbers
+
+def classify(D, pictures, args):
+    """Sec. 7.2: a table category -> label, by majority on 10,000 training pictures, and its error in % on the
+    test pictures."""
+    k_train, k_test = (Q_of(D, images, args)[:, :args.cats[0]].argmax(1).cpu()
+                       for images in (pictures.images[:10000], pictures.test_images))
+    table = metrics.majority(k_train, pictures.labels[:10000], args.cats[0])
+    return table, 100 * (table[k_test] != pictures.test_labels).float().mean().item()
+
+
+def match_factors(D, pictures, args):
+    """Factor -> (the continuous code that found it, |Spearman correlation| of that code's mean with it)."""
+    images, factors = pictures.images[:10000], pictures.extra["factors"][:10000]
+    mu = split_q(Q_of(D, images, args), args)[1].cpu()
+    rho = torch.tensor([[abs(metrics.rank_correlation(f, m)) for m in mu.T] for f in factors.T])
+    rho = rho.nan_to_num(0.0)                               # of a constant code
+    return {j: (int(i), rho[j, i].item()) for j, i in enumerate(metrics.matching(-rho.numpy())) if i < args.m}
+
+
+def evaluate(r, G, D, pictures):
+    """The numbers of this data set: experiment id -> dict with "value", and "paper" where there is one."""
+    args, results = r.args, {}
     real = pictures.images if pictures.test_images is None else pictures.test_images
     with r.aside():
-        x, c, u = draw(G, net, min(10000, len(real)), device)
-    mi, mi_cont = (t.item() for t in L_I(read(D, x, net, device), c, u, net))
-    if net.cats:
-        results["ig-mi"] = {"value": mi, "best": sum(map(math.log, net.cats)), "unit": "nats"}
-    if net.m:
+        x, c, u = draw(G, args, min(10000, len(real)))
+    mi, mi_cont = (t.item() for t in L_I(Q_of(D, x, args), c, u, args))
+    if args.cats:
+        results["ig-mi"] = {"value": mi, "best": sum(map(math.log, args.cats)), "unit": "nats"}
+    if args.m:
         results["ig-mi-cont"] = {"value": mi_cont, "unit": "nats"}
-    if "factors" in pictures.extra and net.m:
-        found = match_factors(D, pictures, net, device)
+    if "factors" in pictures.extra and args.m:
+        found = match_factors(D, pictures, args)
         names = pictures.extra.get("factor_names") or [f"factor {j + 1}" for j in range(max(found) + 1)]
-        factors = {names[j]: {"code": f"c{len(net.cats) + code + 1}", "value": rho}
+        factors = {names[j]: {"code": f"c{len(args.cats) + code + 1}", "value": rho}
                    for j, (code, rho) in found.items()}
         mean = sum(rho for _, rho in found.values()) / len(found)
         results["ig-faces"] = {"value": mean, "unit": "mean |rank correlation|", **factors}
     if pictures.labels is None or pictures.test_labels is None or pictures.labels.min() < 0:
         return results
-    clf = metrics.classifier(pictures.images, pictures.labels, device, r.args.data_dir)
-    x = (x - net.scale[0]) / (net.scale[1] - net.scale[0])
-    if len(net.cats) == 1:
-        table, error = classify(D, pictures, net, device)
+    clf = metrics.classifier(pictures.images, pictures.labels, args.device, args.data_dir)
+    x = (x - args.scale[0]) / (args.scale[1] - args.scale[0])
+    if len(args.cats) == 1:
+        table, error = classify(D, pictures, args)
         results["ig-cls"] = {"value": error, "unit": "% error", "labels": table.tolist()}
-        if name == pictures.name == "mnist":                # the paper's values are of its own data
+        if args.net == pictures.name == "mnist":            # the paper's values are of its own data
             results["ig-mi"]["paper"], results["ig-cls"]["paper"] = 2.30, 5
-        agreement = metrics.label_agreement(clf, x, table.to(device)[c[:, 0]])
+        agreement = metrics.label_agreement(clf, x, table.to(args.device)[c[:, 0]])
         results["agreement"] = {"value": 100 * agreement, "unit": "% of samples with their code's label"}
     results["frechet"] = {"value": metrics.frechet_distance(clf, x, real[:10000])}
     return results
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    r = run.Run(args)
-    name, net = settle(args)
-    pictures = data.load(args.dataset, args.data_dir, net.size, net.channels)
-    batches = data.Batches(pictures.images, batch_size=args.batch_size, device=args.device, seed=args.seed,
-                           scale=net.scale, rank=r.rank, world=r.world)
-    G, D, opt_D, opt_G, train_step = build(args, name, net)
-    parts = {"G": G, "D": D, "opt_D": opt_D, "opt_G": opt_G, "batches": batches}
-    gan_G = None
-    if net.gan_steps:
-        gan_G, gan_D, gan_opt_D, gan_opt_G, gan_step = build(args, name, replace(net, lam=0.0, lam_cont=0.0))
-        parts |= {"gan_G": gan_G, "gan_D": gan_D, "gan_opt_D": gan_opt_D, "gan_opt_G": gan_opt_G}
-    r.keep(**parts)
-    if args.sample:
-        return r.sample(lambda n: draw(G, net, n, args.device)[0], net.scale)
-
-    for step in r.loop():
-        x = next(batches)
-        anneal(net, opt_D, opt_G, (step - 1) / args.steps)
-        r.log(train_step(x))
-        if step <= net.gan_steps:
-            r.log({f"GAN {k}": v for k, v in gan_step(x).items()})
-        if r.every(args.save_every):
-            with r.aside():
-                r.show("samples", log.grid(draw(G, net, 100, args.device)[0], 10, net.scale))
-
-    if r.lead:
-        figures(r, G, D, gan_G, net, name, pictures)
-        results = evaluate(r, G, D, net, name, pictures)
-        error = results.get("ig-cls", {}).get("value", 0)   # other networks than MNIST's have no such number
-        r.results(results, passed=args.dataset != "mnist" or error <= 6)
+def report(r, G, D, gan_G, pictures):
+    """Figures and results.json."""
+    figures(r, G, D, gan_G, pictures)
+    results = evaluate(r, G, D, pictures)
+    error = results.get("ig-cls", {}).get("value", 0)       # other networks than MNIST's have no such number
+    r.results(results, passed=r.args.dataset != "mnist" or error <= 6)
 
 
 if __name__ == "__main__":

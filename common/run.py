@@ -11,6 +11,7 @@ import pickle
 import platform
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import zipfile
@@ -61,7 +62,8 @@ def parser(file, doc, **defaults):
     add("--data-dir", default="data", help="where data sets are kept and downloaded to [%(default)s]")
     add("--out", default="runs", help="where the run's folder is made [%(default)s]")
     add("--name", default="", help="ending of the run's folder, to tell runs apart")
-    own = {k: "%(default)s" if k in defaults else "as the network asks" for k in ("steps", "batch_size")}
+    own = {k: "%(default)s" if k in defaults else "the experiment's" for k in ("steps", "batch_size")}
+    add("--paper", action="store_true", help="the settings of the paper alone [tuned in places]")
     add("--steps", type=number(int, 1), help=f"iterations [{own['steps']}]")
     add("--batch-size", type=number(int, 2), help=f"images a step, on each rank [{own['batch_size']}]")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random [%(default)s]")
@@ -78,33 +80,50 @@ def parser(file, doc, **defaults):
     return p
 
 
-def parse(p, argv=None, free=()):
-    """Parse `argv`.  With --resume RUN that run's flags are the defaults; another value for one of them is an
-    error, but for the flags named in `free`: what a trained run may be asked for."""
-    args = p.parse_args(argv)
-    if args.sample and not args.resume:
+def parse(p, argv=None, free=(), experiment=None, paper=None, tuned=None):
+    """The settings of a run, one namespace: flags as given, else those of the run that --resume names, else
+    defaults.
+
+    `paper` and `tuned` map an experiment to its settings, `experiment(args)` names it.  A setting without a
+    value is taken from `tuned`, else from `paper`; with --paper from `paper` alone.  `args.given` names the
+    flags given by hand, `args.settings` is "paper" or "tuned".  A resumed run keeps all of its settings,
+    whatever the defaults are by then; changing one is an error unless it is listed in FREE or `free`.
+    """
+    defaults = vars(p.parse_args([]))
+    given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
+    given = {k: v for k, v in given.items() if v is not None}
+    if given.get("sample") and not given.get("resume"):
         p.error("--sample needs --resume RUN: the run whose networks draw")
-    if not args.resume:
-        return args
-    path = Path(args.resume) / "args.json"
+    saved = _saved(given["resume"], defaults["script"]) if given.get("resume") else {}
+    for k, v in given.items():
+        if k in saved and saved[k] != v and k not in {*FREE, *free}:
+            raise UserError(f"{given['resume']} was run with --{k.replace('_', '-')} {saved[k]}, {v} given: "
+                            "leave the flag out, or start a new run")
+    args = argparse.Namespace(**{**defaults, **saved, **given})
+    args.given = sorted({*given, *saved.get("given", [k for k in saved if saved[k] != defaults.get(k)])})
+    if paper:
+        args.experiment = experiment(args)
+        chosen = paper[args.experiment] | ({} if args.paper else (tuned or {}).get(args.experiment, {}))
+        for k, v in chosen.items():
+            if getattr(args, k, None) is None:
+                setattr(args, k, v)
+        args.settings = "paper" if args.paper else "tuned"
+    return args
+
+
+def _saved(folder, script):
+    """The settings of the run in `folder`, but for what is asked of it anew each time."""
+    path = Path(folder) / "args.json"
     try:
         saved = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} not found: the folder of an earlier run expected") from None
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read ({e}): the flags of the run are lost") from None
-    if not isinstance(saved, dict) or saved.get("script") != args.script:
+    if not isinstance(saved, dict) or saved.get("script") != script:
         found = saved.get("script") if isinstance(saved, dict) else None
-        raise UserError(f"{args.resume} is a run of {found}.py, a run of {args.script}.py expected")
-    p.set_defaults(**{k: v for k, v in saved.items() if k not in ("resume", "sample", "check")})
-    args = p.parse_args(argv)
-    changed = [k for k, v in vars(args).items() if k not in {*FREE, *free} and k in saved and saved[k] != v]
-    if changed:
-        k = changed[0]
-        flag = "--" + k.replace("_", "-")
-        raise UserError(f"{args.resume} was run with {flag} {saved[k]}, {vars(args)[k]} given: "
-                        "leave the flag out, or start a new run")
-    return args
+        raise UserError(f"{folder} is a run of {found}.py, a run of {script}.py expected")
+    return {k: v for k, v in saved.items() if k not in ("resume", "sample", "check")}
 
 
 class Run:
@@ -204,6 +223,12 @@ class Run:
             self.logger.close()
             for s, handler in old.items():
                 signal.signal(s, handler)
+
+    @property
+    def feed(self):
+        """How this process draws its minibatches: batch size, device, seed, rank and number of ranks."""
+        return {"batch_size": self.args.batch_size, "device": self.args.device, "seed": self.args.seed,
+                "rank": self.rank, "world": self.world}
 
     def log(self, scalars):
         """Add one step's 0-dim tensors to the interval's means; nothing is read from the device here."""
@@ -329,8 +354,11 @@ class Run:
         if not self.lead:
             return
         lines = log.history(self.folder)
-        report = {"command": " ".join(["python", f"{self.args.script}.py", *_flags(self.asked)]),
-                  "seed": self.args.seed, "step": self.step, "seconds": lines[-1]["seconds"] if lines else 0,
+        asked = {k: self.asked[k] for k in self.args.given}
+        settings = {k: v for k, v in self.asked.items() if k not in ("given", "settings", "script")}
+        report = {"command": " ".join(["python", f"{self.args.script}.py", *_flags(asked)]),
+                  "settings": getattr(self.args, "settings", "tuned"), "all settings": settings,
+                  "commit": _commit(), "seed": self.args.seed, "step": self.step, "seconds": lines[-1]["seconds"] if lines else 0,
                   "machine": machine(self.args.device), "mode": describe(self.args),
                   "versions": {"python": platform.python_version(), "torch": torch.__version__,
                                "torchvision": version("torchvision"), "numpy": np.__version__},
@@ -345,6 +373,17 @@ class Run:
         if self.args.check and not passed:
             print(f"{self.args.script}.py: --check: the header's metric is missed", file=sys.stderr)
             sys.exit(1)
+
+
+def _commit():
+    """The commit of the checkout that this is, with a plus for uncommitted changes; None outside of one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip() + "+" * bool(changed.stdout)
 
 
 def machine(device):
