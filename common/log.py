@@ -36,6 +36,21 @@ def say(text, file=None, end="\n"):
                 os.dup2(null.fileno(), file.fileno())
 
 
+def temporary(path):
+    """A name beside `path` that no other process and no other file has."""
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+def write_text(path, text):
+    """Write a text file, whole or not at all: on a full disk the old one survives."""
+    partial = temporary(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 class Logger:
     """Sums scalars on their devices and reads them once per interval, so that the loop never waits.
 
@@ -53,9 +68,7 @@ class Logger:
         self.path = folder / "metrics.jsonl"
         kept = [line for line in history(folder) if line["step"] <= step] if step else []
         self.before = kept[-1]["seconds"] if kept else 0.0  # seconds before this process
-        temporary = folder / "metrics.tmp"  # on a full disk the old lines survive
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(self.path)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     def add(self, scalars):
@@ -176,9 +189,12 @@ def with_captions(images, captions):
 def save_png(path, image):
     """Write one uint8 image (1 or 3, H, W) as PNG, completely or not at all."""
     array = image.permute(1, 2, 0).numpy()
-    temporary = path.with_name(path.name + ".tmp")
-    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(temporary, format="PNG")
-    temporary.replace(path)
+    partial = temporary(path)
+    try:
+        Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(partial, format="PNG")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (140, 86, 75),

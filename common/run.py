@@ -22,26 +22,35 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from common import UserError, intact, log
+from common import UserError, data, intact, log
 from common.fuse import cannot_compile, describe, has_bf16
+from common.log import say
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # Flags that a resumed run may change; the others are part of what it is.
 FREE = {"resume", "sample", "check", "steps", "device", "amp", "compile", "graph", "log_every", "save_every",
         "data_dir", "out", "name",
+        "dataset",     # moved; Batches holds the number of pictures to what it was
         "batch_size"}  # on another number of ranks; Batches holds the batch of all of them to what it was
+PATHS = ("dataset", "data_dir", "out", "dis", "encoder")  # flags that may be relative paths
 NEGATABLE = {"amp", "compile", "graph", "bn", "views"}  # False: --no-..., of other flags: not given
 TOO_LARGE = ("can't allocate memory", "size calculation overflowed", "Overflow when unpacking")  # torch, CPU
-UNWRITABLE = {errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EPERM, errno.EROFS}
+UNWRITABLE = {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EISDIR, errno.ELOOP,
+              errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
 
 
-def number(kind, low, high=math.inf, open_low=False):
-    """An argparse type: `kind` (int or float) from `low` to `high`, finite; `open_low` leaves `low` itself
-    out."""
+def number(kind, low, high=1e15, open_low=False):
+    """An argparse type: `kind` (int or float) from `low` to `high`; `open_low` leaves `low` itself out."""
     def parse(text):
         value = kind(text)
-        if not (low <= value <= high) or (open_low and value == low) or math.isinf(value):
-            span = f"{'above' if open_low else 'at least'} {low}" + f" and at most {high}" * (high < math.inf)
-            raise argparse.ArgumentTypeError(f"{text} found, {span} expected")
+        if not low <= value <= high or open_low and value == low:
+            span = f"{'above' if open_low else 'at least'} {low} and at most {high:.15g}"
+            span = span.removesuffix(" and at most 1e+15")
+            raise argparse.ArgumentTypeError(f"{text[:40]} found, {span} expected")
         return value
     parse.__name__ = kind.__name__
     return parse
@@ -99,7 +108,10 @@ def parse(p, argv=None, free=(), experiment=None, paper=None, tuned=None):
         if k in saved and saved[k] != v and k not in {*FREE, *free}:
             raise UserError(f"{given['resume']} was run with --{k.replace('_', '-')} {saved[k]}, {v} given: "
                             "leave the flag out, or start a new run")
+    _check(p, saved, given.get("resume"))
     args = argparse.Namespace(**{**defaults, **saved, **given})
+    if not args.dataset:
+        p.error("--dataset is empty: a name, a folder of images or an .npz file expected")
     args.given = sorted({*given, *saved.get("given", [k for k in saved if saved[k] != defaults.get(k)])})
     if paper:
         args.experiment = experiment(args)
@@ -109,6 +121,33 @@ def parse(p, argv=None, free=(), experiment=None, paper=None, tuned=None):
                 setattr(args, k, v)
         args.settings = "paper" if args.paper else "tuned"
     return args
+
+
+def _check(p, saved, folder):
+    """Hold saved settings to what their flags would accept.  UserError: the first that does not fit."""
+    for action in p._actions:
+        value = saved.get(action.dest)
+        if value is None:
+            continue
+        try:
+            if action.nargs == 0:
+                fits = isinstance(value, bool)
+            elif isinstance(action, argparse.BooleanOptionalAction):
+                fits = isinstance(value, bool)
+            else:
+                append = isinstance(action, argparse._AppendAction)
+                several = isinstance(value, list) and (action.nargs or append)
+                for one in value if several else [value]:
+                    if isinstance(one, (bool, list, dict)):
+                        raise ValueError("a single value expected")
+                    p._check_value(action, p._get_value(action, str(one)))
+                fits = True
+        except (ValueError, argparse.ArgumentError) as e:
+            raise UserError(f"{folder}/args.json is damaged: {action.option_strings[0]} {value!r} found "
+                            f"({str(e).splitlines()[0]})") from None
+        if not fits:
+            raise UserError(f"{folder}/args.json is damaged: {action.option_strings[0]} is {value!r}, "
+                            "true or false expected")
 
 
 def _saved(folder, script):
@@ -134,7 +173,12 @@ class Run:
     """
 
     def __init__(self, args):
-        self.asked = dict(vars(args))
+        self.asked, self.kept, self.read = dict(vars(args)), dict(vars(args)), None
+        for key in PATHS:  # a run may be resumed from another folder
+            value = self.asked.get(key)
+            named = key == "dataset" and value in (*data.BUILT_IN, *data.PLACE, "toy")
+            if isinstance(value, str) and not named and Path(value).expanduser().exists():
+                self.kept[key] = str(Path(value).expanduser().resolve())
         self.args, self.parts, self.step, self.stopped = args, {}, 0, False
         self.logger = self.board = None
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -152,29 +196,67 @@ class Run:
         args.amp = has_bf16(torch.device(args.device)) if args.amp is None else args.amp
         why_not = cannot_compile(torch.device(args.device)) if args.compile else ""
         if why_not and self.lead:
-            print(f"not compiled: {why_not}", file=sys.stderr)
+            say(f"not compiled: {why_not}", sys.stderr)
         args.compile = bool(args.compile) and not why_not
         args.graph = cuda if args.graph is None else args.graph and cuda
         torch.manual_seed(args.seed)
-        if args.resume:
-            self.folder = Path(args.resume)
-        else:
-            label = Path(args.dataset).stem + (f"-{args.name}" if args.name else "")
-            self.folder = Path(args.out) / f"{args.script}-{label}"
-            if self.lead:
-                self._claim()
+        label = Path(args.dataset).stem + (f"-{args.name}" if args.name else "")
+        self.folder = Path(args.resume or Path(args.out) / f"{args.script}-{label}")
+        self.lock = None
+        if not args.resume:
+            self._lead_alone(self._claim)
+
+    def _lead_alone(self, act):
+        """Let rank 0 do what can fail; its refusal ends the other ranks too."""
+        error = None
+        if self.lead:
+            try:
+                act()
+            except UserError as e:
+                error = e
+        if self.world > 1:
+            failed = torch.tensor(float(error is not None), device=self.args.device)
+            dist.broadcast(failed, 0)
+            if failed.item() and not self.lead:
+                sys.exit(1)
+        if error:
+            raise error
 
     def _claim(self):
-        """Make the run's folder; one that holds a run is left alone."""
+        """Make the run's folder and lock it.  One that holds a checkpoint is left alone; one of a run that ended
+        before its first is taken over."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "args.tmp").touch()
-            (self.folder / "args.tmp").unlink()
+            self._lock()
         except OSError as e:
             raise UserError(f"cannot write to {self.folder} ({e.strerror}): give another --out") from None
-        if any((self.folder / name).exists() for name in ("metrics.jsonl", "checkpoint.pt")):
+        if (self.folder / "checkpoint.pt").exists():
             raise UserError(f"{self.folder} already holds a run: go on with --resume {self.folder}, "
                             "or give this one another --name")
+        for old in (*self.folder.glob("events.out.*"), self.folder / "metrics.jsonl"):
+            old.unlink(missing_ok=True)
+
+    def _lock(self):
+        """Lock the folder for training, for the life of this process; reading goes on beside it."""
+        if self.lock:
+            return
+        lock = open(self.folder / "lock", "a+b")
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:  # Windows
+                import msvcrt
+                lock.seek(0)
+                msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+        except (BlockingIOError, PermissionError):
+            lock.close()
+            raise UserError(f"another process is training in {self.folder}: wait for it, or give this run "
+                            "another --name") from None
+        except OSError:  # a file system without locks
+            pass
+        self.lock = lock
+        for left in self.folder.glob("*.tmp"):  # of processes that were killed
+            left.unlink(missing_ok=True)
 
     def keep(self, **parts):
         """What a checkpoint holds (anything with state_dict); restores them all when resuming.
@@ -186,7 +268,7 @@ class Run:
         if self.args.resume:
             return self._load()
         if self.lead:
-            (self.folder / "args.json").write_text(json.dumps(self.asked, indent=1) + "\n")
+            log.write_text(self.folder / "args.json", json.dumps(self.kept, indent=1) + "\n")
             (self.folder / "metrics.jsonl").touch()
         if self.world > 1:
             # The networks are alike by now; latents must not be.
@@ -198,11 +280,12 @@ class Run:
         args = self.args
         if self.step >= args.steps:
             return
+        self._lead_alone(self._train_alone)
         if self.lead:
-            print(describe(args), flush=True)
+            say(f"{describe(args)} | {args.steps:,} steps | {self.folder}")
         folder = self.folder if self.lead else None
         self.logger = log.Logger(folder, args.steps, args.batch_size * self.world, self.step)
-        old = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        old = {s: signal.signal(s, self._stop) for s in stops()}
         try:
             for step in range(self.step + 1, args.steps + 1):
                 yield step
@@ -216,13 +299,22 @@ class Run:
                     self.save()
                 if stop:
                     if self.lead:
-                        print(f"\nstopped after step {step} and saved: go on with --resume {self.folder}",
-                              file=sys.stderr)
+                        say(f"\nstopped after step {step} and saved: go on with --resume {self.folder}",
+                            sys.stderr)
                     sys.exit(130)
         finally:
             self.logger.close()
             for s, handler in old.items():
                 signal.signal(s, handler)
+
+    def _train_alone(self):
+        """Lock a resumed run, unless another process has trained it since its checkpoint was read."""
+        try:
+            self._lock()
+        except OSError as e:
+            raise UserError(f"cannot write to {self.folder} ({e.strerror})") from None
+        if self.args.resume and self.read != _stamp(self.folder / "checkpoint.pt"):
+            raise UserError(f"another process has trained {self.folder} meanwhile: give the command again")
 
     @property
     def feed(self):
@@ -282,17 +374,18 @@ class Run:
             if isinstance(part, torch.nn.Module) and not all(t.isfinite().all() for t in part.parameters()):
                 raise UserError(self._diverged(f"a parameter of {name} is infinite or NaN"))
         state = {"script": self.args.script, "step": self.step, "world": self.world, "parts": parts,
-                 "random": torch.get_rng_state()}
+                 "random": torch.get_rng_state(), "settings": json.dumps(self._trained_with())}
         if self.random:
             state[f"random_{torch.device(self.args.device).type}"] = self.random.get_rng_state()
         path = self.folder / "checkpoint.pt"
-        temporary = path.with_suffix(".tmp")
+        temporary = log.temporary(path)
         try:
             with temporary.open("wb") as f:
                 torch.save(state, f)
                 f.flush()
                 os.fsync(f.fileno())
             temporary.replace(path)
+            self.read = _stamp(path)
         except (OSError, RuntimeError) as e:
             temporary.unlink(missing_ok=True)
             raise UserError(f"step {self.step}: cannot write {path} ({e}); an earlier one is kept") from None
@@ -300,18 +393,23 @@ class Run:
     def _load(self):
         path = self.folder / "checkpoint.pt"
         try:
+            self.read = _stamp(path)
             intact(path)
             state = torch.load(path, map_location=self.args.device, weights_only=True)
+            self._same_settings(state)
             missing = sorted(set(self.parts) ^ set(state["parts"]))
             if missing:
                 raise UserError(f"{path} and the script differ in {missing[0]}: another version wrote it")
             for name, part in self.parts.items():
                 part.load_state_dict(state["parts"][name])
+                _fits(name, part)
             self.step = state["step"]
+            if type(self.step) is not int or self.step < 0:
+                raise UserError(f"{path} is damaged: its step is {self.step!r}")
             kind = torch.device(self.args.device).type
             made = next((key.removeprefix("random_") for key in state if key.startswith("random_")), "cpu")
             if kind != made and self.lead and not self.args.sample:
-                print(f"{path} was written on {made}: on {kind} the run goes on, but not to the bit")
+                say(f"{path} was written on {made}: on {kind} the run goes on, but not to the bit")
             if self.world == 1 == state["world"] and kind == made:
                 torch.set_rng_state(state["random"].cpu())
                 if self.random:
@@ -319,13 +417,26 @@ class Run:
             else:
                 torch.manual_seed(self.args.seed + 7919 * self.rank + 104729 * self.step)
         except FileNotFoundError:
-            raise UserError(f"{path} not found: the run was stopped before its first checkpoint") from None
+            raise UserError(f"{path} not found: the run was stopped before its first checkpoint.  Start it "
+                            "again without --resume") from None
         except UserError:
             raise
         except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, RuntimeError, LookupError,
                 TypeError, ValueError) as e:
             reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             raise UserError(f"{path} is damaged or not a checkpoint of this run: {reason}") from None
+
+    def _trained_with(self):
+        return {k: v for k, v in self.kept.items() if k not in {"given", *FREE}}
+
+    def _same_settings(self, state):
+        """UserError where args.json says other than the checkpoint, which keeps what it was trained with."""
+        mine = json.loads(json.dumps(self._trained_with()))  # tuples as lists
+        for k, v in json.loads(state.get("settings", "{}")).items():
+            now = mine.get(k, v)
+            if now != v and k not in self.args.given:
+                raise UserError(f"{self.folder}/args.json has {k} {now!r}, the checkpoint was "
+                                f"trained with {v!r}: put that back")
 
     def show(self, name, image):
         """Save the uint8 picture (3, H, W) as NAME.png in the run's folder, and for TensorBoard."""
@@ -339,12 +450,13 @@ class Run:
         """--sample N: write N pictures of `draw(n)` (n, C, H, W), values in `scale`, as samples/00000.png and
         so on."""
         folder = self.folder / "samples"
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.is_dir():
+            shutil.rmtree(folder)
         folder.mkdir()
         for start in range(0, self.args.sample, 500):
             for i, x in enumerate(log.to_uint8(draw(min(500, self.args.sample - start)), scale), start):
                 log.save_png(folder / f"{i:05d}.png", x)
-        print(f"{self.args.sample} pictures in {folder}")
+        say(f"{self.args.sample} pictures in {folder}")
 
     def results(self, results, passed=True):
         """Write results.json and print a line a number; with --check exit with 1 unless `passed`.
@@ -358,21 +470,49 @@ class Run:
         settings = {k: v for k, v in self.asked.items() if k not in ("given", "settings", "script")}
         report = {"command": " ".join(["python", f"{self.args.script}.py", *_flags(asked)]),
                   "settings": getattr(self.args, "settings", "tuned"), "all settings": settings,
-                  "commit": _commit(), "seed": self.args.seed, "step": self.step, "seconds": lines[-1]["seconds"] if lines else 0,
+                  "commit": _commit(), "seed": self.args.seed, "step": self.step,
+                  "seconds": lines[-1]["seconds"] if lines else 0,
                   "machine": machine(self.args.device), "mode": describe(self.args),
                   "versions": {"python": platform.python_version(), "torch": torch.__version__,
                                "torchvision": version("torchvision"), "numpy": np.__version__},
                   "date": time.strftime("%Y-%m-%d"), "results": results}
-        temporary = self.folder / "results.json.tmp"
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
-        temporary.replace(self.folder / "results.json")
+        log.write_text(self.folder / "results.json", json.dumps(_finite(report), indent=1) + "\n")
         for name, r in results.items():
             paper = f"   (paper {_short(r['paper'])})" if "paper" in r else ""
-            print(f"{name:24} {_short(r['value'])} {r.get('unit', '')}{paper}")
-        print(f"figures and results.json in {self.folder}", flush=True)
+            say(f"{name:24} {_short(r['value'])} {r.get('unit', '')}{paper}")
+        say(f"figures and results.json in {self.folder}")
         if self.args.check and not passed:
-            print(f"{self.args.script}.py: --check: the header's metric is missed", file=sys.stderr)
+            say(f"{self.args.script}.py: --check: the metric is missed", sys.stderr)
             sys.exit(1)
+
+
+def stops():
+    """The signals that end a run after the step at hand; SIGHUP is left alone where it is ignored (nohup)."""
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    heard = hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *[hangup] * heard]
+
+
+def _stamp(path):
+    s = path.stat()
+    return s.st_ino, s.st_mtime_ns, s.st_size
+
+
+def _fits(name, part):
+    """Raise ValueError where an optimizer's state has other shapes than its parameters."""
+    for p, state in getattr(part, "state", {}).items() if isinstance(part, torch.optim.Optimizer) else ():
+        for key, t in state.items():
+            if torch.is_tensor(t) and t.dim() and t.shape != p.shape:
+                raise ValueError(f"{name}: {key} is {tuple(t.shape)}, {tuple(p.shape)} expected")
+
+
+def _finite(value):
+    """`value` with None in place of numbers that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _commit():
@@ -423,7 +563,7 @@ def _device(name, lead=True):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if other and lead:
-            print(f"on the CPU: --device {other} is here too, but this repository has not been run on it")
+            say(f"on the CPU: --device {other} is here too, but this repository has not been run on it")
     try:
         device = torch.device(name)
         if device.type != "cpu":
@@ -456,24 +596,27 @@ def _short(value):
 
 
 def _one_line(script):
+    """An excepthook: a mistake of the user's, or of the machine's, is one line on stderr."""
     def hook(kind, error, trace):
+        said = " ".join(str(error).split())[:80]
         if issubclass(kind, UserError):
-            print(f"{script}.py: {error}", file=sys.stderr)
+            line = str(error)
         elif issubclass(kind, KeyboardInterrupt):
-            print(f"{script}.py: interrupted", file=sys.stderr)
+            line = "interrupted"
         elif issubclass(kind, OSError) and error.errno in UNWRITABLE:
-            print(f"{script}.py: {error.filename or 'a file of the run'} cannot be written "
-                  f"({error.strerror}): free some space, or give another --out", file=sys.stderr)
+            line = (f"{error.filename or 'a file of the run'} cannot be written ({error.strerror}): "
+                    "free some space, or give another --out")
+        elif issubclass(kind, ValueError) and "null byte" in said:
+            line = "a flag holds a NUL byte: a path or a name expected"
         elif issubclass(kind, NotImplementedError) and "PYTORCH_ENABLE_MPS_FALLBACK" in str(error):
-            print(f"{script}.py: {str(error).split('.')[0]}: set the environment variable "
-                  "PYTORCH_ENABLE_MPS_FALLBACK=1 to run it on the CPU", file=sys.stderr)
+            line = (f"{str(error).split('.')[0]}: set the environment variable "
+                    "PYTORCH_ENABLE_MPS_FALLBACK=1 to run it on the CPU")
         elif dist.is_initialized() and (issubclass(kind, dist.DistError) or "gloo" in str(error)):
-            print(f"{script}.py: another rank has ended: go on with --resume from the last checkpoint "
-                  f"({' '.join(str(error).split())[:80]} ...)", file=sys.stderr)
+            line = f"another rank has ended: go on with --resume from the last checkpoint ({said} ...)"
         elif (issubclass(kind, (MemoryError, torch.OutOfMemoryError))
               or any(text in str(error) for text in TOO_LARGE)):
-            print(f"{script}.py: not enough memory for batch, networks or data of this size "
-                  f"({' '.join(str(error).split())[:80]} ...)", file=sys.stderr)
+            line = f"not enough memory for batch, networks or data of this size ({said} ...)"
         else:
-            sys.__excepthook__(kind, error, trace)
+            return sys.__excepthook__(kind, error, trace)
+        say(f"{script}.py: {line}", sys.stderr)
     return hook

@@ -87,7 +87,7 @@ class Done(Exception):
     """After the last step: what the figures and numbers would take is saved."""
 
 
-def still():
+def still(module):
     """Without what a batch and its halves do not share: no noise, no dropout, no statistics of BatchNorm."""
     def rows(low, high):  # alike in every row, apart in every column
         def draw(*shape, device=None, **_):
@@ -97,7 +97,7 @@ def still():
         return draw
 
     # Adam's first steps are signs of gradients, which rounding turns where they are almost zero.
-    torch.optim.Adam = lambda params, *_, **__: SGD(params, 1.0)
+    module.Adam = lambda params, *_, **__: SGD(params, 1.0)
     torch.rand, torch.randn = rows(0, 0.99), rows(-2, 2)
     torch.randn_like = lambda t: torch.randn(*t.shape, device=t.device)
     torch.randint = lambda *words, device=None: torch.zeros(words[-1], dtype=torch.int64, device=device)
@@ -135,7 +135,7 @@ def forked(name, words, out, world, quiet=False, before=lambda self, step: None)
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             run.Run.loop = loop
             if quiet:
-                still()
+                still(module)
             module.main([*words, "--device", "cpu", "--no-amp", "--out", str(out)])
         except Done:
             code = 0

@@ -96,17 +96,26 @@ def test_an_unknown_device_is_one_line():
 
 
 def test_a_folder_with_a_run_is_left_alone(tmp_path):
-    folder = started(tmp_path).folder
-    before = (folder / "args.json").read_text()
+    r = started(tmp_path)
+    r.save()
+    before = (r.folder / "args.json").read_text()
+    with pytest.raises(UserError, match="another process is training"):
+        run.Run(parse("--out", tmp_path, "--device", "cpu", "--seed", 5))
+    r.lock.close()  # as the end of its process does
     with pytest.raises(UserError, match="already holds a run.*--resume.*--name"):
         run.Run(parse("--out", tmp_path, "--device", "cpu", "--seed", 5))
-    assert (folder / "args.json").read_text() == before
+    assert (r.folder / "args.json").read_text() == before
     run.Run(parse("--out", tmp_path, "--device", "cpu", "--name", "b"))
 
 
-def test_a_run_that_failed_before_it_started_is_no_run(tmp_path):
-    run.Run(parse("--out", tmp_path, "--device", "cpu", "--seed", 5))
-    started(tmp_path)
+def test_a_run_without_a_checkpoint_is_taken_over(tmp_path):
+    run.Run(parse("--out", tmp_path, "--device", "cpu", "--seed", 5)).lock.close()
+    r = started(tmp_path)
+    (r.folder / "metrics.jsonl").write_text('{"step": 1, "seconds": 1.0}\n')
+    r.lock.close()  # killed before its first checkpoint
+    with pytest.raises(UserError, match="before its first checkpoint.  Start it again without --resume"):
+        run.Run(parse("--resume", r.folder)).keep(part=Part())
+    assert log.history(started(tmp_path).folder) == []
 
 
 def test_an_unwritable_folder_is_one_line(tmp_path):
@@ -283,6 +292,7 @@ def test_a_resumed_run_does_not_repeat_lines(tmp_path):
         if step == 3:
             break  # a kill after the checkpoint of step 2: line 3 may be there already
     (r.folder / "metrics.jsonl").open("a").write('{"step": 3, "V"')  # and a line cut off
+    r.lock.close()
     again = run.Run(parse("--resume", r.folder))
     again.keep(part=Part())
     for step in again.loop():
