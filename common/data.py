@@ -72,7 +72,7 @@ NAMES = ("names", "values", "words", "classes")     # arrays with these endings 
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
           "valid": "val", "validation": "val"}
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # EXIF orientation -> upright
-BLOCK = 1024           # images decoded, written and check-summed at a time; another value voids what is prepared
+BLOCK = 1024           # images decoded, written and checked at a time; another value voids what is prepared
 GPU_SHARE = 0.5        # fraction of the free GPU memory that a data set may fill
 HOST_RESIDENT = 2**30  # bytes; on a CPU a larger set is probably memory-mapped, so read it ahead in a thread
 
@@ -311,7 +311,7 @@ def to_torch(a):
     """Strings become a list, floats a float32 tensor, integers int64; uint8 and bool keep their type."""
     a = np.asarray(a)
     if a.dtype.kind in "US":
-        return (np.char.decode(a, "utf-8") if a.dtype.kind == "S" else a).tolist()
+        return (np.char.decode(a, "utf-8", "replace") if a.dtype.kind == "S" else a).tolist()
     keep = a.dtype in (np.uint8, np.bool_)
     kind = a.dtype if keep else np.float32 if a.dtype.kind == "f" else np.int64
     return torch.from_numpy(np.ascontiguousarray(a).astype(kind, copy=False))
@@ -361,7 +361,7 @@ def folder(path, root, size, channels, skip_bad=False):
             return decode(os.path.join(path, file), size, c, scales=scales)
 
         if skip_bad:
-            found = zip(files, run_in_threads(files, attempt(work)))
+            found = zip(files, in_threads(work, files))
             bad = {f: str(error) for f, error in found if isinstance(error, UserError)}
             if bad:
                 print(f"left out, as they cannot be read: {listing(list(bad.values()))}", file=sys.stderr)
@@ -640,21 +640,20 @@ def scan(sources, name):
     their values does not tell.
     """
     def mode(source):
-        with suppress(UserError), opened(source) as im:  # decode() reports it
+        with opened(source) as im:
             return im.mode
 
     def limits(source):
-        with suppress(UserError), opened(source) as im:
+        with opened(source) as im:
             a = np.asarray(im)
             return a.min(), a.max()
-        return np.inf, -np.inf
 
-    modes, scales = list(run_in_threads(sources, mode)), {}
+    modes = [m if isinstance(m, str) else "" for m in in_threads(mode, sources)]   # decode() reports errors
+    scales = {}
     for kind in "IF":
-        deep = [s for s, m in zip(sources, modes) if m and m[0] == kind]
-        if deep:
-            lows, highs = zip(*run_in_threads(deep, limits))
-            low, high = float(np.min(lows)), float(np.max(highs))
+        deep = in_threads(limits, [s for s, m in zip(sources, modes) if m.startswith(kind)])
+        if known := [pair for pair in deep if isinstance(pair, tuple)]:
+            low, high = float(np.min(known)), float(np.max(known))
             if kind == "I" and 0 <= low <= high < 2**16:
                 bits = next(b for b in (8, 10, 12, 14, 16) if high < 2**b)
                 scales[kind] = 0, 2.0 ** (8 - bits), 0
@@ -662,10 +661,10 @@ def scan(sources, name):
                 scales[kind] = (0, 255, 0.5) if low >= 0 else (-1, 127.5, 0.5)
             elif kind == "F" and low >= 0 and 128 <= high <= 255:
                 scales[kind] = 0, 1, 0.5
-            elif low <= high or math.isnan(low):
+            else:
                 raise UserError(f"{name} has pictures with values from {low:g} to {high:g}: expected "
                                 "integers 0 to 65535, or floats 0 to 1, -1 to 1 or 0 to 255")
-    return set(modes) - {None} <= set(GREY_MODES), scales
+    return set(modes) <= {"", *GREY_MODES}, scales
 
 
 def decode(source, size, channels, box=None, scales=None):
@@ -692,23 +691,22 @@ def decode(source, size, channels, box=None, scales=None):
     return a[None] if channels == 1 else a.transpose(2, 0, 1)
 
 
-def run_in_threads(sources, work):
-    """Yield work(source) of each source, from threads: Pillow and zlib work without the GIL."""
-    sources = iter(sources)
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(min(16, cpus)) as pool:
-        while part := list(itertools.islice(sources, BLOCK)):  # map() takes memory for each source at once
-            yield from pool.map(work, part)
+def in_threads(work, sources):
+    """Yield work(source), or the UserError that it raises, of each source, in order.
 
-
-def attempt(work):
-    """`work` for pictures, that returns the UserError which it raises."""
-    def or_error(source):
+    Pillow and zlib work without Python's lock.
+    """
+    def attempt(source):
         try:
             return work(source)
         except UserError as e:
             return e
-    return or_error
+
+    sources = iter(sources)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(min(16, cpus)) as pool:
+        while part := list(itertools.islice(sources, BLOCK)):  # map() takes memory for each source at once
+            yield from pool.map(attempt, part)
 
 
 def decode_blocks(name, sources, start, work, n=None):
@@ -720,7 +718,7 @@ def decode_blocks(name, sources, start, work, n=None):
     if start:
         print(f"preparing {name}: going on at picture {start + 1:,} of {n:,}", file=sys.stderr, flush=True)
     sources = sources(start) if callable(sources) else itertools.islice(sources, start, None)
-    pictures = run_in_threads(sources, attempt(work))
+    pictures = in_threads(work, sources)
     for done in itertools.chain(range(start + BLOCK, n, BLOCK), [n]):
         block = list(itertools.islice(pictures, BLOCK))
         bad += [str(x) for x in block if isinstance(x, UserError)]
@@ -785,21 +783,16 @@ def cached(where, make):
             raise ValueError
         intact(where / "rest.pt")
         arrays, marks = torch.load(where / "rest.pt", weights_only=True), where / "checksums"
-        seed = seed_of(images.shape, (where / "rest.pt").read_bytes())
+        seed, each = seed_of(images.shape, (where / "rest.pt").read_bytes()), images[:1].nbytes
 
-        def checksum_at(i):  # read, not mapped, which would keep all of it in memory
-            crc, left = (seed + i) % 2**32, images[i:i + BLOCK].nbytes
-            with open(where / "images.npy", "rb") as f:
-                f.seek(images.offset + images[:i].nbytes)
-                while left:
-                    part = f.read(min(left, 2**20))
-                    crc, left = zlib.crc32(part, crc), left - len(part)
-            return crc.to_bytes(4, "little")
+        def check(i):
+            size = len(images[i:i + BLOCK]) * each
+            return checksum(where / "images.npy", images.offset + i * each, size, seed + i)
 
-        found = b"".join(run_in_threads(range(0, len(images), BLOCK), checksum_at))
+        found = b"".join(in_threads(check, range(0, len(images), BLOCK)))
         if not marks.exists():  # prepared before there were any
             marks.write_bytes(found)
-        if marks.read_bytes() != found:
+        elif marks.read_bytes() != found:
             raise ValueError
     except Exception as e:
         raise UserError(f"{where} is damaged: delete this folder and run again, it is then prepared "
@@ -812,22 +805,19 @@ def cached(where, make):
                      {"images": images[:split], "test_images": images[split:]})
 
 
-def header(shape):
-    """The first bytes of images.npy."""
-    head = BytesIO()
-    np.lib.format.write_array_header_1_0(
-        head, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
-    return head.getvalue()
-
-
 def seed_of(shape, rest):
-    """What the checksums of all blocks depend on."""
-    return zlib.crc32(rest, zlib.crc32(header(shape)))
+    """What the checksums of all blocks depend on: the shape of the images and the bytes of rest.pt."""
+    return zlib.crc32(rest, zlib.crc32(repr(tuple(shape)).encode()))
 
 
-def checksum(block, seed):
-    """CRC-32 of a block of images, 4 bytes."""
-    return zlib.crc32(block, seed % 2**32).to_bytes(4, "little")
+def checksum(path, start, size, seed):
+    """CRC-32, 4 bytes, of `size` bytes of a file from `start` on.  A memory map would stay in memory."""
+    crc = seed % 2**32
+    with open(path, "rb") as f:
+        f.seek(start)
+        while part := f.read(min(size, 2**20)):
+            crc, size = zlib.crc32(part, crc), size - len(part)
+    return (crc if size == 0 else ~crc % 2**32).to_bytes(4, "little")
 
 
 def write(where, temporary, shape, blocks, rest):
@@ -837,32 +827,34 @@ def write(where, temporary, shape, blocks, rest):
     neither a kill nor a changed list nor a damaged file leaves a wrong picture.  No memory map is written to,
     since a full disk would then be a bus error.
     """
-    n, each, done, packed = shape[0], math.prod(shape[1:]), 0, BytesIO()
+    n, each, done, head, packed = shape[0], math.prod(shape[1:]), 0, BytesIO(), BytesIO()
+    np.lib.format.write_array_header_1_0(
+        head, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
     torch.save(rest, packed)
-    head, seed = header(shape), seed_of(shape, packed.getvalue())
-    images, marks = temporary / "images.npy", temporary / "checksums"
+    head, seed = head.getvalue(), seed_of(shape, packed.getvalue())
+    path, marks = temporary / "images.npy", temporary / "checksums"
+
+    def mark(done):
+        return checksum(path, len(head) + done * each, min(BLOCK, n - done) * each, seed + done)
+
     try:
         temporary.mkdir(exist_ok=True)
-        images.touch(), marks.touch()
-        free = shutil.disk_usage(temporary).free + images.stat().st_size
-        if free < n * each:
+        path.touch(), marks.touch()
+        if shutil.disk_usage(temporary).free + path.stat().st_size < n * each:
             raise UserError(f"{n * each / 1e9:.1f} GB are needed for {where}: free some space, or give "
                             "another --data-dir")
         (temporary / "rest.pt").write_bytes(packed.getvalue())
-        with open(images, "r+b") as images, open(marks, "r+b") as marks:
+        with open(path, "r+b") as images, open(marks, "r+b") as marks:
             images.write(head)
-            while done < n:
-                block = images.read(min(BLOCK, n - done) * each)
-                if not block or marks.read(4) != checksum(block, seed + done):
-                    break
+            images.flush()
+            while done < n and marks.read(4) == mark(done):
                 done = min(done + BLOCK, n)
             images.truncate(images.seek(len(head) + done * each))
             marks.truncate(marks.seek(-(-done // BLOCK) * 4))
             for block in blocks(done) if done < n else ():
-                block = np.ascontiguousarray(block).data
-                images.write(block)
+                images.write(np.ascontiguousarray(block).data)
                 images.flush()
-                marks.write(checksum(block, seed + done))
+                marks.write(mark(done))
                 marks.flush()  # after the pixels
                 done += len(block)
             os.fsync(images.fileno())
