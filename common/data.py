@@ -34,6 +34,7 @@ from PIL import Image
 from torch import Tensor
 
 from common import UserError, intact
+from common.log import say
 
 try:
     import fcntl
@@ -134,7 +135,7 @@ def load(name, data_dir="data", size=None, channels=None, download=True, skip_ba
                         f"them first, by {255 // high}")
     for key in {"images", "test_images"} & set(arrays):
         arrays[key] = resize(arrays[key], size, channels)
-    return Data(name, **{key: arrays.pop(key, None) for key in (*ARRAYS, "classes")}, extra=arrays)
+    return Data(printable(name), **{key: arrays.pop(key, None) for key in (*ARRAYS, "classes")}, extra=arrays)
 
 
 # ---- sets that fit in memory
@@ -345,7 +346,7 @@ def folder(path, root, size, channels, skip_bad=False):
     parts = layout(sorted(files), path)
     left_out["pictures of val/, beside train/ and test/"] = len(files) - sum(map(len, parts.values()))
     if left_out := ", ".join(f"{n:,} {what}" for what, n in sorted(left_out.items()) if n):
-        print(f"left out of {path}: {left_out}", file=sys.stderr, flush=True)
+        say(f"left out of {path}: {left_out}", sys.stderr)
     if not files:
         raise UserError(f"{path} holds no pictures: expected {' '.join(SUFFIXES)} in it, or in a sub-folder "
                         "for each class")
@@ -364,7 +365,7 @@ def folder(path, root, size, channels, skip_bad=False):
             found = zip(files, in_threads(work, files))
             bad = {f: str(error) for f, error in found if isinstance(error, UserError)}
             if bad:
-                print(f"left out, as they cannot be read: {listing(list(bad.values()))}", file=sys.stderr)
+                say(f"left out, as they cannot be read: {listing(list(bad.values()))}", sys.stderr)
             for prefix, part in parts.items():
                 parts[prefix] = {f: c for f, c in part.items() if f not in bad}
         parts[""] = dict(shuffled(list(parts[""].items())))
@@ -375,7 +376,7 @@ def folder(path, root, size, channels, skip_bad=False):
             if part and None not in part.values():
                 index = {c: i for i, c in enumerate(classes)}
                 rest[f"{prefix}labels"] = torch.tensor([index[c] for c in part.values()])
-                rest["classes"] = classes
+                rest["classes"] = list(map(printable, classes))
         if len(parts) == 1:
             del rest["test_from"]
         if not parts[""]:
@@ -601,7 +602,7 @@ def rendered(name, root, size, channels):
     channels = 3 if name == "shapes" else channels
 
     def make():
-        print(f"rendering {name} {size}x{size}, once", file=sys.stderr, flush=True)
+        say(f"rendering {name} {size}x{size}, once", sys.stderr)
         drawn = render.shapes(size=size) if name == "shapes" else \
             render.faces(size=size, channels=channels, plain=channels == 1)
         rest = {key: v if isinstance(v, (str, list)) else to_torch(v) for key, v in drawn.items()}
@@ -630,7 +631,7 @@ def opened(source):
         with Image.open(file, formats=FORMATS) as im:
             yield im
     except Exception as e:  # Pillow raises a dozen kinds for damaged files
-        raise UserError(f"{name} ({brief(e)})") from e
+        raise UserError(f"{printable(name)} ({brief(e)})") from e
 
 
 def scan(sources, name):
@@ -716,7 +717,7 @@ def decode_blocks(name, sources, start, work, n=None):
     """
     n, began, live, bad = n or len(sources), time.monotonic(), sys.stderr.isatty(), []
     if start:
-        print(f"preparing {name}: going on at picture {start + 1:,} of {n:,}", file=sys.stderr, flush=True)
+        say(f"preparing {name}: going on at picture {start + 1:,} of {n:,}", sys.stderr)
     sources = sources(start) if callable(sources) else itertools.islice(sources, start, None)
     pictures = in_threads(work, sources)
     for done in itertools.chain(range(start + BLOCK, n, BLOCK), [n]):
@@ -726,9 +727,8 @@ def decode_blocks(name, sources, start, work, n=None):
             yield np.stack(block)
         rate = (done - start) / (time.monotonic() - began)
         if live or done == n or done % (32 * BLOCK) == 0:
-            print("\r" * live + f"preparing {name}: {done:,} of {n:,} pictures, {rate:,.0f}/s, "
-                  f"{(n - done) / rate:.0f} s left  ", end="" if live and done < n else "\n",
-                  file=sys.stderr, flush=True)
+            say("\r" * live + f"preparing {name}: {done:,} of {n:,} pictures, {rate:,.0f}/s, "
+                f"{(n - done) / rate:.0f} s left  ", sys.stderr, "" if live and done < n else "\n")
     if bad:
         raise UserError(f"{listing(bad)} cannot be read: replace or remove, or leave out with --skip-bad")
 
@@ -748,7 +748,7 @@ def locked(path):
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"waiting for the process that prepares {path.stem}", file=sys.stderr, flush=True)
+                say(f"waiting for the process that prepares {path.stem}", sys.stderr)
                 fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
@@ -883,6 +883,11 @@ def read_text(path):
         return path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path} cannot be read ({brief(e)}): expected text in UTF-8") from e
+
+
+def printable(name):
+    """A file's name with escapes for line breaks and for bytes that are not UTF-8."""
+    return str(name).encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
 
 
 def brief(e):

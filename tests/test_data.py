@@ -339,6 +339,25 @@ def loaded(path, tmp_path, capsys):
     return d, "\n".join(lines)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux alone")
+def test_names_of_any_bytes(tmp_path):
+    f = os.fsdecode(os.fsencode(tmp_path) + b"/\xffset")
+    for name in ("a\nb/1.png", "c/2.png"):
+        save(Path(f) / name, noise(4, 4))
+    d = load(f, tmp_path, 4)
+    assert d.name == r"\udcffset" and d.classes == [r"a\nb", "c"] and len(d.images) == 2
+    (Path(f) / "a\nb" / "1.png").write_bytes(b"")
+    one_line(lambda: load(f, tmp_path, 4), r"a\nb/1.png")
+
+
+def test_a_closed_console_does_not_end_preparing(tmp_path, pictures):
+    code = "import sys; from common import data; print(len(data.load(sys.argv[1], sys.argv[2], 8).images))"
+    with subprocess.Popen([sys.executable, "-c", code, pictures, tmp_path], cwd=REPO, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as p:
+        p.stderr.close()
+        assert p.stdout.read() == b"24\n" and p.wait() == 0
+
+
 def test_links_are_read_once(tmp_path, capsys):
     f = tmp_path / "f"
     for c in "ab":
