@@ -101,13 +101,15 @@ def load(name, data_dir="data", size=None, channels=None, download=True, skip_ba
     Raises UserError if the name, a file or an argument is wrong.
     """
     root, path, name = Path(data_dir).expanduser(), Path(name).expanduser(), str(name)
-    if not name.strip():
-        raise UserError("the data set has no name: expected one, a folder of pictures, or an .npz file")
+    if not name.strip() or "\0" in f"{name}{root}":
+        raise UserError(f"data set {name!r} in --data-dir {str(root)!r}: expected the name of one, a folder "
+                        "of pictures, or an .npz file")
     if channels not in (None, 1, 3):
         raise UserError(f"channels is {channels}: expected 1 (grey) or 3 (RGB)")
     if size is not None and size < 1:
         raise UserError(f"size is {size}: expected a number of pixels")
-    if size is None and name not in (*BUILT_IN, *SMALL) and (name in PLACE or path.is_dir()):
+    known = name in BUILT_IN or name in PLACE
+    if size is None and name not in (*BUILT_IN, *SMALL) and (known or os.path.isdir(path)):
         raise UserError(f"{name} holds picture files, which may differ in size: give load() a size, 64 say")
     if name == "mnist":
         arrays = mnist(root)
@@ -117,17 +119,18 @@ def load(name, data_dir="data", size=None, channels=None, download=True, skip_ba
         arrays = small(name, root, download)
     elif name in PLACE:
         arrays = large(name, root, size, channels or 3, download)
-    elif (path / "text_c10").is_dir():
+    elif os.path.isdir(path / "text_c10"):  # unlike Path.is_dir(), without errors
         arrays, name = captioned(path, root, size, channels, skip_bad), path.resolve().name
-    elif path.is_dir():
+    elif os.path.isdir(path):
         arrays, name = folder(path, root, size, channels, skip_bad), path.resolve().name
-    elif path.suffix.lower() == ".npz" and path.is_file():
+    elif path.suffix.lower() == ".npz" and os.path.isfile(path):
         arrays, name = npz(path), path.stem
     else:
-        found = "is a file, but no .npz" if path.is_file() else "is neither known nor a path that exists"
+        found = "is neither known nor a path that exists"
+        found = "is a file, but no .npz" if os.path.isfile(path) else found
         raise UserError(f"data set {name!r} {found}: expected one of {', '.join((*BUILT_IN, *PLACE))}, "
                         "a folder of pictures, or an .npz file")
-    if name not in (*BUILT_IN, *PLACE):
+    if not known:
         renumber(arrays, path)
     x = arrays["images"]
     if x[:BLOCK].max() < 16 and 0 < (high := x.max().item()) < 16:
@@ -381,7 +384,9 @@ def folder(path, root, size, channels, skip_bad=False):
             del rest["test_from"]
         if not parts[""]:
             raise UserError(f"none of the {len(files):,} pictures in {path} can be read")
-        return (len(names), c, size, size), lambda start: decode_blocks(path.name, names, start, work), rest
+        cure = "replace or remove them, or leave them out by --skip-bad"
+        return (len(names), c, size, size), lambda start: decode_blocks(
+            path.name, names, start, work, cure=cure), rest
 
     label = re.sub(r"[^\w.-]", "_", path.resolve().name)
     return cached(root / "cache" / f"{label}-{size}x{channels or 'own'}-{digest.hexdigest()[:16]}", make)
@@ -607,20 +612,17 @@ def rendered(name, root, size, channels):
             render.faces(size=size, channels=channels, plain=channels == 1)
         rest = {key: v if isinstance(v, (str, list)) else to_torch(v) for key, v in drawn.items()}
         parts = [rest.pop(key).numpy() for key in ("images", "test_images") if key in rest]
+        images = np.concatenate(parts)
         if len(parts) > 1:
             rest["test_from"] = len(parts[0])
-        return (sum(map(len, parts)), *parts[0].shape[1:]), lambda start: in_blocks(parts, start), rest
+
+        def blocks(start):
+            return (images[i:i + BLOCK] for i in range(start, len(images), BLOCK))
+
+        return images.shape, blocks, rest
 
     code = hashlib.sha256(Path(render.__file__).read_bytes()).hexdigest()[:16]  # new code renders anew
     return cached(root / "cache" / f"{name}-{size}x{channels}-{code}", make)
-
-
-def in_blocks(parts, start):
-    """Yield arrays of BLOCK rows, the last one shorter, of `parts` end to end, beginning at row `start`."""
-    ends = list(itertools.accumulate(map(len, parts)))
-    for i in range(start, ends[-1], BLOCK):
-        yield np.concatenate([x[max(0, i - end + len(x)):max(0, i + BLOCK - end + len(x))]
-                              for x, end in zip(parts, ends)])
 
 
 @contextmanager
@@ -710,7 +712,7 @@ def in_threads(work, sources):
             yield from pool.map(attempt, part)
 
 
-def decode_blocks(name, sources, start, work, n=None):
+def decode_blocks(name, sources, start, work, n=None, cure="replace them"):
     """Yield work(source) of the sources from `start` to n, BLOCK stacked at a time, and report progress.
 
     Raises UserError with a list of all pictures that cannot be read.
@@ -730,7 +732,7 @@ def decode_blocks(name, sources, start, work, n=None):
             say("\r" * live + f"preparing {name}: {done:,} of {n:,} pictures, {rate:,.0f}/s, "
                 f"{(n - done) / rate:.0f} s left  ", sys.stderr, "" if live and done < n else "\n")
     if bad:
-        raise UserError(f"{listing(bad)} cannot be read: replace or remove, or leave out with --skip-bad")
+        raise UserError(f"{len(bad)} of {n:,} pictures cannot be read, {cure}: {listing(bad)}")
 
 
 def listing(bad):

@@ -103,9 +103,11 @@ def test_mnist_damaged(tmp_path, damage):
 def test_unknown_name(tmp_path):
     one_line(lambda: load("minst", tmp_path), "'minst'", "mnist, faces", "celeba", "folder", ".npz")
     one_line(lambda: load(str(tmp_path / "gone.npz"), tmp_path), "gone.npz", "exists")
-    one_line(lambda: load("", tmp_path), "no name")
-    one_line(lambda: load(" ", tmp_path, 8), "no name")
-    one_line(lambda: load("a\0b", tmp_path, 8), "exists")
+    for name in ("", " ", "a\0b"):
+        one_line(lambda name=name: load(name, tmp_path, 8), f"data set {name!r}", "expected the name")
+    one_line(lambda: load("a" * 5000, tmp_path), "exists")
+    one_line(lambda: load("mnist", "a\0b"), "--data-dir 'a\\x00b'")
+    one_line(lambda: load("mnist", "/dev/null"), "/dev/null/MNIST/raw", "missing")
     np.savez(tmp_path / "a.npz", images=noise(2, 1, 4, 4))
     assert len(load((tmp_path / "a.npz").rename(tmp_path / "A.NPZ")).images) == 2
     one_line(lambda: load(str(save(tmp_path / "a.png", noise(4, 4))), tmp_path), "a.png", "no .npz")
@@ -321,6 +323,14 @@ def test_black_arrays_and_thin_pictures_are_refused(tmp_path):
     one_line(lambda: load(tmp_path / "a.npz", size=8), "500x1", "one flat colour")
     save(tmp_path / "f" / "a.png", noise(500, 1))
     one_line(lambda: load(tmp_path / "f", tmp_path, 8), "1x500", "one flat colour")
+
+
+def test_a_folder_with_the_name_of_a_set_is_a_folder(tmp_path):
+    for c in "ab":
+        save(tmp_path / "faces" / "unpacked" / c / "0.png", noise(4, 4))
+    np.savez(tmp_path / "mnist.npz", images=noise(3, 1, 4, 4), labels=[3, 7, 7])
+    assert load(tmp_path / "faces", tmp_path, 4).classes == ["a", "b"]
+    assert load(tmp_path / "mnist.npz").classes == ["3", "7"]
 
 
 def test_folders_that_are_no_data_set(tmp_path):
