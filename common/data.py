@@ -386,7 +386,7 @@ def folder(path, root, size, channels, skip_bad=False):
             raise UserError(f"none of the {len(files):,} pictures in {path} can be read")
         cure = "replace or remove them, or leave them out by --skip-bad"
         return (len(names), c, size, size), lambda start: decode_blocks(
-            path.name, names, start, work, cure=cure), rest
+            path.resolve().name, names, start, work, cure=cure), rest
 
     label = re.sub(r"[^\w.-]", "_", path.resolve().name)
     return cached(root / "cache" / f"{label}-{size}x{channels or 'own'}-{digest.hexdigest()[:16]}", make)
@@ -398,7 +398,7 @@ def walk(path):
     Links are followed last, and no folder or file is read twice.  Hidden files and folders are ignored.
     """
     found, left_out, seen, links, folders = {}, Counter(), set(), [], [str(path)]
-    root = os.path.realpath(path)
+    root, prefix = os.path.realpath(path), len(os.path.join(path, ""))
     while folders or links:
         at = folders.pop() if folders else links.pop(0)
         real = os.path.realpath(at)
@@ -430,7 +430,7 @@ def walk(path):
                 elif ending not in SUFFIXES:
                     left_out[f"{ending or 'files without an ending'}"] += 1
                 else:
-                    found[os.path.relpath(file, path).replace(os.sep, "/")] = [s.st_size, s.st_mtime_ns]
+                    found[file[prefix:].replace(os.sep, "/")] = [s.st_size, s.st_mtime_ns]
     return found, left_out
 
 
