@@ -11,18 +11,12 @@ import itertools
 import json
 import math
 import os
-import re
-import shutil
-import stat
 import sys
 import tarfile
-import time
-import warnings
 import zipfile
 import zlib
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -30,15 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from common import UserError, intact
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from common import UserError, prepare
+from common.log import say
+from common.prepare import brief, cached, decode_blocks, folder, printable, shuffled
 
 MNIST = {  # file -> published md5 of its decompressed bytes
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -62,17 +52,10 @@ PLACE = {  # torchvision set -> what to place in the data folder where it cannot
     "coco": "coco/annotations/captions_train2014.json and coco/train2014/*.jpg"}
 BUILT_IN = ("mnist", "faces", "shapes")
 BOX = {"celeba": (15, 40, 163, 188), "lfw": (50, 50, 200, 200)}  # left, top, right, bottom, as VAE/GAN's code
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")      # of SUFFIXES; an EPS file runs a program
-GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B")     # Pillow's modes without colour
 ARRAYS = ("images", "labels", "test_images", "test_labels")
 COLUMNS = {"attributes": "attribute_names", "factors": "factor_names", "style": "style_names",
            "tags": "words"}                         # arrays (N, A) of an .npz, and the names of their columns
 NAMES = ("names", "values", "words", "classes")     # arrays with these endings have no row for each image
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
-          "valid": "val", "validation": "val"}
-TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # EXIF orientation -> upright
-BLOCK = 1024           # images decoded, written and check-summed at a time; another value voids what is prepared
 GPU_SHARE = 0.5        # fraction of the free GPU memory that a data set may fill
 HOST_RESIDENT = 2**30  # bytes; on a CPU a larger set is probably memory-mapped, so read it ahead in a thread
 
@@ -100,13 +83,15 @@ def load(name, data_dir="data", size=None, channels=None, download=True, skip_ba
     Raises UserError if the name, a file or an argument is wrong.
     """
     root, path, name = Path(data_dir).expanduser(), Path(name).expanduser(), str(name)
-    if not name.strip():
-        raise UserError("the data set has no name: expected one, a folder of pictures, or an .npz file")
+    if not name.strip() or "\0" in f"{name}{root}":
+        raise UserError(f"data set {name!r} in --data-dir {str(root)!r}: expected the name of one, a folder "
+                        "of pictures, or an .npz file")
     if channels not in (None, 1, 3):
         raise UserError(f"channels is {channels}: expected 1 (grey) or 3 (RGB)")
     if size is not None and size < 1:
         raise UserError(f"size is {size}: expected a number of pixels")
-    if size is None and name not in (*BUILT_IN, *SMALL) and (name in PLACE or path.is_dir()):
+    known = name in BUILT_IN or name in PLACE
+    if size is None and name not in (*BUILT_IN, *SMALL) and (known or os.path.isdir(path)):
         raise UserError(f"{name} holds picture files, which may differ in size: give load() a size, 64 say")
     if name == "mnist":
         arrays = mnist(root)
@@ -116,25 +101,26 @@ def load(name, data_dir="data", size=None, channels=None, download=True, skip_ba
         arrays = small(name, root, download)
     elif name in PLACE:
         arrays = large(name, root, size, channels or 3, download)
-    elif (path / "text_c10").is_dir():
+    elif os.path.isdir(path / "text_c10"):  # unlike Path.is_dir(), without errors
         arrays, name = captioned(path, root, size, channels, skip_bad), path.resolve().name
-    elif path.is_dir():
+    elif os.path.isdir(path):
         arrays, name = folder(path, root, size, channels, skip_bad), path.resolve().name
-    elif path.suffix.lower() == ".npz" and path.is_file():
+    elif path.suffix.lower() == ".npz" and os.path.isfile(path):
         arrays, name = npz(path), path.stem
     else:
-        found = "is a file, but no .npz" if path.is_file() else "is neither known nor a path that exists"
+        found = "is neither known nor a path that exists"
+        found = "is a file, but no .npz" if os.path.isfile(path) else found
         raise UserError(f"data set {name!r} {found}: expected one of {', '.join((*BUILT_IN, *PLACE))}, "
                         "a folder of pictures, or an .npz file")
-    if name not in (*BUILT_IN, *PLACE):
+    if not known:
         renumber(arrays, path)
     x = arrays["images"]
-    if x[:BLOCK].max() < 16 and 0 < (high := x.max().item()) < 16:
+    if x[:prepare.BLOCK].max() < 16 and 0 < (high := x.max().item()) < 16:
         raise UserError(f"{name} has pixel values from 0 to {high}, all but black: expected 0 to 255; scale "
                         f"them first, by {255 // high}")
     for key in {"images", "test_images"} & set(arrays):
         arrays[key] = resize(arrays[key], size, channels)
-    return Data(name, **{key: arrays.pop(key, None) for key in (*ARRAYS, "classes")}, extra=arrays)
+    return Data(printable(name), **{key: arrays.pop(key, None) for key in (*ARRAYS, "classes")}, extra=arrays)
 
 
 # ---- sets that fit in memory
@@ -302,16 +288,11 @@ def renumber(arrays, path):
         arrays[key] = torch.where(y < 0, y, torch.searchsorted(values, y)) if len(values) else None
 
 
-def shuffled(rows):
-    """The rows as a list in a random order that depends on their number alone."""
-    return [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()]
-
-
 def to_torch(a):
     """Strings become a list, floats a float32 tensor, integers int64; uint8 and bool keep their type."""
     a = np.asarray(a)
     if a.dtype.kind in "US":
-        return (np.char.decode(a, "utf-8") if a.dtype.kind == "S" else a).tolist()
+        return (np.char.decode(a, "utf-8", "replace") if a.dtype.kind == "S" else a).tolist()
     keep = a.dtype in (np.uint8, np.bool_)
     kind = a.dtype if keep else np.float32 if a.dtype.kind == "f" else np.int64
     return torch.from_numpy(np.ascontiguousarray(a).astype(kind, copy=False))
@@ -325,134 +306,19 @@ def resize(images, size, channels):
     if min(h, w) == 1 < (size or 1):
         raise UserError(f"pictures of {w}x{h} pixels would become one flat colour: expected larger ones")
     s, out = min(h, w), torch.empty(n, channels or c, size or h, size or w, dtype=torch.uint8)
-    for i in range(0, n, BLOCK):
-        x = images[i:i + BLOCK]
+    for i in range(0, n, prepare.BLOCK):
+        x = images[i:i + prepare.BLOCK]
         if c == 3 and channels == 1:  # Pillow's integers for ITU-R 601, so that a file and an array agree
             r, g, b = x.int().unbind(1)
             x = ((19595 * r + 38470 * g + 7471 * b + 32768) >> 16)[:, None]
         if size:
             x = x[..., (h - s) // 2:(h - s) // 2 + s, (w - s) // 2:(w - s) // 2 + s].float()
             x = F.interpolate(x, (size, size), mode="bilinear", antialias=True).round().clamp(0, 255)
-        out[i:i + BLOCK] = x  # grey is copied to three channels
+        out[i:i + prepare.BLOCK] = x  # grey is copied to three channels
     return out
 
 
 # ---- sets of files, decoded and resized once into a memory-mapped array
-
-def folder(path, root, size, channels, skip_bad=False):
-    """A folder of pictures, shuffled; sub-folders, if any, are the classes, or train/ and test/."""
-    files, left_out = walk(path)
-    parts = layout(sorted(files), path)
-    left_out["pictures of val/, beside train/ and test/"] = len(files) - sum(map(len, parts.values()))
-    if left_out := ", ".join(f"{n:,} {what}" for what, n in sorted(left_out.items()) if n):
-        print(f"left out of {path}: {left_out}", file=sys.stderr, flush=True)
-    if not files:
-        raise UserError(f"{path} holds no pictures: expected {' '.join(SUFFIXES)} in it, or in a sub-folder "
-                        "for each class")
-    digest = hashlib.sha256(json.dumps([2, str(path.resolve()), skip_bad]).encode())
-    for f, about in sorted(files.items()):
-        digest.update(json.dumps((f, about)).encode())
-
-    def make():
-        grey, scales = scan([os.path.join(path, f) for f in files], path)
-        c = channels or (1 if grey else 3)
-
-        def work(file):
-            return decode(os.path.join(path, file), size, c, scales=scales)
-
-        if skip_bad:
-            found = zip(files, run_in_threads(files, attempt(work)))
-            bad = {f: str(error) for f, error in found if isinstance(error, UserError)}
-            if bad:
-                print(f"left out, as they cannot be read: {listing(list(bad.values()))}", file=sys.stderr)
-            for prefix, part in parts.items():
-                parts[prefix] = {f: c for f, c in part.items() if f not in bad}
-        parts[""] = dict(shuffled(list(parts[""].items())))
-        names, rest = [f for part in parts.values() for f in part], {"test_from": len(parts[""])}
-        classes = sorted({c for part in parts.values() for c in part.values()} - {None})
-        for prefix, part in parts.items():
-            rest[f"{prefix}files"] = list(part)
-            if part and None not in part.values():
-                index = {c: i for i, c in enumerate(classes)}
-                rest[f"{prefix}labels"] = torch.tensor([index[c] for c in part.values()])
-                rest["classes"] = classes
-        if len(parts) == 1:
-            del rest["test_from"]
-        if not parts[""]:
-            raise UserError(f"none of the {len(files):,} pictures in {path} can be read")
-        return (len(names), c, size, size), lambda start: decode_blocks(path.name, names, start, work), rest
-
-    label = re.sub(r"[^\w.-]", "_", path.resolve().name)
-    return cached(root / "cache" / f"{label}-{size}x{channels or 'own'}-{digest.hexdigest()[:16]}", make)
-
-
-def walk(path):
-    """-> {picture's path below `path`: [bytes, time of change]}, and a Counter of what was left out and why.
-
-    Links are followed last, and no folder or file is read twice.  Hidden files and folders are ignored.
-    """
-    found, left_out, seen, links, folders = {}, Counter(), set(), [], [str(path)]
-    root = os.path.realpath(path)
-    while folders or links:
-        at = folders.pop() if folders else links.pop(0)
-        real = os.path.realpath(at)
-        above = root.startswith(os.path.join(real, ""))
-        if not os.path.exists(at):
-            left_out["dangling links"] += 1
-            continue
-        if real in seen or above or os.path.dirname(real) in seen and not os.path.isdir(at):
-            left_out["links to what is read already"] += 1
-            continue
-        seen.add(real)
-        try:
-            entries = sorted(os.scandir(at), key=lambda e: e.name) if os.path.isdir(at) else [at]
-        except OSError:
-            left_out["folders that cannot be read"] += 1
-            continue
-        for e in entries:
-            file = os.fspath(e)
-            if os.path.basename(file).startswith("."):
-                continue
-            if e is not at and e.is_symlink():
-                links.append(file)
-            elif e is not at and e.is_dir():
-                folders.append(file)
-            else:
-                s, ending = os.stat(file), os.path.splitext(file)[1].lower()
-                if not stat.S_ISREG(s.st_mode):
-                    left_out["pipes, sockets or devices"] += 1
-                elif ending not in SUFFIXES:
-                    left_out[f"{ending or 'files without an ending'}"] += 1
-                else:
-                    found[os.path.relpath(file, path).replace(os.sep, "/")] = [s.st_size, s.st_mtime_ns]
-    return found, left_out
-
-
-def layout(files, path, depth=0):
-    """-> {"": {file: class}}, with folders train/ and test/ also "test_".  Class None: no sub-folders.
-
-    A lone folder around all others is a wrapper, not a class.  val/ is the test part if there is no test/.
-    """
-    def top(f, depth):
-        return f.split("/", depth + 1)[depth] if f.count("/") > depth else None
-
-    tops = Counter(top(f, depth) for f in files)
-    if len(tops) == 1 and None not in tops:
-        return layout(files, path, depth + 1)
-    kinds, parts = {t: SPLITS.get(str(t).lower()) for t in tops}, {"": files}
-    if "train" in kinds.values() and None not in kinds.values() and len(set(kinds.values())) > 1:
-        test = "test" if "test" in kinds.values() else "val"
-        parts = {part: [f for f in files if kinds[top(f, depth)] == kind]
-                 for part, kind in (("", "train"), ("test_", test))}
-        depth += 1
-    for part, some in parts.items():
-        parts[part] = {f: top(f, depth) for f in some}
-        flat = sum(c is None for c in parts[part].values())
-        if 0 < flat < len(some):
-            raise UserError(f"{path} holds {flat} pictures beside {len(some) - flat} in sub-folders: "
-                            "expected pictures alone, or a sub-folder for each class")
-    return parts
-
 
 def captioned(path, root, size, channels, skip_bad=False):
     """Birds and flowers: pictures in images/ or jpg/, captions in text_c10/CLASS/NAME.txt, one a line.
@@ -513,9 +379,11 @@ def large(name, root, size, channels, download):
             else:
                 sources, n, rest = listed(name, root, download)
 
+                def work(source):
+                    return prepare.decode(source, size, channels, BOX.get(name))
+
                 def blocks(start):
-                    return decode_blocks(name, sources, start,
-                                         lambda source: decode(source, size, channels, BOX.get(name)), n)
+                    return decode_blocks(name, sources, start, work, n)
         return (n, channels, size, size), blocks, rest
 
     return cached(root / "cache" / f"{name}-{size}x{channels}", make)
@@ -585,9 +453,9 @@ def stl10(root, size, channels, download):
     rows = [*order, *range(len(labels), len(labels) + len(test))]
 
     def blocks(start):
-        for i in range(start, len(rows), BLOCK):
+        for i in range(start, len(rows), prepare.BLOCK):
             x = np.stack([train.data[j] if j < len(train) else more[j - len(train)] if j < len(labels) else
-                          test.data[j - len(labels)] for j in rows[i:i + BLOCK]])
+                          test.data[j - len(labels)] for j in rows[i:i + prepare.BLOCK]])
             yield resize(torch.from_numpy(x), size, channels).numpy()
 
     return blocks, len(rows), {
@@ -601,276 +469,22 @@ def rendered(name, root, size, channels):
     channels = 3 if name == "shapes" else channels
 
     def make():
-        print(f"rendering {name} {size}x{size}, once", file=sys.stderr, flush=True)
+        say(f"rendering {name} {size}x{size}, once", sys.stderr)
         drawn = render.shapes(size=size) if name == "shapes" else \
             render.faces(size=size, channels=channels, plain=channels == 1)
         rest = {key: v if isinstance(v, (str, list)) else to_torch(v) for key, v in drawn.items()}
         parts = [rest.pop(key).numpy() for key in ("images", "test_images") if key in rest]
+        images = np.concatenate(parts)
         if len(parts) > 1:
             rest["test_from"] = len(parts[0])
-        return (sum(map(len, parts)), *parts[0].shape[1:]), lambda start: in_blocks(parts, start), rest
+
+        def blocks(start):
+            return (images[i:i + prepare.BLOCK] for i in range(start, len(images), prepare.BLOCK))
+
+        return images.shape, blocks, rest
 
     code = hashlib.sha256(Path(render.__file__).read_bytes()).hexdigest()[:16]  # new code renders anew
     return cached(root / "cache" / f"{name}-{size}x{channels}-{code}", make)
-
-
-def in_blocks(parts, start):
-    """Yield arrays of BLOCK rows, the last one shorter, of `parts` end to end, beginning at row `start`."""
-    ends = list(itertools.accumulate(map(len, parts)))
-    for i in range(start, ends[-1], BLOCK):
-        yield np.concatenate([x[max(0, i - end + len(x)):max(0, i + BLOCK - end + len(x))]
-                              for x, end in zip(parts, ends)])
-
-
-@contextmanager
-def opened(source):
-    """Open the picture of a path or of a (name, file) pair; an error in the block becomes one line."""
-    name, file = source if isinstance(source, tuple) else (source, source)
-    try:
-        with Image.open(file, formats=FORMATS) as im:
-            yield im
-    except Exception as e:  # Pillow raises a dozen kinds for damaged files
-        raise UserError(f"{name} ({brief(e)})") from e
-
-
-def scan(sources, name):
-    """-> whether all pictures are grey, and how to scale integers and floats beyond 8 bits, alike for all.
-
-    {"I" or "F": (low, factor, half)}: uint8 = (value - low) factor + half.  Raises UserError if the range of
-    their values does not tell.
-    """
-    def mode(source):
-        with suppress(UserError), opened(source) as im:  # decode() reports it
-            return im.mode
-
-    def limits(source):
-        with suppress(UserError), opened(source) as im:
-            a = np.asarray(im)
-            return a.min(), a.max()
-        return np.inf, -np.inf
-
-    modes, scales = list(run_in_threads(sources, mode)), {}
-    for kind in "IF":
-        deep = [s for s, m in zip(sources, modes) if m and m[0] == kind]
-        if deep:
-            lows, highs = zip(*run_in_threads(deep, limits))
-            low, high = float(np.min(lows)), float(np.max(highs))
-            if kind == "I" and 0 <= low <= high < 2**16:
-                bits = next(b for b in (8, 10, 12, 14, 16) if high < 2**b)
-                scales[kind] = 0, 2.0 ** (8 - bits), 0
-            elif kind == "F" and (0 <= low <= high <= 1 or -1 <= low <= -0.5 and high <= 1):
-                scales[kind] = (0, 255, 0.5) if low >= 0 else (-1, 127.5, 0.5)
-            elif kind == "F" and low >= 0 and 128 <= high <= 255:
-                scales[kind] = 0, 1, 0.5
-            elif low <= high or math.isnan(low):
-                raise UserError(f"{name} has pictures with values from {low:g} to {high:g}: expected "
-                                "integers 0 to 65535, or floats 0 to 1, -1 to 1 or 0 to 255")
-    return set(modes) - {None} <= set(GREY_MODES), scales
-
-
-def decode(source, size, channels, box=None, scales=None):
-    """One picture as uint8 (channels, size, size): upright, on white, cropped to `box` or its centre."""
-    with opened(source) as im:
-        if box is None:
-            im.draft("L" if channels == 1 else "RGB", (2 * size, 2 * size))  # a JPEG no larger than needed
-        turn = None
-        with suppress(Exception):  # a broken EXIF tag
-            turn = TURNS.get(im.getexif().get(0x0112))
-        if im.mode[0] in "IF":  # convert() would clip all above 255 to white
-            low, factor, half = scales[im.mode[0]]
-            im = Image.fromarray(((np.asarray(im) - float(low)) * factor + half).astype(np.uint8))
-        if im.mode in ("RGBA", "LA", "PA") or "transparency" in im.info:
-            im = im.convert("RGBA")
-            im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
-        im = im.convert("L" if channels == 1 else "RGB")
-        im, s = im if turn is None else im.transpose(turn), min(im.size)
-        if s == 1 < size:
-            raise ValueError(f"{im.width}x{im.height} pixels would become one flat colour")
-        left, top = (im.width - s) // 2, (im.height - s) // 2
-        im = im.crop(box or (left, top, left + s, top + s))  # resize(box=) would look beyond the edge
-        a = np.asarray(im.resize((size, size), Image.Resampling.BILINEAR))
-    return a[None] if channels == 1 else a.transpose(2, 0, 1)
-
-
-def run_in_threads(sources, work):
-    """Yield work(source) of each source, from threads: Pillow and zlib work without the GIL."""
-    sources = iter(sources)
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(min(16, cpus)) as pool:
-        while part := list(itertools.islice(sources, BLOCK)):  # map() takes memory for each source at once
-            yield from pool.map(work, part)
-
-
-def attempt(work):
-    """`work` for pictures, that returns the UserError which it raises."""
-    def or_error(source):
-        try:
-            return work(source)
-        except UserError as e:
-            return e
-    return or_error
-
-
-def decode_blocks(name, sources, start, work, n=None):
-    """Yield work(source) of the sources from `start` to n, BLOCK stacked at a time, and report progress.
-
-    Raises UserError with a list of all pictures that cannot be read.
-    """
-    n, began, live, bad = n or len(sources), time.monotonic(), sys.stderr.isatty(), []
-    if start:
-        print(f"preparing {name}: going on at picture {start + 1:,} of {n:,}", file=sys.stderr, flush=True)
-    sources = sources(start) if callable(sources) else itertools.islice(sources, start, None)
-    pictures = run_in_threads(sources, attempt(work))
-    for done in itertools.chain(range(start + BLOCK, n, BLOCK), [n]):
-        block = list(itertools.islice(pictures, BLOCK))
-        bad += [str(x) for x in block if isinstance(x, UserError)]
-        if not bad:
-            yield np.stack(block)
-        rate = (done - start) / (time.monotonic() - began)
-        if live or done == n or done % (32 * BLOCK) == 0:
-            print("\r" * live + f"preparing {name}: {done:,} of {n:,} pictures, {rate:,.0f}/s, "
-                  f"{(n - done) / rate:.0f} s left  ", end="" if live and done < n else "\n",
-                  file=sys.stderr, flush=True)
-    if bad:
-        raise UserError(f"{listing(bad)} cannot be read: replace or remove, or leave out with --skip-bad")
-
-
-def listing(bad):
-    """The pictures that cannot be read, at most 50 by name."""
-    return "; ".join(bad[:50]) + f"; and {len(bad) - 50:,} more" * (len(bad) > 50)
-
-
-# ---- the cache
-
-@contextmanager
-def locked(path):
-    """Let in one process at a time; a killed process releases its lock.  No lock on Windows."""
-    with open(path, "w") as f:
-        if fcntl:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting for the process that prepares {path.stem}", file=sys.stderr, flush=True)
-                fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
-
-def cached(where, make):
-    """Memory-map the images in the folder `where` and check them; prepare them first if they do not exist.
-
-    make() -> shape of the images, blocks, dict of further arrays.  blocks(i) yields uint8 arrays of BLOCK
-    images from number i on; preprocessing that was interrupted resumes there.
-    -> {"images": Tensor, **further arrays}; "test_from" among these says where "test_images" begin.
-    All bytes are checked each time, at about 1 GB/s a core: 9 s / cores for a million 3x64x64 images.
-    Raises UserError if the folder cannot be written or is damaged.
-    """
-    try:
-        if not where.exists():
-            where.parent.mkdir(parents=True, exist_ok=True)
-            with locked(where.with_name(f"{where.name}.lock")):
-                mine = where.with_name(f"{where.name}.tmp{os.getpid()}")
-                for left in sorted(where.parent.glob(f"{where.name}.tmp*")):
-                    try:  # we hold the lock, so its process is dead; if not, Windows refuses: files are open
-                        left.rename(mine)
-                    except OSError:
-                        shutil.rmtree(left, ignore_errors=True)
-                if not where.exists():
-                    write(where, mine, *make())
-    except OSError as e:
-        raise UserError(f"{where} cannot be written ({e.strerror or e}): free some space, "
-                        "or give another --data-dir") from e
-    try:
-        images = np.load(where / "images.npy", mmap_mode="r")
-        if images.dtype != np.uint8 or images.offset + images.nbytes != (where / "images.npy").stat().st_size:
-            raise ValueError
-        intact(where / "rest.pt")
-        arrays, marks = torch.load(where / "rest.pt", weights_only=True), where / "checksums"
-        seed = seed_of(images.shape, (where / "rest.pt").read_bytes())
-
-        def checksum_at(i):  # read, not mapped, which would keep all of it in memory
-            crc, left = (seed + i) % 2**32, images[i:i + BLOCK].nbytes
-            with open(where / "images.npy", "rb") as f:
-                f.seek(images.offset + images[:i].nbytes)
-                while left:
-                    part = f.read(min(left, 2**20))
-                    crc, left = zlib.crc32(part, crc), left - len(part)
-            return crc.to_bytes(4, "little")
-
-        found = b"".join(run_in_threads(range(0, len(images), BLOCK), checksum_at))
-        if not marks.exists():  # prepared before there were any
-            marks.write_bytes(found)
-        if marks.read_bytes() != found:
-            raise ValueError
-    except Exception as e:
-        raise UserError(f"{where} is damaged: delete this folder and run again, it is then prepared "
-                        "anew") from e
-    with warnings.catch_warnings():
-        # Mode "r", though torch warns of it: a private writable mapping larger than the memory is refused.
-        warnings.filterwarnings("ignore", message=".*not writable")
-        images, split = torch.from_numpy(images), arrays.pop("test_from", None)
-    return arrays | ({"images": images} if split is None else
-                     {"images": images[:split], "test_images": images[split:]})
-
-
-def header(shape):
-    """The first bytes of images.npy."""
-    head = BytesIO()
-    np.lib.format.write_array_header_1_0(
-        head, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
-    return head.getvalue()
-
-
-def seed_of(shape, rest):
-    """What the checksums of all blocks depend on."""
-    return zlib.crc32(rest, zlib.crc32(header(shape)))
-
-
-def checksum(block, seed):
-    """CRC-32 of a block of images, 4 bytes."""
-    return zlib.crc32(block, seed % 2**32).to_bytes(4, "little")
-
-
-def write(where, temporary, shape, blocks, rest):
-    """Write images.npy, rest.pt and checksums to `temporary`, which may be half done; rename it to `where`.
-
-    There is a checksum for each block, of shape, rest, position and pixels.  Blocks that agree are kept, so
-    neither a kill nor a changed list nor a damaged file leaves a wrong picture.  No memory map is written to,
-    since a full disk would then be a bus error.
-    """
-    n, each, done, packed = shape[0], math.prod(shape[1:]), 0, BytesIO()
-    torch.save(rest, packed)
-    head, seed = header(shape), seed_of(shape, packed.getvalue())
-    images, marks = temporary / "images.npy", temporary / "checksums"
-    try:
-        temporary.mkdir(exist_ok=True)
-        images.touch(), marks.touch()
-        free = shutil.disk_usage(temporary).free + images.stat().st_size
-        if free < n * each:
-            raise UserError(f"{n * each / 1e9:.1f} GB are needed for {where}: free some space, or give "
-                            "another --data-dir")
-        (temporary / "rest.pt").write_bytes(packed.getvalue())
-        with open(images, "r+b") as images, open(marks, "r+b") as marks:
-            images.write(head)
-            while done < n:
-                block = images.read(min(BLOCK, n - done) * each)
-                if not block or marks.read(4) != checksum(block, seed + done):
-                    break
-                done = min(done + BLOCK, n)
-            images.truncate(images.seek(len(head) + done * each))
-            marks.truncate(marks.seek(-(-done // BLOCK) * 4))
-            for block in blocks(done) if done < n else ():
-                block = np.ascontiguousarray(block).data
-                images.write(block)
-                images.flush()
-                marks.write(checksum(block, seed + done))
-                marks.flush()  # after the pixels
-                done += len(block)
-            os.fsync(images.fileno())
-        temporary.rename(where)
-    except Exception:  # not KeyboardInterrupt, after which preprocessing resumes
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not where.exists():  # else another process was faster: its copy is as good
-            raise
 
 
 @contextmanager
@@ -891,11 +505,6 @@ def read_text(path):
         return path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path} cannot be read ({brief(e)}): expected text in UTF-8") from e
-
-
-def brief(e):
-    """The message of an exception in one short line."""
-    return " ".join(str(e).split())[:160] or type(e).__name__
 
 
 # ---- minibatches
@@ -953,7 +562,7 @@ class Batches:
                 f"more pictures, {2 * world} at least"
             raise UserError(f"a batch of {batch_size} on each of {world} ranks from {self.n} pictures: "
                             f"expected {expected}")
-        if self.n > 1 and all((x == images[:1]).all() for x in images.split(BLOCK)):
+        if self.n > 1 and all((x == images[:1]).all() for x in images.split(prepare.BLOCK)):
             raise UserError(f"all {self.n} pictures are the same: expected different ones")
         self.per_epoch, self.cuda = self.n // self.batch, self.device.type == "cuda"
         self.tensors = [t if t.dtype in (torch.uint8, torch.bool) or t.is_floating_point() else t.long()

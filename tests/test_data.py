@@ -22,7 +22,7 @@ from conftest import cuda
 from PIL import Image
 
 import common
-from common import UserError, data
+from common import UserError, data, prepare
 from common.data import Batches, load
 
 REPO = Path(__file__).resolve().parent.parent
@@ -103,9 +103,11 @@ def test_mnist_damaged(tmp_path, damage):
 def test_unknown_name(tmp_path):
     one_line(lambda: load("minst", tmp_path), "'minst'", "mnist, faces", "celeba", "folder", ".npz")
     one_line(lambda: load(str(tmp_path / "gone.npz"), tmp_path), "gone.npz", "exists")
-    one_line(lambda: load("", tmp_path), "no name")
-    one_line(lambda: load(" ", tmp_path, 8), "no name")
-    one_line(lambda: load("a\0b", tmp_path, 8), "exists")
+    for name in ("", " ", "a\0b"):
+        one_line(lambda name=name: load(name, tmp_path, 8), f"data set {name!r}", "expected the name")
+    one_line(lambda: load("a" * 5000, tmp_path), "exists")
+    one_line(lambda: load("mnist", "a\0b"), "--data-dir 'a\\x00b'")
+    one_line(lambda: load("mnist", "/dev/null"), "/dev/null/MNIST/raw", "missing")
     np.savez(tmp_path / "a.npz", images=noise(2, 1, 4, 4))
     assert len(load((tmp_path / "a.npz").rename(tmp_path / "A.NPZ")).images) == 2
     one_line(lambda: load(str(save(tmp_path / "a.png", noise(4, 4))), tmp_path), "a.png", "no .npz")
@@ -120,7 +122,7 @@ def test_absurd_size_and_channels(tmp_path):
 
 def test_size_and_channels_of_arrays(tmp_path):
     a = noise(3, 3, 12, 20)
-    np.savez(tmp_path / "a.npz", images=a[np.argsort(data.shuffled(range(3)))], test_images=a[:1])
+    np.savez(tmp_path / "a.npz", images=a[np.argsort(prepare.shuffled(range(3)))], test_images=a[:1])
     d = load(tmp_path / "a.npz", size=12, channels=1)
     assert d.images.shape == (3, 1, 12, 12) and d.test_images.shape == (1, 1, 12, 12)
     grey = np.asarray(Image.fromarray(a[0].transpose(1, 2, 0)).convert("L"))
@@ -171,7 +173,7 @@ def test_folder_with_classes(tmp_path):
 
 
 def test_flat_folder_in_several_blocks(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "BLOCK", 4)
+    monkeypatch.setattr(prepare, "BLOCK", 4)
     a = noise(10, 5, 5)
     for i, x in enumerate(a):
         save(tmp_path / "f" / f"{i}.png", x)
@@ -235,7 +237,7 @@ def test_corrupt_picture_is_named(tmp_path, channels):
 
 
 def test_all_bad_pictures_are_listed_and_may_be_left_out(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "BLOCK", 4)
+    monkeypatch.setattr(prepare, "BLOCK", 4)
     good, f = [], tmp_path / "f"
     for i in range(12):
         file = save(f / "ab"[i % 2] / f"{i:02}.png", noise(8, 8, 3))
@@ -323,6 +325,14 @@ def test_black_arrays_and_thin_pictures_are_refused(tmp_path):
     one_line(lambda: load(tmp_path / "f", tmp_path, 8), "1x500", "one flat colour")
 
 
+def test_a_folder_with_the_name_of_a_set_is_a_folder(tmp_path):
+    for c in "ab":
+        save(tmp_path / "faces" / "unpacked" / c / "0.png", noise(4, 4))
+    np.savez(tmp_path / "mnist.npz", images=noise(3, 1, 4, 4), labels=[3, 7, 7])
+    assert load(tmp_path / "faces", tmp_path, 4).classes == ["a", "b"]
+    assert load(tmp_path / "mnist.npz").classes == ["3", "7"]
+
+
 def test_folders_that_are_no_data_set(tmp_path):
     (tmp_path / "f").mkdir()
     one_line(lambda: load(tmp_path / "f", tmp_path, 4), tmp_path / "f", "no pictures", ".png")
@@ -337,6 +347,25 @@ def loaded(path, tmp_path, capsys):
     d = load(path, tmp_path, 4)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
     return d, "\n".join(lines)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux alone")
+def test_names_of_any_bytes(tmp_path):
+    f = os.fsdecode(os.fsencode(tmp_path) + b"/\xffset")
+    for name in ("a\nb/1.png", "c/2.png"):
+        save(Path(f) / name, noise(4, 4))
+    d = load(f, tmp_path, 4)
+    assert d.name == r"\udcffset" and d.classes == [r"a\nb", "c"] and len(d.images) == 2
+    (Path(f) / "a\nb" / "1.png").write_bytes(b"")
+    one_line(lambda: load(f, tmp_path, 4), r"a\nb/1.png")
+
+
+def test_a_closed_console_does_not_end_preparing(tmp_path, pictures):
+    code = "import sys; from common import data; print(len(data.load(sys.argv[1], sys.argv[2], 8).images))"
+    with subprocess.Popen([sys.executable, "-c", code, pictures, tmp_path], cwd=REPO, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as p:
+        p.stderr.close()
+        assert p.stdout.read() == b"24\n" and p.wait() == 0
 
 
 def test_links_are_read_once(tmp_path, capsys):
@@ -420,8 +449,8 @@ def pictures(tmp_path):
 
 
 def test_cache_is_reused_until_the_pictures_change(tmp_path, pictures, monkeypatch):
-    count, decode = itertools.count(), data.decode
-    monkeypatch.setattr(data, "decode", lambda *a, **k: (next(count), decode(*a, **k))[1])
+    count, decode = itertools.count(), prepare.decode
+    monkeypatch.setattr(prepare, "decode", lambda *a, **k: (next(count), decode(*a, **k))[1])
     first = load(pictures, tmp_path, 8)
     (made,) = cache_of(tmp_path)
     stamp = (made / "images.npy").stat().st_mtime_ns
@@ -452,7 +481,7 @@ def test_cache_is_mapped_and_read_only(tmp_path, pictures, recwarn):
 
 @pytest.mark.parametrize("damage", ["short", "long", "garbage", "a pixel", "swapped", "no rest", "bad rest"])
 def test_damaged_cache_is_named(tmp_path, pictures, damage, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 4)
+    monkeypatch.setattr(prepare, "BLOCK", 4)
     first = load(pictures, tmp_path, 8).images.clone()
     (made,) = cache_of(tmp_path)
     images, rest = made / "images.npy", made / "rest.pt"
@@ -497,21 +526,21 @@ def test_failure_while_writing_leaves_nothing(tmp_path, pictures, monkeypatch):
     def full(*a):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(data.torch, "save", full)
+    monkeypatch.setattr(prepare.torch, "save", full)
     one_line(lambda: load(pictures, tmp_path, 8), "No space left on device", "--data-dir")
     assert cache_of(tmp_path) == []
 
 
 SLOW = """
 import sys, time
-from common import data
-decode = data.decode
+from common import data, prepare
+decode = prepare.decode
 def picture(*a, **k):
     sys.stdout.write("decoded\\n")  # print() of two threads may mix their lines
     sys.stdout.flush()
     time.sleep(float(sys.argv[3]))
     return decode(*a, **k)
-data.decode, data.BLOCK = picture, 4
+prepare.decode, prepare.BLOCK = picture, 4
 sys.stdin.readline()
 print("sum", int(data.load(sys.argv[1], sys.argv[2], 8).images.sum()), flush=True)
 """
@@ -534,20 +563,20 @@ def test_killed_and_then_two_at_once(tmp_path, pictures, monkeypatch, request):
     (half,) = cache_of(tmp_path)
     assert ".tmp" in half.name  # a set cut off never has the name of a whole one
 
-    count, decode = [], data.decode
-    monkeypatch.setattr(data, "BLOCK", 4)
-    monkeypatch.setattr(data, "decode", lambda *a, **k: (count.append("decoded"), decode(*a, **k))[1])
+    count, decode = [], prepare.decode
+    monkeypatch.setattr(prepare, "BLOCK", 4)
+    monkeypatch.setattr(prepare, "decode", lambda *a, **k: (count.append("decoded"), decode(*a, **k))[1])
     peer.stdin.write("go\n")
     peer.stdin.flush()
     mine = load(pictures, tmp_path, 8).images
     out, err = peer.communicate(timeout=60)
     assert peer.returncode == 0, err
     assert f"sum {int(mine.sum())}\n" in out
-    for x, path in zip(mine, data.shuffled(sorted(pictures.iterdir()))):
+    for x, path in zip(mine, prepare.shuffled(sorted(pictures.iterdir()))):
         assert np.array_equal(x, np.asarray(Image.open(path)).transpose(2, 0, 1))
     (made,) = cache_of(tmp_path)  # nothing is left of what the killed one began
     assert made.name == half.name.split(".tmp")[0]
-    if data.fcntl:
+    if prepare.fcntl:
         assert len(count) + out.count("decoded") == 24  # one prepared, the other waited
 
 
@@ -557,7 +586,7 @@ def test_killed_and_then_two_at_once(tmp_path, pictures, monkeypatch, request):
     ("fewer", 0)])
 def test_interrupted_preparation_goes_on(tmp_path, monkeypatch, change, start):
     """Whatever became of the part that is there: each block is kept that is as it was written."""
-    monkeypatch.setattr(data, "BLOCK", 4)
+    monkeypatch.setattr(prepare, "BLOCK", 4)
     x, starts, files = noise(10, 3, 2, 2), [], ["a", "b"]
 
     def make(stop):
@@ -570,7 +599,7 @@ def test_interrupted_preparation_goes_on(tmp_path, monkeypatch, change, start):
         return lambda: (x.shape, blocks, {"files": files})
 
     with pytest.raises(KeyboardInterrupt):
-        data.cached(tmp_path / "set", make(8))
+        prepare.cached(tmp_path / "set", make(8))
     (half,) = tmp_path.glob("set.tmp*")
     half = half.rename(tmp_path / "set.tmp0")  # of a process with another number
     images, marks = half / "images.npy", half / "checksums"
@@ -594,7 +623,7 @@ def test_interrupted_preparation_goes_on(tmp_path, monkeypatch, change, start):
         files = ["a", "c"]
     elif change == "fewer":
         x = x[:9]
-    found = data.cached(tmp_path / "set", make(None))
+    found = prepare.cached(tmp_path / "set", make(None))
     assert starts == [0, start]
     assert np.array_equal(found["images"], x) and found["files"] == files
     assert {p.name for p in tmp_path.iterdir()} == {"set", "set.lock"}
@@ -602,7 +631,7 @@ def test_interrupted_preparation_goes_on(tmp_path, monkeypatch, change, start):
 
 
 def test_interrupted_folder_goes_on(tmp_path, pictures, monkeypatch, capsys):
-    expected, decode = load(pictures, tmp_path / "reference", 8).images, data.decode
+    expected, decode = load(pictures, tmp_path / "reference", 8).images, prepare.decode
     count, seen = itertools.count(), []
 
     def picture(source, *a, **k):
@@ -611,23 +640,23 @@ def test_interrupted_folder_goes_on(tmp_path, pictures, monkeypatch, capsys):
             raise KeyboardInterrupt
         return decode(source, *a, **k)
 
-    monkeypatch.setattr(data, "BLOCK", 4)
-    monkeypatch.setattr(data, "decode", picture)
+    monkeypatch.setattr(prepare, "BLOCK", 4)
+    monkeypatch.setattr(prepare, "decode", picture)
     with pytest.raises(KeyboardInterrupt):
         load(pictures, tmp_path, 8)
     capsys.readouterr()
     seen.clear()
     assert torch.equal(load(pictures, tmp_path, 8).images, expected)
-    assert sorted(seen) == sorted(f"{i:02}.png" for i in data.shuffled(range(24))[8:])
+    assert sorted(seen) == sorted(f"{i:02}.png" for i in prepare.shuffled(range(24))[8:])
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "preparing f: going on at picture 9 of 24" and "24 of 24 pictures" in lines[-1]
 
 
 def test_a_disk_too_small_is_told_at_once(tmp_path, pictures, monkeypatch):
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=4607))
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=4607))
     one_line(lambda: load(pictures, tmp_path, 8), "0.0 GB are needed", "--data-dir")
     assert cache_of(tmp_path) == []
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=4608))
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=4608))
     assert len(load(pictures, tmp_path, 8).images) == 24
 
 
@@ -643,13 +672,13 @@ def test_name_of_a_prepared_folder(tmp_path, pictures):
 
 def test_slower_of_two_without_locks(tmp_path, pictures, monkeypatch):
     """Where there are no file locks, a process that finds another's whole set at the end takes that."""
-    decode, remove, rename, faster = data.decode, data.shutil.rmtree, Path.rename, []
+    decode, remove, rename, faster = prepare.decode, prepare.shutil.rmtree, Path.rename, []
     pid = os.getpid()
 
     def picture(*a, **k):
         if not faster:  # the other one starts and ends in the midst of this one
             faster.append(None)
-            monkeypatch.setattr(data.os, "getpid", lambda: 1)
+            monkeypatch.setattr(prepare.os, "getpid", lambda: 1)
             faster[0] = load(pictures, tmp_path, 8).images
         return decode(*a, **k)
 
@@ -662,9 +691,9 @@ def test_slower_of_two_without_locks(tmp_path, pictures, monkeypatch):
             raise PermissionError
         return rename(path, to)
 
-    monkeypatch.setattr(data, "fcntl", None)
-    monkeypatch.setattr(data, "decode", picture)
-    monkeypatch.setattr(data.shutil, "rmtree", rmtree)
+    monkeypatch.setattr(prepare, "fcntl", None)
+    monkeypatch.setattr(prepare, "decode", picture)
+    monkeypatch.setattr(prepare.shutil, "rmtree", rmtree)
     monkeypatch.setattr(data.Path, "rename", renamed)
     assert torch.equal(load(pictures, tmp_path, 8).images, faster[0])
 
@@ -673,7 +702,7 @@ def test_slower_of_two_without_locks(tmp_path, pictures, monkeypatch):
 
 
 def test_npz(tmp_path, monkeypatch):
-    images, factors, order = noise(6, 3, 4, 4), RNG.normal(size=(6, 2)), data.shuffled(range(6))
+    images, factors, order = noise(6, 3, 4, 4), RNG.normal(size=(6, 2)), prepare.shuffled(range(6))
     np.savez_compressed(
         tmp_path / "s.npz",
         images=images,
@@ -727,7 +756,7 @@ def test_an_npz_is_shuffled_whatever_its_order(tmp_path, labels):
     ([-1, -1, -1, -1], None, None, None),
     ([True, False, True, True], ["no", "yes"], [1, 0, 1, 1], ["no", "yes"])])
 def test_labels_that_occur_are_numbered_without_gaps(tmp_path, labels, names, found, classes):
-    order, more = data.shuffled(range(4)), {} if names is None else {"classes": names}
+    order, more = prepare.shuffled(range(4)), {} if names is None else {"classes": names}
     np.savez(tmp_path / "a.npz", images=noise(4, 1, 2, 2), labels=labels, **more)
     d = load(tmp_path / "a.npz")
     assert (d.labels if found is None else d.labels.tolist()) == (found and [found[i] for i in order])
@@ -1118,7 +1147,7 @@ def test_stl10(tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(STL10, name, [[f, md5(folder / f)] for f in files])
     d = load("stl10", tmp_path, 96, download=False)
-    order = data.shuffled(range(5))                         # labelled and unlabelled ones mixed
+    order = prepare.shuffled(range(5))                         # labelled and unlabelled ones mixed
     assert np.array_equal(d.images, x[order]) and np.array_equal(d.test_images, x[5:])
     assert d.labels.tolist() == [[2, 0, -1, -1, -1][i] for i in order] and d.test_labels.tolist() == [2, 0]
     assert d.classes == ["airplane", "bird", "car"]

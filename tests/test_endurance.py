@@ -21,7 +21,7 @@ from PIL import Image
 from test_run import assert_equal
 from torch import nn
 
-from common import UserError, data, metrics, run
+from common import UserError, data, metrics, prepare, run
 from common.fuse import SGD, descend
 
 resource = pytest.importorskip("resource", reason="needs fork and limits: not Windows")
@@ -156,7 +156,7 @@ def test_killed_at_any_moment_of_saving(tmp_path):
 
 
 def test_killed_at_any_moment_of_preparing(tmp_path, pictures, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 8)
+    monkeypatch.setattr(prepare, "BLOCK", 8)
     expected = data.load(pictures, tmp_path / "reference", 8).images
     began = time.perf_counter()
     with child(lambda send: data.load(pictures, tmp_path / "timed", 8)) as (number, _):
@@ -196,7 +196,7 @@ def test_preparing_holds_some_blocks_in_memory(tmp_path, monkeypatch):
         x[0, 0, 0] = 99  # all but black sets are refused
         return x
 
-    def prepare(send):
+    def measure(send):
         def peak():
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -207,9 +207,9 @@ def test_preparing_holds_some_blocks_in_memory(tmp_path, monkeypatch):
         n = len(data.load(folder, tmp_path, size=256, channels=3).images)
         os.write(send, b"%d %d %d" % (n, next(drawn), peak() - before))
 
-    monkeypatch.setattr(data, "BLOCK", 8)
-    monkeypatch.setattr(data, "decode", picture)
-    with child(prepare) as (number, receive):
+    monkeypatch.setattr(prepare, "BLOCK", 8)
+    monkeypatch.setattr(prepare, "decode", picture)
+    with child(measure) as (number, receive):
         n, pictures, kilobytes = map(int, os.read(receive, 100).split())
         os.waitpid(number, 0)
     assert n == 320 and pictures < 356  # all but the block that was cut off once
@@ -329,7 +329,7 @@ def test_a_data_file_with_a_flipped_bit_is_refused_or_whole(tmp_path):
                 assert str(path) in str(e) and "\n" not in str(e)
                 refused += 1
             else:
-                assert np.array_equal(found.images, expected[data.shuffled(range(9))])
+                assert np.array_equal(found.images, expected[prepare.shuffled(range(9))])
     assert refused > 150
 
 

@@ -1,0 +1,416 @@
+"""Picture files: found in folders, decoded in threads, kept as one memory-mapped array of uint8."""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import sys
+import time
+import warnings
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from io import BytesIO
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common import UserError, intact
+from common.log import say
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")      # of SUFFIXES; an EPS file runs a program
+GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B")     # Pillow's modes without colour
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
+          "valid": "val", "validation": "val"}
+TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # EXIF orientation -> upright
+BLOCK = 1024           # images decoded, written and checked at a time; another value voids what is prepared
+
+
+# ---- folders
+
+def folder(path, root, size, channels, skip_bad=False):
+    """A folder of pictures, shuffled; sub-folders, if any, are the classes, or train/ and test/."""
+    files, left_out = walk(path)
+    parts = layout(sorted(files), path)
+    left_out["pictures of val/, beside train/ and test/"] = len(files) - sum(map(len, parts.values()))
+    if left_out := ", ".join(f"{n:,} {what}" for what, n in sorted(left_out.items()) if n):
+        say(f"left out of {path}: {left_out}", sys.stderr)
+    if not files:
+        raise UserError(f"{path} holds no pictures: expected {' '.join(SUFFIXES)} in it, or in a sub-folder "
+                        "for each class")
+    digest = hashlib.sha256(json.dumps([2, str(path.resolve()), skip_bad]).encode())
+    for f, about in sorted(files.items()):
+        digest.update(json.dumps((f, about)).encode())
+
+    def make():
+        grey, scales = scan([os.path.join(path, f) for f in files], path)
+        c = channels or (1 if grey else 3)
+
+        def work(file):
+            return decode(os.path.join(path, file), size, c, scales=scales)
+
+        if skip_bad:
+            found = zip(files, in_threads(work, files))
+            bad = {f: str(error) for f, error in found if isinstance(error, UserError)}
+            if bad:
+                say(f"left out, as they cannot be read: {listing(list(bad.values()))}", sys.stderr)
+            for prefix, part in parts.items():
+                parts[prefix] = {f: c for f, c in part.items() if f not in bad}
+        parts[""] = dict(shuffled(list(parts[""].items())))
+        names, rest = [f for part in parts.values() for f in part], {"test_from": len(parts[""])}
+        classes = sorted({c for part in parts.values() for c in part.values()} - {None})
+        for prefix, part in parts.items():
+            rest[f"{prefix}files"] = list(part)
+            if part and None not in part.values():
+                index = {c: i for i, c in enumerate(classes)}
+                rest[f"{prefix}labels"] = torch.tensor([index[c] for c in part.values()])
+                rest["classes"] = list(map(printable, classes))
+        if len(parts) == 1:
+            del rest["test_from"]
+        if not parts[""]:
+            raise UserError(f"none of the {len(files):,} pictures in {path} can be read")
+        cure = "replace or remove them, or leave them out by --skip-bad"
+        return (len(names), c, size, size), lambda start: decode_blocks(
+            path.resolve().name, names, start, work, cure=cure), rest
+
+    label = re.sub(r"[^\w.-]", "_", path.resolve().name)
+    return cached(root / "cache" / f"{label}-{size}x{channels or 'own'}-{digest.hexdigest()[:16]}", make)
+
+
+def walk(path):
+    """-> {picture's path below `path`: [bytes, time of change]}, and a Counter of what was left out and why.
+
+    Links are followed last, and no folder or file is read twice.  Hidden files and folders are ignored.
+    """
+    found, left_out, seen, links, folders = {}, Counter(), set(), [], [str(path)]
+    root, prefix = os.path.realpath(path), len(os.path.join(path, ""))
+    while folders or links:
+        at = folders.pop() if folders else links.pop(0)
+        real = os.path.realpath(at)
+        above = root.startswith(os.path.join(real, ""))
+        if not os.path.exists(at):
+            left_out["dangling links"] += 1
+            continue
+        if real in seen or above or os.path.dirname(real) in seen and not os.path.isdir(at):
+            left_out["links to what is read already"] += 1
+            continue
+        seen.add(real)
+        try:
+            entries = sorted(os.scandir(at), key=lambda e: e.name) if os.path.isdir(at) else [at]
+        except OSError:
+            left_out["folders that cannot be read"] += 1
+            continue
+        for e in entries:
+            file = os.fspath(e)
+            if os.path.basename(file).startswith("."):
+                continue
+            if e is not at and e.is_symlink():
+                links.append(file)
+            elif e is not at and e.is_dir():
+                folders.append(file)
+            else:
+                s, ending = os.stat(file), os.path.splitext(file)[1].lower()
+                if not stat.S_ISREG(s.st_mode):
+                    left_out["pipes, sockets or devices"] += 1
+                elif ending not in SUFFIXES:
+                    left_out[f"{ending or 'files without an ending'}"] += 1
+                else:
+                    found[file[prefix:].replace(os.sep, "/")] = [s.st_size, s.st_mtime_ns]
+    return found, left_out
+
+
+def layout(files, path, depth=0):
+    """-> {"": {file: class}}, with folders train/ and test/ also "test_".  Class None: no sub-folders.
+
+    A lone folder around all others is a wrapper, not a class.  val/ is the test part if there is no test/.
+    """
+    def top(f, depth):
+        return f.split("/", depth + 1)[depth] if f.count("/") > depth else None
+
+    tops = Counter(top(f, depth) for f in files)
+    if len(tops) == 1 and None not in tops:
+        return layout(files, path, depth + 1)
+    kinds, parts = {t: SPLITS.get(str(t).lower()) for t in tops}, {"": files}
+    if "train" in kinds.values() and None not in kinds.values() and len(set(kinds.values())) > 1:
+        test = "test" if "test" in kinds.values() else "val"
+        parts = {part: [f for f in files if kinds[top(f, depth)] == kind]
+                 for part, kind in (("", "train"), ("test_", test))}
+        depth += 1
+    for part, some in parts.items():
+        parts[part] = {f: top(f, depth) for f in some}
+        flat = sum(c is None for c in parts[part].values())
+        if 0 < flat < len(some):
+            raise UserError(f"{path} holds {flat} pictures beside {len(some) - flat} in sub-folders: "
+                            "expected pictures alone, or a sub-folder for each class")
+    return parts
+
+
+def shuffled(rows):
+    """The rows as a list in a random order that depends on their number alone."""
+    return [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()]
+
+
+# ---- decoding
+
+@contextmanager
+def opened(source):
+    """Open the picture of a path or of a (name, file) pair; an error in the block becomes one line."""
+    name, file = source if isinstance(source, tuple) else (source, source)
+    try:
+        with Image.open(file, formats=FORMATS) as im:
+            yield im
+    except Exception as e:  # Pillow raises a dozen kinds for damaged files
+        raise UserError(f"{printable(name)} ({brief(e)})") from e
+
+
+def scan(sources, name):
+    """-> whether all pictures are grey, and how to scale integers and floats beyond 8 bits, alike for all.
+
+    {"I" or "F": (low, factor, half)}: uint8 = (value - low) factor + half.  Raises UserError if the range of
+    their values does not tell.
+    """
+    def mode(source):
+        with opened(source) as im:
+            return im.mode
+
+    def limits(source):
+        with opened(source) as im:
+            a = np.asarray(im)
+            return a.min(), a.max()
+
+    modes = [m if isinstance(m, str) else "" for m in in_threads(mode, sources)]   # decode() reports errors
+    scales = {}
+    for kind in "IF":
+        deep = in_threads(limits, [s for s, m in zip(sources, modes) if m.startswith(kind)])
+        if known := [pair for pair in deep if isinstance(pair, tuple)]:
+            low, high = float(np.min(known)), float(np.max(known))
+            if kind == "I" and 0 <= low <= high < 2**16:
+                bits = next(b for b in (8, 10, 12, 14, 16) if high < 2**b)
+                scales[kind] = 0, 2.0 ** (8 - bits), 0
+            elif kind == "F" and (0 <= low <= high <= 1 or -1 <= low <= -0.5 and high <= 1):
+                scales[kind] = (0, 255, 0.5) if low >= 0 else (-1, 127.5, 0.5)
+            elif kind == "F" and low >= 0 and 128 <= high <= 255:
+                scales[kind] = 0, 1, 0.5
+            else:
+                raise UserError(f"{name} has pictures with values from {low:g} to {high:g}: expected "
+                                "integers 0 to 65535, or floats 0 to 1, -1 to 1 or 0 to 255")
+    return set(modes) <= {"", *GREY_MODES}, scales
+
+
+def decode(source, size, channels, box=None, scales=None):
+    """One picture as uint8 (channels, size, size): upright, on white, cropped to `box` or its centre."""
+    with opened(source) as im:
+        if box is None:
+            im.draft("L" if channels == 1 else "RGB", (2 * size, 2 * size))  # a JPEG no larger than needed
+        turn = None
+        with suppress(Exception):  # a broken EXIF tag
+            turn = TURNS.get(im.getexif().get(0x0112))
+        if im.mode[0] in "IF":  # convert() would clip all above 255 to white
+            low, factor, half = scales[im.mode[0]]
+            im = Image.fromarray(((np.asarray(im) - float(low)) * factor + half).astype(np.uint8))
+        if im.mode in ("RGBA", "LA", "PA") or "transparency" in im.info:
+            im = im.convert("RGBA")
+            im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
+        im = im.convert("L" if channels == 1 else "RGB")
+        im, s = im if turn is None else im.transpose(turn), min(im.size)
+        if s == 1 < size:
+            raise ValueError(f"{im.width}x{im.height} pixels would become one flat colour")
+        left, top = (im.width - s) // 2, (im.height - s) // 2
+        im = im.crop(box or (left, top, left + s, top + s))  # resize(box=) would look beyond the edge
+        a = np.asarray(im.resize((size, size), Image.Resampling.BILINEAR))
+    return a[None] if channels == 1 else a.transpose(2, 0, 1)
+
+
+def in_threads(work, sources):
+    """Yield work(source), or the UserError that it raises, of each source, in order.
+
+    Pillow and zlib work without Python's lock.
+    """
+    def attempt(source):
+        try:
+            return work(source)
+        except UserError as e:
+            return e
+
+    sources = iter(sources)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(min(16, cpus)) as pool:
+        while part := list(itertools.islice(sources, BLOCK)):  # map() takes memory for each source at once
+            yield from pool.map(attempt, part)
+
+
+def decode_blocks(name, sources, start, work, n=None, cure="replace them"):
+    """Yield work(source) of the sources from `start` to n, BLOCK stacked at a time, and report progress.
+
+    Raises UserError with a list of all pictures that cannot be read.
+    """
+    n, began, live, bad = n or len(sources), time.monotonic(), sys.stderr.isatty(), []
+    if start:
+        say(f"preparing {name}: going on at picture {start + 1:,} of {n:,}", sys.stderr)
+    sources = sources(start) if callable(sources) else itertools.islice(sources, start, None)
+    pictures = in_threads(work, sources)
+    for done in itertools.chain(range(start + BLOCK, n, BLOCK), [n]):
+        block = list(itertools.islice(pictures, BLOCK))
+        bad += [str(x) for x in block if isinstance(x, UserError)]
+        if not bad:
+            yield np.stack(block)
+        rate = (done - start) / (time.monotonic() - began)
+        if live or done == n or done % (32 * BLOCK) == 0:
+            say("\r" * live + f"preparing {name}: {done:,} of {n:,} pictures, {rate:,.0f}/s, "
+                f"{(n - done) / rate:.0f} s left  ", sys.stderr, "" if live and done < n else "\n")
+    if bad:
+        raise UserError(f"{len(bad)} of {n:,} pictures cannot be read, {cure}: {listing(bad)}")
+
+
+def listing(bad):
+    """The pictures that cannot be read, at most 50 by name."""
+    return "; ".join(bad[:50]) + f"; and {len(bad) - 50:,} more" * (len(bad) > 50)
+
+
+def printable(name):
+    """A file's name with escapes for line breaks and for bytes that are not UTF-8."""
+    return str(name).encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
+
+
+def brief(e):
+    """The message of an exception in one short line."""
+    return " ".join(str(e).split())[:160] or type(e).__name__
+
+
+# ---- the cache
+
+@contextmanager
+def locked(path):
+    """Let in one process at a time; a killed process releases its lock.  No lock on Windows."""
+    with open(path, "w") as f:
+        if fcntl:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"waiting for the process that prepares {path.stem}", sys.stderr)
+                fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+def cached(where, make):
+    """Memory-map the images in the folder `where` and check them; prepare them first if they do not exist.
+
+    make() -> shape of the images, blocks, dict of further arrays.  blocks(i) yields uint8 arrays of BLOCK
+    images from number i on; preprocessing that was interrupted resumes there.
+    -> {"images": Tensor, **further arrays}; "test_from" among these says where "test_images" begin.
+    All bytes are checked each time, at about 1 GB/s a core: 9 s / cores for a million 3x64x64 images.
+    Raises UserError if the folder cannot be written or is damaged.
+    """
+    try:
+        if not where.exists():
+            where.parent.mkdir(parents=True, exist_ok=True)
+            with locked(where.with_name(f"{where.name}.lock")):
+                mine = where.with_name(f"{where.name}.tmp{os.getpid()}")
+                for left in sorted(where.parent.glob(f"{where.name}.tmp*")):
+                    try:  # we hold the lock, so its process is dead; if not, Windows refuses: files are open
+                        left.rename(mine)
+                    except OSError:
+                        shutil.rmtree(left, ignore_errors=True)
+                if not where.exists():
+                    write(where, mine, *make())
+    except OSError as e:
+        raise UserError(f"{where} cannot be written ({e.strerror or e}): free some space, "
+                        "or give another --data-dir") from e
+    try:
+        images = np.load(where / "images.npy", mmap_mode="r")
+        if images.dtype != np.uint8 or images.offset + images.nbytes != (where / "images.npy").stat().st_size:
+            raise ValueError
+        intact(where / "rest.pt")
+        arrays, marks = torch.load(where / "rest.pt", weights_only=True), where / "checksums"
+        seed, each = seed_of(images.shape, (where / "rest.pt").read_bytes()), images[:1].nbytes
+
+        def check(i):
+            size = len(images[i:i + BLOCK]) * each
+            return checksum(where / "images.npy", images.offset + i * each, size, seed + i)
+
+        found = b"".join(in_threads(check, range(0, len(images), BLOCK)))
+        if not marks.exists():  # prepared before there were any
+            marks.write_bytes(found)
+        elif marks.read_bytes() != found:
+            raise ValueError
+    except Exception as e:
+        raise UserError(f"{where} is damaged: delete this folder and run again, it is then prepared "
+                        "anew") from e
+    with warnings.catch_warnings():
+        # Mode "r", though torch warns of it: a private writable mapping larger than the memory is refused.
+        warnings.filterwarnings("ignore", message=".*not writable")
+        images, split = torch.from_numpy(images), arrays.pop("test_from", None)
+    return arrays | ({"images": images} if split is None else
+                     {"images": images[:split], "test_images": images[split:]})
+
+
+def seed_of(shape, rest):
+    """What the checksums of all blocks depend on: the shape of the images and the bytes of rest.pt."""
+    return zlib.crc32(rest, zlib.crc32(repr(tuple(shape)).encode()))
+
+
+def checksum(path, start, size, seed):
+    """CRC-32, 4 bytes, of `size` bytes of a file from `start` on.  A memory map would stay in memory."""
+    crc = seed % 2**32
+    with open(path, "rb") as f:
+        f.seek(start)
+        while part := f.read(min(size, 2**20)):
+            crc, size = zlib.crc32(part, crc), size - len(part)
+    return (crc if size == 0 else ~crc % 2**32).to_bytes(4, "little")
+
+
+def write(where, temporary, shape, blocks, rest):
+    """Write images.npy, rest.pt and checksums to `temporary`, which may be half done; rename it to `where`.
+
+    There is a checksum for each block, of shape, rest, position and pixels.  Blocks that agree are kept, so
+    neither a kill nor a changed list nor a damaged file leaves a wrong picture.  No memory map is written to,
+    since a full disk would then be a bus error.
+    """
+    n, each, done, head, packed = shape[0], math.prod(shape[1:]), 0, BytesIO(), BytesIO()
+    np.lib.format.write_array_header_1_0(
+        head, {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
+    torch.save(rest, packed)
+    head, seed = head.getvalue(), seed_of(shape, packed.getvalue())
+    path, marks = temporary / "images.npy", temporary / "checksums"
+
+    def mark(done):
+        return checksum(path, len(head) + done * each, min(BLOCK, n - done) * each, seed + done)
+
+    try:
+        temporary.mkdir(exist_ok=True)
+        path.touch(), marks.touch()
+        if shutil.disk_usage(temporary).free + path.stat().st_size < n * each:
+            raise UserError(f"{n * each / 1e9:.1f} GB are needed for {where}: free some space, or give "
+                            "another --data-dir")
+        (temporary / "rest.pt").write_bytes(packed.getvalue())
+        with open(path, "r+b") as images, open(marks, "r+b") as marks:
+            images.write(head)
+            images.flush()
+            while done < n and marks.read(4) == mark(done):
+                done = min(done + BLOCK, n)
+            images.truncate(images.seek(len(head) + done * each))
+            marks.truncate(marks.seek(-(-done // BLOCK) * 4))
+            for block in blocks(done) if done < n else ():
+                images.write(np.ascontiguousarray(block).data)
+                images.flush()
+                marks.write(mark(done))
+                marks.flush()  # after the pixels
+                done += len(block)
+            os.fsync(images.fileno())
+        temporary.rename(where)
+    except Exception:  # not KeyboardInterrupt, after which preprocessing resumes
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not where.exists():  # else another process was faster: its copy is as good
+            raise
