@@ -73,6 +73,8 @@ def parser(file, doc, **defaults):
     add("--name", default="", help="ending of the run's folder, to tell runs apart")
     own = {k: "%(default)s" if k in defaults else "the experiment's" for k in ("steps", "batch_size")}
     add("--paper", action="store_true", help="the settings of the paper alone [tuned in places]")
+    add("--quick", action="store_true", help="narrow and short, for a look on a CPU")
+    add("--skip-bad", action="store_true", help="leave out pictures that cannot be read")
     add("--steps", type=number(int, 1), help=f"iterations [{own['steps']}]")
     add("--batch-size", type=number(int, 2), help=f"images a step, on each rank [{own['batch_size']}]")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random [%(default)s]")
@@ -89,18 +91,21 @@ def parser(file, doc, **defaults):
     return p
 
 
-def parse(p, argv=None, free=(), experiment=None, paper=None, tuned=None):
+def parse(p, argv=None, free=(), experiment=None, paper=None, tuned=None, quick=None):
     """The settings of a run, one namespace: flags as given, else those of the run that --resume names, else
     defaults.
 
-    `paper` and `tuned` map an experiment to its settings, `experiment(args)` names it.  A setting without a
-    value is taken from `tuned`, else from `paper`; with --paper from `paper` alone.  `args.given` names the
-    flags given by hand, `args.settings` is "paper" or "tuned".  A resumed run keeps all of its settings,
-    whatever the defaults are by then; changing one is an error unless it is listed in FREE or `free`.
+    `paper`, `tuned` and `quick` map an experiment to its settings, `experiment(args)` names it.  A setting
+    without a value is taken from `tuned`, else from `paper`; with --paper from `paper` alone, with --quick
+    from `quick` before all.  `args.given` names the flags given by hand, `args.settings` is "paper", "tuned"
+    or "quick".  A resumed run keeps all of its settings, whatever the defaults are by then; changing one is
+    an error unless it is listed in FREE or `free`.
     """
     defaults = vars(p.parse_args([]))
     given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
     given = {k: v for k, v in given.items() if v is not None}
+    if given.get("paper") and given.get("quick"):
+        p.error("--paper and --quick exclude each other")
     if given.get("sample") and not given.get("resume"):
         p.error("--sample needs --resume RUN: the run whose networks draw")
     saved = _saved(given["resume"], defaults["script"]) if given.get("resume") else {}
@@ -116,10 +121,11 @@ def parse(p, argv=None, free=(), experiment=None, paper=None, tuned=None):
     if paper:
         args.experiment = experiment(args)
         chosen = paper[args.experiment] | ({} if args.paper else (tuned or {}).get(args.experiment, {}))
-        for k, v in chosen.items():
-            if getattr(args, k, None) is None:
+        hasty = (quick or {}).get(args.experiment, {}) if args.quick else {}
+        for k, v in (chosen | hasty).items():
+            if getattr(args, k, None) is None or k in hasty and k not in args.given and k not in saved:
                 setattr(args, k, v)
-        args.settings = "paper" if args.paper else "tuned"
+        args.settings = "paper" if args.paper else "quick" if args.quick else "tuned"
     return args
 
 

@@ -1,6 +1,7 @@
 """A run's folder, flags, checkpoints, resume, signals and errors, each as a user meets them."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from conftest import ROOT, script
 
 from common import UserError, log, run
+from common.fuse import Adam
 
 SMALL = ("--batch-size", "8", "--log-every", "1", "--save-every", "20", "--device", "cpu")
 
@@ -347,7 +349,8 @@ def test_two_halves_equal_a_whole(digits, tmp_path, whole):
     assert_equal(a, b)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGKILL")
+                                 if hasattr(signal, name)])
 def test_stopped_and_resumed_equals_uninterrupted(digits, tmp_path, whole, how):
     folder = tmp_path / "gan-digits"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -411,3 +414,133 @@ def test_networks_of_another_run(tmp_path):
     file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
     with pytest.raises(UserError, match="is damaged"):
         run.fetch(tmp_path, "a run", D=net)
+
+
+# ---------------------------------------------------------------------------------------- settings and tables
+
+PAPER = {"a": {"steps": 100, "batch_size": 8, "lr": 0.1, "cats": (10,)}, "b": {"steps": 7, "lr": 0.3}}
+TUNED = {"a": {"lr": 0.2}}
+QUICK = {"a": {"steps": 5, "width": 0.25}}
+
+
+def settled(*words, tuned=TUNED):
+    p = run.parser("infogan.py", "doc", dataset="a")
+    p.add_argument("--lr", type=run.number(float, 0))
+    p.add_argument("--width", type=float, default=1.0)
+    return run.parse(p, [str(w) for w in words], experiment=lambda args: args.dataset, paper=PAPER,
+                     tuned=tuned, quick=QUICK)
+
+
+def test_paper_tuned_quick_and_flags_in_their_order():
+    found = [(a.lr, a.steps, a.width, a.settings) for a in (
+        settled(), settled("--paper"), settled("--paper", "--lr", .5), settled("--quick"),
+        settled("--quick", "--width", .5), settled("--dataset", "b"))]
+    assert found == [(0.2, 100, 1.0, "tuned"), (0.1, 100, 1.0, "paper"), (0.5, 100, 1.0, "paper"),
+                     (0.2, 5, 0.25, "quick"), (0.2, 5, 0.5, "quick"), (0.3, 7, 1.0, "tuned")]
+    assert settled("--lr", .5).given == ["lr"] and settled().cats == (10,)
+    with pytest.raises(SystemExit):
+        settled("--paper", "--quick")
+
+
+def test_a_resumed_run_keeps_its_settings_whatever_the_defaults_are_by_then(tmp_path):
+    r = run.Run(settled("--out", tmp_path, "--device", "cpu", "--quick", "--seed", 4))
+    r.keep(part=Part())
+    r.save()
+    again = settled("--resume", r.folder, tuned={"a": {"lr": 0.9, "batch_size": 99}})
+    assert (again.lr, again.batch_size, again.steps, again.width, again.seed) == (0.2, 8, 5, 0.25, 4)
+    assert again.settings == "quick" and again.given == ["device", "out", "quick", "resume", "seed"]
+    with pytest.raises(UserError, match="was run with --lr 0.2, 0.7 given"):
+        settled("--resume", r.folder, "--lr", .7)
+
+
+@pytest.mark.parametrize("changed, said", [
+    ({"lr": "fast"}, "--lr 'fast' found"), ({"lr": -1}, "at least 0 expected"),
+    ({"seed": True}, "--seed True"),
+    ({"check": 3, "amp": "yes"}, "--amp is 'yes', true or false expected"), ({"steps": [1, 2]}, "--steps"),
+    ({"paper": 1}, "--paper is 1, true or false expected"), ({"lr": 0.4}, "args.json has lr 0.4")])
+def test_changed_settings_of_a_run_are_one_line(changed, said, tmp_path):
+    r = run.Run(settled("--out", tmp_path, "--device", "cpu"))
+    r.keep(part=Part())
+    r.save()
+    saved = json.loads((r.folder / "args.json").read_text())
+    (r.folder / "args.json").write_text(json.dumps(saved | changed))
+    with pytest.raises(UserError, match=said):
+        run.Run(settled("--resume", r.folder)).keep(part=Part())
+
+
+def test_relative_paths_are_resolved_when_a_run_starts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "mnist").mkdir()
+    for dataset, expected in (("pictures", str(tmp_path / "pictures")), ("mnist", "mnist")):
+        r = run.Run(parse("--dataset", dataset, "--device", "cpu"))
+        r.keep(part=Part())
+        assert json.loads((r.folder / "args.json").read_text())["dataset"] == expected
+
+
+def test_huge_numbers_and_an_empty_name_are_bad_flags(capsys):
+    for words in (["--steps", "9" * 310], ["--seed", "9" * 310], ["--dataset", ""]):
+        with pytest.raises(SystemExit) as e:
+            parse(*words)
+        assert e.value.code == 2 and len(capsys.readouterr().err.splitlines()[-1]) < 200
+
+
+def test_results_hold_null_for_what_is_no_number(tmp_path):
+    r = started(tmp_path)
+    r.results({"x": {"value": math.inf, "more": [math.nan, 1.0]}})
+    found = json.loads((r.folder / "results.json").read_text(), parse_constant=pytest.fail)
+    assert found["results"]["x"] == {"value": None, "more": [None, 1.0]}
+
+
+def test_the_state_of_an_optimizer_has_the_shapes_of_its_parameters(tmp_path):
+    def made(n):
+        net = torch.nn.Linear(n, 1)
+        return net, Adam(net.parameters(), 0.1)
+
+    r = started(tmp_path)
+    net, opt = made(3)
+    r.parts = {"net": net, "opt": opt}
+    next(iter(opt.state.values()))["exp_avg"] = torch.zeros(2, 2)
+    r.save()
+    net, opt = made(3)
+    with pytest.raises(UserError, match=r"opt: exp_avg is \(2, 2\), \(1, 3\) expected"):
+        run.Run(parse("--resume", r.folder)).keep(net=net, opt=opt)
+
+
+# --------------------------------------------------------------------------- consoles, signals, two processes
+
+
+def test_a_closed_console_costs_nothing(digits, tmp_path):
+    words = gan(digits, tmp_path, "--steps", "12")
+    p = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    p.stdout.readline()
+    p.stdout.close()  # as `| head -n 1` does
+    assert p.wait(240) == 0 and p.stderr.read() == b""
+    (folder,) = tmp_path.iterdir()
+    assert checkpoint(folder)["step"] == 12 and (folder / "results.json").exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_hang_up_is_heard_unless_it_is_ignored(monkeypatch):
+    assert signal.SIGHUP in run.stops()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert signal.SIGHUP not in run.stops()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(run.fcntl is None, reason="the lock of Windows is another")
+def test_one_process_trains_in_a_folder_and_others_may_read(digits, tmp_path):
+    done = script(*gan(digits, tmp_path, "--steps", "4"))
+    assert done.returncode == 0, done.stderr
+    (folder,) = (f for f in tmp_path.iterdir() if (f / "checkpoint.pt").exists())
+    with open(folder / "lock", "a+b") as lock:
+        run.fcntl.flock(lock, run.fcntl.LOCK_EX)
+        going_on = script("gan.py", "--resume", folder, "--steps", "8")
+        assert going_on.returncode == 1 and "another process is training" in going_on.stderr
+        assert len(going_on.stderr.splitlines()) == 1
+        assert script("gan.py", "--resume", folder, "--sample", "2").returncode == 0
+    assert checkpoint(folder)["step"] == 4
+    assert script("gan.py", "--resume", folder, "--steps", "8").returncode == 0
+    assert checkpoint(folder)["step"] == 8
