@@ -55,13 +55,14 @@ class Logger:
     """Sums scalars on their devices and reads them once per interval, so that the loop never waits.
 
     folder None: a rank that does not log.  step: where a resumed run starts; later lines are dropped.
+    group: of the scalars in TensorBoard, the script's name.  hint: what to add where a run takes long.
     """
 
-    def __init__(self, folder, steps, images_per_step, step=0):
+    def __init__(self, folder, steps, images_per_step, step=0, group="run", hint=""):
         self.steps, self.images_per_step, self.folder = steps, images_per_step, folder
         self.sums, self.counts, self.last = {}, {}, step
-        self.start = self.since = self.shown = time.perf_counter()
-        self.rate, self.line = 0.0, ""
+        self.start = self.since = self.shown = self.looked = time.perf_counter()
+        self.rate, self.line, self.group, self.hint, self.told = 0.0, "", group, hint, False
         self.tty = bool(sys.stderr) and sys.stderr.isatty()
         if folder is None:
             return
@@ -83,17 +84,17 @@ class Logger:
             sums.update({name: torch.zeros_like(v) for name, v in values.items() if name not in sums})
             torch._foreach_add_([sums[name] for name in values], list(values.values()))
 
-    def write(self, step):
-        """Write the interval's means and start a new interval.  Waits for each device once.
-
-        Returns the means as a dict of floats.
-        """
+    def means(self):
+        """The interval's means so far as a dict of floats.  Waits for each device once."""
         totals = dict.fromkeys(self.counts, 0.0)
         for sums in self.sums.values():
             for name, total in zip(sums, torch.stack(list(sums.values())).tolist()):
                 totals[name] += total
-        means = {name: total / self.counts[name] for name, total in totals.items()}
-        now = time.perf_counter()
+        return {name: total / self.counts[name] for name, total in totals.items()}
+
+    def write(self, step):
+        """Write the interval's means, start a new interval, and return them."""
+        means, now = self.means(), time.perf_counter()
         self.rate = (step - self.last) * self.images_per_step / (now - self.since)
         self.sums, self.counts, self.last, self.since = {}, {}, step, now
         if self.folder:
@@ -102,23 +103,41 @@ class Logger:
             with self.path.open("a") as f:
                 f.write(json.dumps(line) + "\n")
             for name, value in means.items():
-                self.board.add_scalar(name, value, step)
-            self.board.add_scalar("images/s", self.rate, step)
-            self.line = "  ".join(f"{name} {value:.3g}" for name, value in means.items())
+                group = "gan" if name.startswith("GAN ") else self.group
+                self.board.add_scalar(f"{group}/{name.removeprefix('GAN ')}", value, step)
+            self.board.add_scalar("speed/images_s", self.rate, step)
+            self.line = _short(means)
             if not self.tty:
                 say(self.status(step))
         return means
 
     def status(self, step):
-        left = (self.steps - step) * self.images_per_step / self.rate if self.rate else math.nan
+        rate = self.rate or self._rate(step)
+        left = (self.steps - step) * self.images_per_step / rate if rate else math.nan
         eta = "--:--" if math.isnan(left) else f"{int(left) // 60}:{int(left) % 60:02d}"
         percent = 100 * step / self.steps
-        return f"step {step}/{self.steps} {percent:3.0f}%  {self.rate:.0f} images/s  ETA {eta}  {self.line}"
+        return f"step {step}/{self.steps} {percent:3.0f}%  {rate:.0f} images/s  ETA {eta}  {self.line}"
+
+    def _rate(self, step):
+        """Images a second since the interval began, its first step, which may compile, left out."""
+        if step == self.last + 1:
+            self.second = time.perf_counter()
+        passed = time.perf_counter() - getattr(self, "second", math.inf)
+        return (step - self.last - 1) * self.images_per_step / passed if passed > 0 else 0.0
 
     def progress(self, step):
-        """On a terminal, one live line, at most twice a second."""
-        if self.tty and self.folder and time.perf_counter() - self.shown > 0.5:
-            self.shown, columns = time.perf_counter(), 80
+        """After a step: on a terminal one live line, at most twice a second; once, how long it will take."""
+        now, rate = time.perf_counter(), self._rate(step) if not self.rate else self.rate
+        if not self.folder:
+            return
+        if not self.told and now - self.start > 5 and rate:
+            self.told, minutes = True, (self.steps - step) * self.images_per_step / rate / 60
+            if minutes > 1:
+                say(f"about {minutes:.0f} minutes at {rate:.0f} images/s{self.hint if minutes > 10 else ''}")
+        if self.tty and now - self.shown > 0.5:
+            if not self.rate and now - self.looked > 2:  # before the first line: read the device now and then
+                self.looked, self.line = now, _short(self.means())
+            self.shown, columns = now, 80
             with contextlib.suppress(OSError, ValueError):  # the terminal was closed
                 columns = os.get_terminal_size(sys.stderr.fileno()).columns
             say("\r\033[K" + self.status(step)[:columns - 1], sys.stderr, end="")
@@ -127,7 +146,11 @@ class Logger:
         if self.tty and self.folder:
             say("", sys.stderr)
         if self.folder:
-            self.board.close()
+            self.board.flush()  # figures and numbers follow in the same file
+
+
+def _short(means):
+    return "  ".join(f"{name} {value:.3g}" for name, value in means.items())
 
 
 def history(folder):
@@ -192,6 +215,31 @@ def save_png(path, image):
     partial = temporary(path)
     try:
         Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(partial, format="PNG")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def smaller(image, side):
+    """A uint8 image (1 or 3, H, W), shrunk so that its longer side is at most `side` pixels."""
+    scale = side / max(image.shape[1:])
+    if scale >= 1:
+        return image
+    size = [max(1, round(n * scale)) for n in image.shape[1:]]
+    small = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
+    return small.round().to(torch.uint8)
+
+
+def animate(files, path, most=60):
+    """The pictures `files` as an animated GIF, at most `most` of them; nothing for fewer than two."""
+    if len(files) < 2:
+        return
+    chosen = [files[i] for i in np.linspace(0, len(files) - 1, min(most, len(files))).round().astype(int)]
+    frames = [Image.open(f).convert("P", palette=Image.Palette.ADAPTIVE, colors=64) for f in chosen]
+    partial = temporary(path)
+    try:
+        frames[0].save(partial, format="GIF", save_all=True, append_images=frames[1:], loop=0,
+                       duration=[150] * (len(frames) - 1) + [1500])
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

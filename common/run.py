@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import distributed as dist
+from torch.utils.tensorboard.summary import hparams
 
 from common import UserError, data, intact, log
 from common.fuse import cannot_compile, describe, has_bf16
@@ -187,6 +188,7 @@ class Run:
                 self.kept[key] = str(Path(value).expanduser().resolve())
         self.args, self.parts, self.step, self.stopped = args, {}, 0, False
         self.logger = self.board = None
+        self.drawn = False
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.lead = self.rank == 0
@@ -229,8 +231,8 @@ class Run:
             raise error
 
     def _claim(self):
-        """Make the run's folder and lock it.  One that holds a checkpoint is left alone; one of a run that ended
-        before its first is taken over."""
+        """Make the run's folder and lock it.  One that holds a checkpoint is left alone; one of a run that
+        ended before its first is taken over."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
@@ -290,7 +292,9 @@ class Run:
         if self.lead:
             say(f"{describe(args)} | {args.steps:,} steps | {self.folder}")
         folder = self.folder if self.lead else None
-        self.logger = log.Logger(folder, args.steps, args.batch_size * self.world, self.step)
+        hint = "; --quick is a short version" if args.device == "cpu" and not args.quick else ""
+        images = args.batch_size * self.world
+        self.logger = log.Logger(folder, args.steps, images, self.step, args.script, hint)
         old = {s: signal.signal(s, self._stop) for s in stops()}
         try:
             for step in range(self.step + 1, args.steps + 1):
@@ -335,6 +339,14 @@ class Run:
     def every(self, n):
         """Whether the step at hand is a multiple of `n` or the last one."""
         return (self.step + 1) % n == 0 or self.step + 1 == self.args.steps
+
+    def draws(self):
+        """Whether to draw samples in the step at hand: after 2 % of the run or a minute, soon again, and then
+        every --save-every steps."""
+        step, steps = self.step + 1, self.args.steps
+        early = {math.ceil(steps * part) for part in (0.02, 0.05, 0.1, 0.2)}
+        late = not self.drawn and time.perf_counter() - self.logger.start > 60
+        return late or step in early or self.every(self.args.save_every)
 
     @contextlib.contextmanager
     def aside(self):
@@ -446,11 +458,19 @@ class Run:
 
     def show(self, name, image):
         """Save the uint8 picture (3, H, W) as NAME.png in the run's folder, and for TensorBoard."""
-        if self.lead:
-            log.save_png(self.folder / f"{name}.png", image)
-            self.board = self.logger.board if self.logger else self.board or log.SummaryWriter(self.folder)
-            self.board.add_image(name, image, self.step)
-            self.board.flush()
+        if not self.lead:
+            return
+        self.drawn = True
+        log.save_png(self.folder / f"{name}.png", image)
+        if name == "samples" and self.logger:  # a frame of training.gif
+            (self.folder / "frames").mkdir(exist_ok=True)
+            log.save_png(self.folder / "frames" / f"{self.step + 1:08d}.png", log.smaller(image, 480))
+        self._board().add_image(name, image, self.step)
+        self._board().flush()
+
+    def _board(self):
+        self.board = self.logger.board if self.logger else self.board or log.SummaryWriter(self.folder)
+        return self.board
 
     def sample(self, draw, scale=(0.0, 1.0)):
         """--sample N: write N pictures of `draw(n)` (n, C, H, W), values in `scale`, as samples/00000.png and
@@ -482,6 +502,12 @@ class Run:
                   "versions": {"python": platform.python_version(), "torch": torch.__version__,
                                "torchvision": version("torchvision"), "numpy": np.__version__},
                   "date": time.strftime("%Y-%m-%d"), "results": results}
+        log.animate(sorted((self.folder / "frames").glob("*.png")), self.folder / "training.gif")
+        flat = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in settings.items()}
+        numbers = {k: r["value"] for k, r in results.items() if isinstance(r["value"], (int, float))}
+        for summary in hparams(flat, numbers):  # add_hparams() would open another event file
+            self._board().file_writer.add_summary(summary, self.step)
+        self._board().flush()
         log.write_text(self.folder / "results.json", json.dumps(_finite(report), indent=1) + "\n")
         for name, r in results.items():
             paper = f"   (paper {_short(r['paper'])})" if "paper" in r else ""

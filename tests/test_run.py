@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, script
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from common import UserError, log, run
 from common.fuse import Adam
@@ -544,3 +547,45 @@ def test_one_process_trains_in_a_folder_and_others_may_read(digits, tmp_path):
     assert checkpoint(folder)["step"] == 4
     assert script("gan.py", "--resume", folder, "--steps", "8").returncode == 0
     assert checkpoint(folder)["step"] == 8
+
+
+# ------------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_samples_are_drawn_early_and_become_an_animation(tmp_path):
+    r, drawn = started(tmp_path, "--steps", 100, "--save-every", 50), []
+    for step in r.loop():
+        if r.draws():
+            drawn.append(step)
+            r.show("samples", torch.full((3, 600, 300), step, dtype=torch.uint8))
+    r.results({"x": {"value": 1.0}})
+    assert drawn == [2, 5, 10, 20, 50, 100]
+    with Image.open(r.folder / "training.gif") as gif:
+        assert gif.n_frames == 6 and gif.size == (240, 480)
+
+
+def test_tensorboard_has_groups_and_the_settings_in_one_file(tmp_path):
+    r = started(tmp_path, "--steps", 3, "--log-every", 1)
+    for _ in r.loop():
+        r.log({"V": torch.tensor(1.0), "GAN V": 2.0})
+    r.results({"ig-cls": {"value": 3.5}})
+    (file,) = r.folder.glob("events.out.*")
+    events = EventAccumulator(str(r.folder)).Reload()
+    assert set(events.Tags()["scalars"]) >= {"infogan/V", "gan/V", "speed/images_s"}
+    plugins = {value.metadata.plugin_data.plugin_name for event in EventFileLoader(str(file)).Load()
+               for value in event.summary.value}
+    assert "hparams" in plugins
+
+
+def test_a_terminal_sees_losses_and_a_rate_before_the_first_line(tmp_path, monkeypatch):
+    clock, said = [0.0], []
+    monkeypatch.setattr(log.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(log, "say", lambda text, *_, **__: said.append(text))
+    logger = log.Logger(tmp_path, 1000, 8, hint="; --quick")
+    logger.tty = True
+    for step in range(1, 9):
+        clock[0] += 1.0
+        logger.add({"V": -1.5})
+        logger.progress(step)
+    assert any("8 images/s" in text and "V -1.5" in text and "ETA 16:" in text for text in said)
+    assert [text for text in said if text.startswith("about")] == ["about 17 minutes at 8 images/s; --quick"]
