@@ -1,14 +1,14 @@
 """InfoGAN: Interpretable Representation Learning by Information Maximizing Generative Adversarial Nets
 Xi Chen, Yan Duan, Rein Houthooft, John Schulman, Ilya Sutskever, Pieter Abbeel, 2016.  arXiv:1606.03657
 
-Part of the input of G is a code c that its pictures must give away: a network Q reads it back from them.
+G's input is noise z and a code c.  A second network Q must be able to recover c from the image G(z, c).
 
     Eq. 1   V(D, G) = E_x[log D(x)] + E_z[log(1 - D(G(z)))]                          -> V()
     Eq. 3   min_G max_D  V(D, G) - lam I(c; G(z, c))
     Eq. 4   I(c; G(z, c)) >= E_{x ~ G(z, c)}[E_{c' ~ P(c|x)}[log Q(c'|x)]] + H(c)
     Eq. 5   L_I(G, Q) = E_{c ~ P(c), x ~ G(z, c)}[log Q(c|x)] + H(c)                 -> L_I()
     Eq. 6   min_{G,Q} max_D  V(D, G) - lam L_I(G, Q)                                 -> train_step()
-    Tables 1-7 (App. C)  networks, codes and rates of each data set                  -> networks(), PAPER
+    Tables 1-7 (App. C)  networks, codes, rates and lambdas of each data set         -> networks(), PAPER
     Fig. 1  L_I during training, InfoGAN against a regular GAN                       -> draw_fig1()
     Figs. 2-6  one code varied, everything else fixed                                -> vary()
     Sec. 7.2  c1 as a classifier of digits                                           -> classify()
@@ -29,9 +29,10 @@ from common import UserError, data, log, metrics, run
 from common.fuse import Adam, autocast, descend, frozen, fuse, place, sampling, set_rate
 
 # --------------------------------------------------------------------------------------------------- settings
-# cats: sizes of the categorical codes; m: continuous codes, Unif(-1, 1); dz: noise, Unif(-1, 1).  lam weighs
-# L_I of the categorical codes, lam_cont that of the continuous ones.  Where the print is silent, the authors'
-# code for MNIST: batch 128, 5,000 steps, G trained on fresh z and c.  No length is published for the others.
+# cats: sizes of the categorical codes.  m: number of continuous codes, each Unif(-1, 1).  dz: size of the
+# noise, Unif(-1, 1).  lam weighs L_I of the categorical codes, lam_cont that of the continuous ones.
+# Where the paper is silent, values come from the authors' code, which covers MNIST alone: batches of 128, 5,000
+# steps, fresh z and c for G.  No length is published for the other data sets.
 
 CODE = dict(batch_size=128, lr_D=2e-4, lr_G=1e-3, lam=1.0, lam_cont=1.0, fix_sigma=False, fresh_z=True,
             warm_up=0, warp=0.0, decay_lr=False, together=False, noise=0.0, gan_steps=0)
@@ -93,7 +94,7 @@ def fc(i, o, slope):
 
 
 def table_1(dc, dq, ch):
-    """MNIST.  dc: numbers in (z, c).  dq: numbers that Q gives.  ch(n): n feature maps, times --width."""
+    """MNIST.  dc: size of (z, c).  dq: size of Q's output.  ch(n): n feature maps or units times --width."""
     G = nn.Sequential(
         fc(dc, ch(1024), 0),                                                        # 1024
         fc(ch(1024), ch(128) * 7 * 7, 0), nn.Unflatten(1, (ch(128), 7, 7)),         # 128 x 7 x 7
@@ -107,9 +108,9 @@ def table_1(dc, dq, ch):
 
 
 class Discriminator(nn.Module):
-    """D and Q on one trunk (App. C): a (n,) is D's logit, q (n, dq) the parameters of Q(c|x).
+    """D and Q on one trunk (App. C).  D(x) -> logit a (n,) and the parameters q (n, dq) of Q(c|x).
 
-    Q has a layer of `hidden` units of its own, or shares all but the last layer.
+    Q has a layer of `hidden` units of its own; if `hidden` is 0, D and Q share all but the last layer.
     """
 
     def __init__(self, trunk, width, dq, hidden=0):
@@ -127,7 +128,7 @@ class Discriminator(nn.Module):
 
 
 def networks(args):
-    """(G, D): G(z, c) -> x (n, C, H, W), D(x) -> (a (n,), q (n, dq)), of Tables 1 to 6."""
+    """G and D of Tables 1 to 6: G(z, c) -> x (n, C, H, W), D(x) -> (a (n,), q (n, dq))."""
     dc = args.dz + sum(args.cats) + args.m
     dq = sum(args.cats) + args.m * (1 if args.fix_sigma else 2)     # logits, means, log standard deviations
     table = {"mnist": table_1, "svhn": table_2, "celeba": table_2, "faces": table_4, "chairs": table_6}
@@ -136,7 +137,7 @@ def networks(args):
 
 
 def init(module):
-    """Weights N(0, .02), BatchNorm's scale N(1, .02), shifts and biases 0 (authors' code)."""
+    """Weights from N(0, .02), BatchNorm's scale from N(1, .02), shift and biases 0 (authors' code)."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -198,7 +199,7 @@ def L_I_cont(mu, log_sigma, u):
 
 
 def L_I(q, c, u, args):
-    """Eq. 5 for Q's output q (n, dq): its sum over the categorical codes, and over the continuous ones."""
+    """Eq. 5 for Q's output q (n, dq): summed over the categorical codes, and over the continuous codes."""
     logits, mu, log_sigma = split_q(q, args)
     cat = sum((L_I_cat(a, c[:, i]) for i, a in enumerate(logits)), q.new_zeros((), dtype=torch.float32))
     return cat, L_I_cont(mu, log_sigma, u)
@@ -207,7 +208,7 @@ def L_I(q, c, u, args):
 # --------------------------------------------------------------------------------------------------- training
 
 def build(args):
-    """G, D (with Q), their optimizers and the fused step of Eq. 6; if lam = lam_cont = 0 a regular GAN."""
+    """G, D (with Q), their optimizers and the fused step of Eq. 6; a regular GAN if lam = lam_cont = 0."""
     G, D = place(args, *networks(args))
     opt_D, opt_G = Adam(D.parameters(), args.lr_D), Adam(G.parameters(), args.lr_G)
     amp, regular = autocast(args), args.lam == 0 == args.lam_cont
@@ -216,8 +217,8 @@ def build(args):
     def train_step(x):                                              # x (n, C, H, W) in args.scale
         z, c, u = sample_latent(len(x), args, x.device)
         lam, lam_cont = lambdas(D.t, args)                          # constant with --paper
-        # D and Q ascend V + lam L_I: Q shares D's trunk and optimizer (authors' code).  For a regular GAN, Q
-        # is fitted on a detached trunk, and neither G nor D learns from it.
+        # D and Q ascend V + lam L_I: Q shares D's trunk and optimizer (authors' code).  In a regular GAN, Q is
+        # fitted on a detached trunk, so neither D nor G learns from it.
         with amp:
             x_fake = G(join(z, c, u, args))
             a_real, a_fake, q = D_sees(D, x, x_fake.detach(), args, detach=regular)
@@ -308,15 +309,15 @@ def experiment(args):
 
 
 def regular_gan(args):
-    """The settings of the regular GAN beside this run; only Q learns from L_I."""
+    """The settings of the regular GAN trained beside this run: only its Q learns from L_I."""
     return argparse.Namespace(**{**vars(args), "lam": 0.0, "lam_cont": 0.0})
 
 
 # ------------------------------------------------------------------------ what TUNED adds to the paper's step
 
 def lambdas(t, args):
-    """lam and lam_cont of Eq. 6 after t updates (a 0-dim tensor): over --warm-up steps each rises from 0 to
-    its value, first that of the categorical codes, then that of the continuous ones."""
+    """lam and lam_cont of Eq. 6 after t updates (a 0-dim tensor).  Each rises linearly from 0 to its value
+    over --warm-up steps, lam first, then lam_cont."""
     if args.lam == 0 == args.lam_cont:                      # a regular GAN: Q alone learns from L_I
         return 1.0, 1.0
     w = max(1, args.warm_up)
@@ -328,7 +329,7 @@ def D_sees(D, x, x_fake, args, detach=False):
     """(a_real, a_fake, q of the samples).  BatchNorm normalizes real and fake batches separately (authors'
     code), or jointly with `args.together` so that D sees differences in brightness and contrast.
 
-    x None: the samples alone.  Before all that, half of each batch is warped, and noise is added.
+    x None: the samples alone.  First, half of each batch is warped by args.warp and noise is added to all.
     """
     x_fake, x = (t if t is None else data.warp(t, args.warp, share=0.5) for t in (x_fake, x))
     if args.noise:
@@ -341,7 +342,8 @@ def D_sees(D, x, x_fake, args, detach=False):
 
 
 def decay_rates(args, opt_D, opt_G, done):
-    """Rates after the fraction `done` of a run: constant, or linear to 0 over the second half."""
+    """Set both rates after the fraction `done` of a run: constant, or falling linearly to 0 over the second
+    half with args.decay_lr."""
     falling = min(1.0, 2 * (1 - done)) if args.decay_lr else 1.0
     for opt, lr in ((opt_D, args.lr_D), (opt_G, args.lr_G)):
         set_rate(opt, lr * falling)
@@ -405,7 +407,7 @@ FIGURE = {"mnist": "fig2", "faces": "fig3", "chairs": "fig4", "svhn": "fig5", "c
 
 
 def draw(G, args, n):
-    """n fresh pictures (n, C, H, W) in args.scale, and their codes c (n, number of cats) and u (n, m)."""
+    """n new pictures (n, C, H, W) in args.scale and their codes c (n, number of cats) and u (n, m)."""
     z, c, u = sample_latent(n, args, args.device)
     return metrics.batched(G, join(z, c, u, args)), c, u
 
@@ -416,10 +418,10 @@ def Q_of(D, images, args):
 
 
 def vary(G, args, code, rows=10, columns=10):
-    """Pictures (rows * columns, C, H, W): a row is one draw of everything, along it one code varies.
+    """Pictures (rows * columns, C, H, W): each row is one draw of (z, c) in which one code varies.
 
-    `code`: i < number of categorical codes takes the categories of code i; the next m vary a continuous code
-    from -1 to 1; on MNIST from -2 to 2, as in Fig. 2.
+    `code`: its number, categorical codes first.  A categorical code takes each of its categories, a
+    continuous one goes from -1 to 1, on MNIST from -2 to 2 as in Fig. 2.
     """
     if code < len(args.cats):
         columns = args.cats[code]
@@ -449,7 +451,7 @@ def draw_fig1(folder, args):
 
 
 def figures(r, G, D, gan_G, pictures):
-    """Draw the paper's figures of this data set; a row is one draw, along it one code varies."""
+    """Draw the paper's figures of this data set."""
     args = r.args
 
     def show(title, net_G, code):
@@ -474,7 +476,7 @@ def figures(r, G, D, gan_G, pictures):
 # ------------------------------------------------------------------------------------------------ the numbers
 
 def classify(D, pictures, args):
-    """Sec. 7.2: a table category -> label, by majority on 10,000 training pictures, and its error in % on the
+    """Sec. 7.2: table category -> label, by majority over 10,000 training pictures, and its error in % on the
     test pictures."""
     k_train, k_test = (Q_of(D, images, args)[:, :args.cats[0]].argmax(1).cpu()
                        for images in (pictures.images[:10000], pictures.test_images))
@@ -483,7 +485,7 @@ def classify(D, pictures, args):
 
 
 def match_factors(D, pictures, args):
-    """Factor -> (the continuous code that found it, |Spearman correlation| of that code's mean with it)."""
+    """Factor -> (continuous code that found it, |Spearman correlation| of Q's mean for the code with it)."""
     images, factors = pictures.images[:10000], pictures.extra["factors"][:10000]
     mu = split_q(Q_of(D, images, args), args)[1].cpu()
     rho = torch.tensor([[abs(metrics.rank_correlation(f, m)) for m in mu.T] for f in factors.T])

@@ -3,7 +3,6 @@
 import json
 import math
 from argparse import Namespace
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,20 +12,20 @@ from PIL import Image
 
 import infogan
 from common.fuse import descend
-from infogan import L_I, NETS, L_I_cat, L_I_cont, V, join, networks, sample_latent, split_q
+from infogan import L_I, L_I_cat, L_I_cont, V, join, networks, sample_latent, split_q
 
 
-def args(*words):
-    a = infogan.parse_args(["--device", "cpu", *words])
-    a.amp = a.compile = a.graph = False
-    return a
+def settings(*words, **changes):
+    """The settings of a run with these flags on a CPU, and `changes` that no flag makes."""
+    args = infogan.parse_args(["--device", "cpu", "--no-amp", "--no-compile", "--no-graph", *words])
+    return Namespace(**{**vars(args), **changes})
 
 
 def sigmoid(a):
     return 1 / (1 + np.exp(-a))
 
 
-# ---------------------------------------------------------------------------------------------- equations
+# -------------------------------------------------------------------------------------------------- equations
 
 
 def test_V_is_minus_log_4_at_one_half():
@@ -68,9 +67,9 @@ def test_L_I_cont_is_a_gaussian_likelihood_plus_the_entropy_of_the_uniform():
 
 
 def test_Q_is_split_into_disjoint_slices():
-    net = NETS["svhn"]
-    dq = sum(net.cats) + 2 * net.m
-    logits, mu, log_sigma = split_q(torch.arange(float(dq)).repeat(3, 1), net)
+    args = settings("--net", "svhn")
+    dq = sum(args.cats) + 2 * args.m
+    logits, mu, log_sigma = split_q(torch.arange(float(dq)).repeat(3, 1), args)
     assert torch.cat([*logits, mu, log_sigma], 1)[0].tolist() == list(range(dq))
     assert [a.shape[1] for a in logits] == [10] * 4 and mu.shape[1] == log_sigma.shape[1] == 4
 
@@ -80,12 +79,12 @@ def test_Q_is_split_into_disjoint_slices():
 
 def test_latents_are_as_the_paper_has_them():
     torch.manual_seed(0)
-    net = NETS["mnist"]
-    z, c, u = sample_latent(20000, net)
+    args = settings()
+    z, c, u = sample_latent(20000, args)
     assert z.shape == (20000, 62) and c.shape == (20000, 1) and u.shape == (20000, 2)
     assert -1 <= u.min() < -0.99 and 0.99 < u.max() <= 1 and abs(u.var().item() - 1 / 3) < 0.01
     assert torch.bincount(c[:, 0], minlength=10).sub(2000).abs().max() < 250
-    g = join(z, c, u, net)
+    g = join(z, c, u, args)
     assert g.shape == (20000, 74)
     assert torch.equal(g[:, 62:72].argmax(1), c[:, 0]) and torch.equal(g[:, 72:], u)
     assert g[:, 62:72].sum(1).eq(1).all()
@@ -95,22 +94,22 @@ def test_latents_are_as_the_paper_has_them():
     "name, dim", [("mnist", 74), ("svhn", 168), ("celeba", 228), ("faces", 133), ("chairs", 189)]
 )
 def test_networks_have_the_papers_sizes(name, dim):
-    net = NETS[name]
-    assert net.dz + sum(net.cats) + net.m == dim
-    dq = sum(net.cats) + 2 * net.m
-    G, D = networks(name, dim, dq)
-    x = G(join(*sample_latent(4, net), net))
-    assert x.shape == (4, net.channels, net.size, net.size)
-    assert x.min() >= net.scale[0] and x.max() <= net.scale[1]
+    args = settings("--net", name, fix_sigma=False)
+    assert args.dz + sum(args.cats) + args.m == dim
+    dq = sum(args.cats) + 2 * args.m
+    G, D = networks(args)
+    x = G(join(*sample_latent(4, args), args))
+    assert x.shape == (4, args.channels, args.size, args.size)
+    assert x.min() >= args.scale[0] and x.max() <= args.scale[1]
     a, q = D(x)
     assert a.shape == (4,) and q.shape == (4, dq)
-    narrow, _ = networks(name, dim, dq, 0.25)
-    assert narrow(join(*sample_latent(4, net), net)).shape == x.shape
+    narrow, _ = networks(settings("--net", name, "--width", ".25"))
+    assert narrow(join(*sample_latent(4, args), args)).shape == x.shape
     assert sum(p.numel() for p in narrow.parameters()) < 0.3 * sum(p.numel() for p in G.parameters())
 
 
 def test_parameter_counts_of_table_1():
-    G, D = networks("mnist", 74, 14)
+    G, D = networks(settings())
     count = lambda net: sum(p.numel() for p in net.parameters())
     bn = lambda n: 2 * n
     assert count(G) == (74 * 1024 + bn(1024) + 1024 * 6272 + bn(6272) + 128 * 64 * 16 + bn(64) + 64 * 16 + 1)
@@ -130,7 +129,7 @@ def test_parameter_counts_of_table_1():
 
 
 def test_batchnorm_keeps_the_default_epsilon():
-    nets = networks("mnist", 74, 14)
+    nets = networks(settings())
     eps = {
         m.eps
         for net in nets
@@ -143,9 +142,9 @@ def test_batchnorm_keeps_the_default_epsilon():
 # ---------------------------------------------------------------------------------------- who moves, where to
 
 
-def built(**rates):
+def built(**changes):
     torch.manual_seed(0)
-    return infogan.build(args(), "mnist", replace(NETS["mnist"], **rates))
+    return infogan.build(settings(**changes))
 
 
 def test_a_step_moves_both_networks_and_Q():
@@ -160,25 +159,25 @@ def test_a_step_moves_both_networks_and_Q():
 
 def test_one_step_of_G_raises_what_it_ascends():
     G, D, _, _, _ = built()
-    net = NETS["mnist"]
-    z, c, u = sample_latent(64, net)
+    args = settings()
+    z, c, u = sample_latent(64, args)
 
     def value():
-        a, q = D(G(join(z, c, u, net)))
-        cat, cont = L_I(q, c, u, net)
-        return torch.nn.functional.logsigmoid(a).mean() + net.lam * cat + net.lam_cont * cont
+        a, q = D(G(join(z, c, u, args)))
+        cat, cont = L_I(q, c, u, args)
+        return infogan.log_D(a) + args.lam * cat + args.lam_cont * cont
 
     before = value()
     descend(-before, torch.optim.SGD(G.parameters(), lr=1e-3))
     assert value() > before
 
 
-def gradient_of_trunk(**rates):
+def gradient_of_trunk(**changes):
     """Whether D's trunk learns from L_I: its movement in one step with Q's last layer at zero and at
     random."""
     moved = []
     for scale in (0.0, 1.0):
-        _, D, _, _, step = built(**rates)
+        _, D, _, _, step = built(**changes)
         last = D.Q[-1]
         last.weight.data.mul_(scale * 50)
         before = D.trunk[0].weight.detach().clone()
@@ -194,53 +193,52 @@ def test_the_regular_GAN_learns_nothing_from_Q_and_InfoGAN_does():
 
 
 def test_together_shares_the_batch_statistics():
-    """[dev 7]: the samples' logits depend on the data only where both pass D as one batch."""
-    net = replace(NETS["faces"], noise=0.0)
+    """The samples' logits depend on the data only where both pass D as one batch."""
     torch.manual_seed(0)
-    _, D = networks("faces", 133, 10)
+    _, D = networks(settings("--net", "faces"))
     x_fake = torch.rand(8, 1, 32, 32)
     for together in (True, False):
-        net = replace(net, together=together)
-        a = [infogan.judge(D, x, x_fake, net)[1] for x in torch.rand(2, 8, 1, 32, 32)]
+        args = settings("--net", "faces", noise=0.0, together=together)
+        a = [infogan.D_sees(D, x, x_fake, args)[1] for x in torch.rand(2, 8, 1, 32, 32)]
         assert torch.equal(*a) is not together
 
 
 def test_noise_on_what_D_sees():
-    """[dev 8]: with noise the same pictures are judged differently each time, without it alike."""
-    _, D = networks("faces", 133, NETS["faces"].dq)
+    """With noise D judges the same pictures differently each time, without it alike."""
+    _, D = networks(settings("--net", "faces"))
     x = torch.rand(2, 8, 1, 32, 32)
     for noise in (0.1, 0.0):
-        net = replace(NETS["faces"], noise=noise)
-        a = [infogan.judge(D, *x, net) for _ in range(2)]
+        args = settings("--net", "faces", noise=noise)
+        a = [infogan.D_sees(D, *x, args) for _ in range(2)]
         assert all(torch.equal(*pair) is (noise == 0) for pair in zip(*a))
 
 
 def test_D_sees_data_and_samples_warped(monkeypatch):
-    """[dev 10]: both, and both alike."""
+    """Both, and both alike."""
     seen = []
     monkeypatch.setattr(infogan.data, "warp", lambda x, amount, share: seen.append((len(x), amount)) or x)
     D = lambda x, detach=False: (x, x)
-    infogan.judge(D, torch.zeros(3, 1, 28, 28), torch.ones(4, 1, 28, 28), NETS["mnist"])
+    infogan.D_sees(D, torch.zeros(3, 1, 28, 28), torch.ones(4, 1, 28, 28), settings())
     assert sorted(seen) == [(3, 1.0), (4, 1.0)]
 
 
 def test_rates_fall_over_the_second_half_on_digits_alone():
-    """[dev 11]"""
     p = torch.nn.Parameter(torch.zeros(1))
-    for name, shares in (("mnist", (1, 1, 0.5, 0)), ("faces", (1, 1, 1, 1))):
+    for name, fractions in (("mnist", (1, 1, 0.5, 0)), ("faces", (1, 1, 1, 1))):
         opts = [torch.optim.Adam([p], torch.tensor(9.0)) for _ in "DG"]
-        for done, expected in zip((0, 0.5, 0.75, 1), shares):
-            infogan.anneal(NETS[name], *opts, done)
+        args = settings("--net", name)
+        for done, expected in zip((0, 0.5, 0.75, 1), fractions):
+            infogan.decay_rates(args, *opts, done)
             found = [opt.param_groups[0]["lr"].item() for opt in opts]
-            assert found == pytest.approx([expected * NETS[name].lr_D, expected * NETS[name].lr_G])
+            assert found == pytest.approx([expected * args.lr_D, expected * args.lr_G])
 
 
 def test_fixed_sigma_makes_Q_a_regression():
-    """[dev 9]: with sigma 1, L_I rises by half the squared error that Q loses."""
-    net = NETS["faces"]
+    """With sigma 1, L_I rises by half the squared error that Q loses."""
+    args = settings("--net", "faces", "--width", ".1")
     u, mu = torch.rand(2, 40, 5) * 2 - 1
-    assert net.dq == 5 and torch.equal(split_q(mu, net)[1], mu)
-    gain = L_I_cont(u, torch.zeros_like(u), u) - L_I(mu, torch.zeros(40, 0).long(), u, net)[1]
+    assert networks(args)[1].Q.out_features == 5 and torch.equal(split_q(mu, args)[1], mu)
+    gain = L_I_cont(u, torch.zeros_like(u), u) - L_I(mu, torch.zeros(40, 0).long(), u, args)[1]
     assert gain.item() == pytest.approx(((u - mu) ** 2).sum(1).mean().item() / 2, abs=1e-6)
 
 
@@ -252,7 +250,7 @@ def test_the_regular_GANs_Q_is_fitted_all_the_same():
 
 
 def test_vary_changes_one_code_along_a_row():
-    net = NETS["mnist"]
+    args = settings()
     seen = []
 
     class Recorder(torch.nn.Module):
@@ -261,7 +259,7 @@ def test_vary_changes_one_code_along_a_row():
             return g
 
     for code, columns in ((0, slice(62, 72)), (1, slice(72, 73)), (2, slice(73, 74))):
-        g = infogan.vary(Recorder(), net, code, rows=3).view(3, 10, 74)
+        g = infogan.vary(Recorder(), args, code, rows=3).view(3, 10, 74)
         varied = torch.zeros(74, dtype=torch.bool)
         varied[columns] = True
         assert (g[:, :, ~varied] == g[:, :1, ~varied]).all()
@@ -319,19 +317,18 @@ def test_known_factors_are_matched_with_codes(tmp_path):
 def test_more_factors_than_codes_keep_their_names(monkeypatch):
     factors = torch.rand(50, 4)
     factors[:, 0] = 1.0                                                         # a constant one
-    monkeypatch.setattr(infogan, "read", lambda *_: None)
+    monkeypatch.setattr(infogan, "Q_of", lambda *_: None)
     monkeypatch.setattr(infogan, "split_q", lambda *_: (None, factors[:, [3, 2]], None))
     pictures = Namespace(images=factors, extra={"factors": factors})
-    found = infogan.match_factors(None, pictures, Namespace(m=2), "cpu")
+    found = infogan.match_factors(None, pictures, Namespace(m=2))
     assert {j: i for j, (i, _) in found.items()} == {2: 1, 3: 0}
     assert [rho for _, rho in found.values()] == pytest.approx([1, 1])
 
 
 def test_lam_0_is_the_regular_gan():
-    settled = infogan.settle(infogan.parse_args(["--dataset", "faces", "--lam", "0"]))[1]
-    assert settled.lam == settled.lam_cont == 0
-    asked = infogan.settle(infogan.parse_args(["--dataset", "faces", "--lam", "0", "--lam-cont", "2"]))[1]
-    assert asked.lam_cont == 2
+    regular = settings("--dataset", "faces", "--lam", "0")
+    assert regular.lam == regular.lam_cont == 0
+    assert settings("--dataset", "faces", "--lam", "0", "--lam-cont", "2").lam_cont == 2
 
 
 def test_ig_cls_error_is_zero_for_a_perfect_code_whatever_its_order():
@@ -344,5 +341,5 @@ def test_ig_cls_error_is_zero_for_a_perfect_code_whatever_its_order():
     y = torch.arange(200) % 10
     images[:, 0, 0, 0] = y.to(torch.uint8)
     pictures = infogan.data.Data("fake", images, y, images, y)
-    table, error = infogan.classify(Perfect(), pictures, NETS["mnist"], "cpu")
+    table, error = infogan.classify(Perfect(), pictures, settings())
     assert error == 0 and table.tolist() == [(k - 3) % 10 for k in range(10)]
