@@ -20,6 +20,7 @@ G's input is noise z and a code c.  A second network Q must be able to recover c
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -31,32 +32,42 @@ from common.fuse import Adam, autocast, descend, frozen, fuse, place, sampling, 
 # --------------------------------------------------------------------------------------------------- settings
 # cats: sizes of the categorical codes.  m: number of continuous codes, each Unif(-1, 1).  dz: size of the
 # noise, Unif(-1, 1).  lam weighs L_I of the categorical codes, lam_cont that of the continuous ones.
-# Where the paper is silent, values come from the authors' code, which covers MNIST alone: batches of 128, 5,000
-# steps, fresh z and c for G.  No length is published for the other data sets.
+# Where the paper is silent, values come from the authors' code, which covers MNIST alone: batches of 128,
+# 5,000 steps, fresh z and c for G (and 55,000 of the 60,000 pictures; here all).  No length is published for
+# the other data sets: 3,000 steps are a guess.
 
-CODE = dict(batch_size=128, lr_D=2e-4, lr_G=1e-3, lam=1.0, lam_cont=1.0, fix_sigma=False, fresh_z=True,
-            warm_up=0, warp=0.0, decay_lr=False, together=False, noise=0.0, gan_steps=0)
-FACES = CODE | dict(net="faces", size=32, channels=1, scale=(0.0, 1.0), cats=(), m=5, dz=128,
-                    steps=3000)                                                     # Table 4
-CHAIRS = CODE | dict(net="chairs", size=64, channels=1, scale=(0.0, 1.0), cats=(20,) * 3, m=1, dz=128,
-                     steps=3000)                                                    # Table 6
+BASE = dict(
+    lr_D=2e-4, lr_G=1e-3, lam=1.0,         # App. C: for all but Tables 5 and 7
+    lam_cont=1.0,                          # authors' code; Sec. 6: a smaller one is typical, without a value
+    fix_sigma=False,                       # App. C: exp of the network's output
+    batch_size=128, fresh_z=True,          # authors' code
+    steps=3000, gan_steps=0, warm_up=0, warp=0.0, noise=0.0, decay_lr=False, together=False)
+FACES = BASE | dict(                                                                # Table 4
+    net="faces", size=32, channels=1, scale=(0.0, 1.0), cats=(), m=5, dz=128)
+CHAIRS = BASE | dict(                                                               # Table 6
+    net="chairs", size=64, channels=1, scale=(0.0, 1.0), dz=128,
+    cats=(20,) * 3, m=1)                   # Table 6; Sec. 7.2 has four categorical codes
 PAPER = {
-    "mnist": CODE | dict(net="mnist", size=28, channels=1, scale=(0.0, 1.0), cats=(10,), m=2, dz=62,
-                         steps=5000, gan_steps=5000, fix_sigma=True),               # Table 1; authors' code
-    "svhn": CODE | dict(net="svhn", size=32, channels=3, scale=(-1.0, 1.0), cats=(10,) * 4, m=4, dz=124,
-                        steps=3000),                                                # Table 2
-    "celeba": CODE | dict(net="celeba", size=32, channels=3, scale=(-1.0, 1.0), cats=(10,) * 10, m=0, dz=128,
-                          steps=3000),                                              # Table 3
-    "faces": FACES | dict(lr_D=2e-4, lr_G=5e-4, lam_cont=0.2),                      # Table 5
+    "mnist": BASE | dict(                                                           # Table 1
+        net="mnist", size=28, channels=1, scale=(0.0, 1.0), cats=(10,), m=2, dz=62,
+        steps=5000, gan_steps=5000,        # authors' code; the regular GAN of Figs. 1 and 2b for as long
+        fix_sigma=True),                   # authors' code, 12 and 27 % error; App. C's exp(output) 39 to 45
+    "svhn": BASE | dict(                                                            # Table 2
+        net="svhn", size=32, channels=3, scale=(-1.0, 1.0), dz=124,
+        cats=(10,) * 4, m=4),              # Table 2; Sec. 7.2 has two continuous codes
+    "celeba": BASE | dict(                                                          # Table 3
+        net="celeba", size=32, channels=3, scale=(-1.0, 1.0), cats=(10,) * 10, m=0, dz=128),
+    "faces": FACES | dict(lr_D=2e-4, lr_G=5e-4, lam_cont=0.2),                      # Table 5: azimuth
     "faces-elevation": FACES | dict(lr_D=4e-4, lr_G=3e-4, lam_cont=0.1),
     "faces-lighting": FACES | dict(lr_D=8e-4, lr_G=3e-4, lam_cont=0.1),
-    "faces-width": FACES | dict(lr_D=8e-4, lr_G=3e-4, lam_cont=0.1),
-    "chairs": CHAIRS | dict(lr_D=2e-4, lr_G=1e-3, lam=1.0, lam_cont=10.0),          # Table 7
+    "faces-width": FACES | dict(lr_D=8e-4, lr_G=3e-4, lam_cont=0.1),                # the network of lighting
+    "chairs": CHAIRS | dict(lr_D=2e-4, lr_G=1e-3, lam=1.0, lam_cont=10.0),          # Table 7: rotation
     "chairs-width": CHAIRS | dict(lr_D=2e-4, lr_G=1e-3, lam=2.0, lam_cont=0.05),
 }
 ONE_PASS = dict(fresh_z=False)             # one pass of G serves both updates: a step takes a sixth less time
 STABLE = ONE_PASS | dict(
-    together=True, noise=0.1,              # else a tenth of the samples turns into one saturated pattern
+    together=True,                         # else BatchNorm hides brightness from D, and G draws grey noise
+    noise=0.1,                             # else a tenth of the samples turns into one saturated pattern
     fix_sigma=True, lam_cont=1.0)          # a learnt sigma lets codes hide in a texture that only Q sees
 TUNED = {
     "mnist": ONE_PASS | dict(
@@ -217,8 +228,8 @@ def build(args):
     def train_step(x):                                              # x (n, C, H, W) in args.scale
         z, c, u = sample_latent(len(x), args, x.device)
         lam, lam_cont = lambdas(D.t, args)                          # constant with --paper
-        # D and Q ascend V + lam L_I: Q shares D's trunk and optimizer (authors' code).  In a regular GAN, Q is
-        # fitted on a detached trunk, so neither D nor G learns from it.
+        # D and Q ascend V + lam L_I: Q shares D's trunk and optimizer (authors' code).  In a regular GAN, Q
+        # is fitted on a detached trunk, so neither D nor G learns from it.
         with amp:
             x_fake = G(join(z, c, u, args))
             a_real, a_fake, q = D_sees(D, x, x_fake.detach(), args, detach=regular)
@@ -241,7 +252,7 @@ def build(args):
 def main(argv=None):
     args = parse_args(argv)
     r = run.Run(args)
-    pictures = data.load(args.dataset, args.data_dir, args.size, args.channels)
+    pictures = data.load(where(args), args.data_dir, args.size, args.channels)
     batches = data.Batches(pictures.images, scale=args.scale, **r.feed)
     G, D, opt_D, opt_G, train_step = build(args)
     parts = {"G": G, "D": D, "opt_D": opt_D, "opt_G": opt_G, "batches": batches}
@@ -269,6 +280,9 @@ def main(argv=None):
 
 # =========================================================================== Figures and numbers of the paper
 
+FIRST = {"faces": "azimuth", "chairs": "rotation"}          # the rows of Tables 5 and 7 without --factor
+
+
 def parse_args(argv=None):
     p = run.parser(__file__, __doc__, dataset="mnist", log_every=100)
     add = p.add_argument_group("InfoGAN").add_argument
@@ -276,7 +290,7 @@ def parse_args(argv=None):
     add("--net", choices=("mnist", "svhn", "celeba", "faces", "chairs"),
         help="networks and codes of Tables 1 to 6 [the data set's own, else mnist]")
     add("--factor", choices=("azimuth", "elevation", "lighting", "width", "rotation"),
-        help="row of Table 5 (faces) or 7 (chairs: rotation, width) [the first]")
+        help="whose rates and lambdas to use: row of Table 5 (faces) or 7 (chairs) [azimuth, rotation]")
     add("--width", type=positive, default=1.0, help="feature maps and units, as a fraction of the paper's")
     add("--lam", type=weight, help="lambda of Eq. 6 for categorical codes; 0: a regular GAN [1]")
     add("--lam-cont", type=weight,
@@ -288,8 +302,12 @@ def parse_args(argv=None):
         help="steps over which lambda rises from 0, then as many for the continuous codes' [MNIST 1500]")
     add("--warp", type=weight, help="how much half of the pictures that D sees are warped [MNIST 1, else 0]")
     add("--noise", type=weight, help="std of the Gaussian noise on what D sees [faces .1, else 0]")
-    add("--lr-D", type=positive, help="Adam's rate for D and Q (App. C) [2e-4]")
-    add("--lr-G", type=positive, help="Adam's rate for G (App. C) [1e-3, faces 5e-4]")
+    add("--together", action=argparse.BooleanOptionalAction,
+        help="D sees data and samples as one batch, with BatchNorm's statistics of both [faces]")
+    add("--decay-lr", action=argparse.BooleanOptionalAction,
+        help="both rates fall linearly to 0 over the second half [MNIST]")
+    add("--lr-D", type=positive, help="Adam's rate for D and Q [2e-4]")
+    add("--lr-G", type=positive, help="Adam's rate for G [1e-3, faces 5e-4]")
     add("--gan-steps", type=run.number(int, 0),
         help="steps of the regular GAN of Figs. 1 and 2b, trained beside [MNIST 1000, else 0]")
     args = run.parse(p, argv, experiment=experiment, paper=PAPER, tuned=TUNED)
@@ -299,13 +317,26 @@ def parse_args(argv=None):
 
 
 def experiment(args):
-    """The row of PAPER and TUNED: the network, and the row of its table of rates."""
+    """The row of PAPER and TUNED: the network, and the row of its table of rates and lambdas."""
     net = args.net or (args.dataset if args.dataset in PAPER else "mnist")
-    if args.factor in (None, {"faces": "azimuth", "chairs": "rotation"}.get(net)):
+    if args.factor in (None, FIRST.get(net)):
         return net
     if f"{net}-{args.factor}" not in PAPER:
-        raise UserError(f"--factor {args.factor} found, which the table of {net} does not have")
+        raise UserError(f"--factor {args.factor} of {net} found: expected azimuth, elevation, lighting or "
+                        "width of faces, rotation or width of chairs")
     return f"{net}-{args.factor}"
+
+
+def where(args):
+    """The data set to load: --dataset, but for chairs the folder of renderings that the user places."""
+    if args.dataset != "chairs":
+        return args.dataset
+    folder = Path(args.data_dir).expanduser() / "rendered_chairs"
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not there: unpack rendered_chairs.tar of Aubry et al. (2014), "
+                        "https://www.di.ens.fr/willow/research/seeing3Dchairs, "
+                        f"in {args.data_dir}/, or give another folder of pictures with --net chairs")
+    return str(folder)
 
 
 def regular_gan(args):
@@ -382,7 +413,11 @@ def table_4(dc, dq, ch):
 
 
 def table_6(dc, dq, ch):
-    """Chairs.  Upconvolutions of stride 1 are convolutions padded to the same size."""
+    """Chairs.  The two upconvolutions without a stride are convolutions of the same size.
+
+    A transposed convolution of stride 1 is a convolution with its kernel flipped.  Cropped to the same size,
+    its 4x4 support reaches two pixels up and left and one down and right; here it is one and two.
+    """
     G = nn.Sequential(
         fc(dc, ch(1024), 0),                                                        # 1024
         fc(ch(1024), ch(256) * 8 * 8, 0), nn.Unflatten(1, (ch(256), 8, 8)),         # 256 x 8 x 8
