@@ -452,17 +452,18 @@ def Q_of(D, images, args):
     return metrics.batched(D, images, scale=args.scale)[1]
 
 
-def vary(G, args, code, rows=10, columns=10):
+def vary(G, args, code, rows=10, columns=10, order=None):
     """Pictures (rows * columns, C, H, W): each row is one draw of (z, c) in which one code varies.
 
-    `code`: its number, categorical codes first.  A categorical code takes each of its categories, a
-    continuous one goes from -1 to 1, on MNIST from -2 to 2 as in Fig. 2.
+    `code`: its number, categorical codes first.  A categorical code takes each of its categories, in `order`
+    if that is given; a continuous one goes from -1 to 1, on MNIST from -2 to 2 as in Fig. 2.
     """
     if code < len(args.cats):
-        columns = args.cats[code]
+        order = order or range(args.cats[code])
+        columns = len(order)
     z, c, u = (t.repeat_interleave(columns, 0) for t in sample_latent(rows, args, args.device))
     if code < len(args.cats):
-        c[:, code] = torch.arange(columns, device=args.device).repeat(rows)
+        c[:, code] = torch.tensor(order, device=args.device).repeat(rows)
     else:
         end = 2.0 if args.net == "mnist" else 1.0
         u[:, code - len(args.cats)] = torch.linspace(-end, end, columns, device=args.device).repeat(rows)
@@ -485,27 +486,32 @@ def draw_fig1(folder, args):
     return chart.picture()
 
 
-def figures(r, G, D, gan_G, pictures):
-    """Draw the paper's figures of this data set."""
+def figures(r, G, gan_G, results):
+    """Draw the paper's figures of this data set; `results` of evaluate() name the codes to vary."""
     args = r.args
 
-    def show(title, net_G, code):
+    def show(title, net_G, code, order=None):
         with r.aside():
-            x = vary(net_G, args, code)
+            x = vary(net_G, args, code, order=order)
         r.show(title, log.grid(x, len(x) // 10, args.scale))
 
     r.show("fig1", draw_fig1(r.folder, args))
+    found = {part["figure"]: int(part["code"][1:]) - 1
+             for entry in results.values() for part in entry.values() if isinstance(part, dict)}
+    drawn = {*found.values()}
     if args.net == "mnist":
-        for title, code in (("fig2a", 0), ("fig2c", 1), ("fig2d", 2)):
-            show(title, G, code)
+        labels = results.get("ig-cls", {}).get("labels", range(10))
+        show("fig2a", G, 0, sorted(range(10), key=lambda k: (labels[k] < 0, labels[k])))
         if gan_G is not None:
             show("fig2b", gan_G, 0)
-    elif "factors" in pictures.extra and args.m:
-        for j, (code, _) in match_factors(D, pictures, args).items():
-            show(f"fig3{chr(ord('a') + j)}", G, len(args.cats) + code)
-    else:
-        for code in range(len(args.cats) + args.m):
-            show(f"{FIGURE[args.net]}_c{code + 1}", G, code)
+        drawn.add(0)
+    elif args.net == "chairs" and not found:                # Fig. 4: one run with each row of Table 7
+        found["fig4b" if args.factor == "width" else "fig4a"] = len(args.cats)
+        drawn.add(len(args.cats))
+    for title, code in found.items():
+        show(title, G, code)
+    for code in {*range(len(args.cats) + args.m)} - drawn:
+        show(f"{FIGURE[args.net]}_c{code + 1}", G, code)
 
 
 # ------------------------------------------------------------------------------------------------ the numbers
@@ -528,6 +534,39 @@ def match_factors(D, pictures, args):
     return {j: (int(i), rho[j, i].item()) for j, i in enumerate(metrics.matching(-rho.numpy())) if i < args.m}
 
 
+def slant(x):
+    """(n,) slant in degrees of what is drawn in x (n, 1, H, W), white on black: atan(mu_11 / mu_02) with its
+    central moments mu.  A line / through the corners of a square picture: 45, an upright bar: 0."""
+    m = x[:, 0].float()
+    m = m / m.sum((1, 2), keepdim=True).clamp(min=1e-6)
+    right = torch.arange(m.shape[2], device=m.device).float()
+    up = -torch.arange(m.shape[1], device=m.device).float()[:, None]
+    right, up = (t - (m * t).sum((1, 2), keepdim=True) for t in (right, up))
+    return ((m * right * up).sum((1, 2)) / (m * up ** 2).sum((1, 2)).clamp(min=1e-6)).atan().rad2deg()
+
+
+def stroke_width(x):
+    """(n,) width in pixels of the strokes in x (n, 1, H, W), white on black: 2 area / perimeter, which is the
+    total variation.  A bar of 3 x 60 pixels: about 3."""
+    x = F.pad(x[:, 0].float(), (1, 1, 1, 1))
+    edges = torch.hypot(x.diff(dim=1)[:, :, 1:], x.diff(dim=2)[:, 1:])
+    return 2 * x.sum((1, 2)) / edges.sum((1, 2)).clamp(min=1e-6)
+
+
+def style_codes(G, args):
+    """Figs. 2c and d: rotation and width -> which continuous code changes it most, and by how much along a
+    row on average (least squares): slant in degrees, stroke width in pixels."""
+    effects = {"rotation": {}, "width": {}}
+    for code in range(len(args.cats), len(args.cats) + args.m):
+        x = vary(G, args, code, rows=100)
+        u = torch.linspace(-1, 1, 10, device=x.device).float()
+        for name, measure in (("rotation", slant), ("width", stroke_width)):
+            effects[name][code] = 2 * (measure(x).view(100, 10) @ u).mean().abs().item() / (u @ u).item()
+    best = {name: max(effect, key=effect.get) for name, effect in effects.items()}
+    return {name: {"code": f"c{code + 1}", "value": effects[name][code], "figure": figure}
+            for (name, code), figure in zip(best.items(), ("fig2c", "fig2d"))}
+
+
 def evaluate(r, G, D, pictures):
     """The numbers of this data set: experiment id -> dict with "value", and "paper" where there is one."""
     args, results = r.args, {}
@@ -542,10 +581,17 @@ def evaluate(r, G, D, pictures):
     if "factors" in pictures.extra and args.m:
         found = match_factors(D, pictures, args)
         names = pictures.extra.get("factor_names") or [f"factor {j + 1}" for j in range(max(found) + 1)]
-        factors = {names[j]: {"code": f"c{len(args.cats) + code + 1}", "value": rho}
-                   for j, (code, rho) in found.items()}
+        factors = {names[j]: {"code": f"c{len(args.cats) + code + 1}", "value": rho,
+                              "figure": f"fig3{chr(ord('a') + j)}"} for j, (code, rho) in found.items()}
         mean = sum(rho for _, rho in found.values()) / len(found)
         results["ig-faces"] = {"value": mean, "unit": "mean |rank correlation|", **factors}
+        if args.net == "faces":
+            results["ig-faces"]["settings"] = f"Table 5, {args.factor or FIRST['faces']}"
+    if args.net == "mnist":
+        with r.aside():
+            style = style_codes(G, args)
+        results["ig-mnist"] = {"value": style["rotation"]["value"], "unit": "degrees of slant from -2 to 2",
+                               **style}
     if pictures.labels is None or pictures.test_labels is None or pictures.labels.min() < 0:
         return results
     clf = metrics.classifier(pictures.images, pictures.labels, args.device, args.data_dir)
@@ -553,7 +599,7 @@ def evaluate(r, G, D, pictures):
     if len(args.cats) == 1:
         table, error = classify(D, pictures, args)
         results["ig-cls"] = {"value": error, "unit": "% error", "labels": table.tolist()}
-        if args.net == pictures.name == "mnist":            # the paper's values are of its own data
+        if args.net == pictures.name == "mnist" and args.width == 1:    # the paper's data and network
             results["ig-mi"]["paper"], results["ig-cls"]["paper"] = 2.30, 5
         agreement = metrics.label_agreement(clf, x, table.to(args.device)[c[:, 0]])
         results["agreement"] = {"value": 100 * agreement, "unit": "% of samples with their code's label"}
@@ -563,8 +609,8 @@ def evaluate(r, G, D, pictures):
 
 def report(r, G, D, gan_G, pictures):
     """Figures and results.json."""
-    figures(r, G, D, gan_G, pictures)
     results = evaluate(r, G, D, pictures)
+    figures(r, G, gan_G, results)
     error = results.get("ig-cls", {}).get("value", 0)       # other networks than MNIST's have no such number
     r.results(results, passed=r.args.dataset != "mnist" or error <= 6)
 

@@ -1,5 +1,6 @@
 """infogan.py: equations against closed forms, networks against Tables 1-6, who moves, figures and numbers."""
 
+import contextlib
 import json
 import math
 from argparse import Namespace
@@ -11,6 +12,7 @@ from conftest import script
 from PIL import Image
 
 import infogan
+from common import UserError
 from common.fuse import descend
 from infogan import L_I, L_I_cat, L_I_cont, V, join, networks, sample_latent, split_q
 
@@ -72,6 +74,81 @@ def test_Q_is_split_into_disjoint_slices():
     logits, mu, log_sigma = split_q(torch.arange(float(dq)).repeat(3, 1), args)
     assert torch.cat([*logits, mu, log_sigma], 1)[0].tolist() == list(range(dq))
     assert [a.shape[1] for a in logits] == [10] * 4 and mu.shape[1] == log_sigma.shape[1] == 4
+
+
+# -------------------------------------------------------------------------------------------------- settings
+
+CODE = {  # openai/InfoGAN: launchers/run_mnist_exp.py, infogan/algos/infogan_trainer.py
+    "batch_size": 128,          # batch_size
+    "fresh_z": True,            # generator_trainer runs in a session of its own, which draws z and c anew
+    "lam_cont": 1.0,            # info_reg_coeff, for both kinds of codes
+    "together": False,          # discriminate() is called twice
+    "warm_up": 0, "warp": 0.0, "noise": 0.0, "decay_lr": False,     # none of these
+}
+APP_C = {"lr_D": 2e-4, "lr_G": 1e-3, "lam": 1.0,        # App. C, for what no table says otherwise
+         "fix_sigma": False}                            # App. C: the standard deviation is exp of an output
+NO_LENGTH = {"steps": 3000, "gan_steps": 0}             # not published
+FACES = {"net": "faces", "size": 32, "channels": 1, "scale": (0.0, 1.0),        # Table 4: 32x32 grey, sigmoid
+         "cats": (), "m": 5, "dz": 128}                 # App. C.4: five continuous codes, 128 noise variables
+CHAIRS = {"net": "chairs", "size": 64, "channels": 1, "scale": (0.0, 1.0),      # Table 6: 64x64 grey, sigmoid
+          "cats": (20, 20, 20), "m": 1, "dz": 128}      # App. C.5: 189 inputs
+PUBLISHED = {
+    "mnist": {"net": "mnist", "size": 28, "channels": 1, "scale": (0.0, 1.0),   # Table 1; MeanBernoulli
+              "cats": (10,), "m": 2, "dz": 62,          # App. C.1: 74 inputs
+              "steps": 5000, "gan_steps": 5000,         # run_mnist_exp.py: 50 epochs of 100 updates
+              "fix_sigma": True},                       # run_mnist_exp.py: fix_std=True
+    "svhn": {"net": "svhn", "size": 32, "channels": 3, "scale": (-1.0, 1.0),    # Table 2: 32x32 colour, tanh
+             "cats": (10, 10, 10, 10), "m": 4, "dz": 124, **NO_LENGTH},         # App. C.2: 168 inputs
+    "celeba": {"net": "celeba", "size": 32, "channels": 3, "scale": (-1.0, 1.0),        # Table 3
+               "cats": (10,) * 10, "m": 0, "dz": 128, **NO_LENGTH},             # App. C.3: 228 inputs
+    "faces": {**FACES, "lr_D": 2e-4, "lr_G": 5e-4, "lam_cont": 0.2, **NO_LENGTH},               # Table 5
+    "faces-elevation": {**FACES, "lr_D": 4e-4, "lr_G": 3e-4, "lam_cont": 0.1, **NO_LENGTH},     # Table 5
+    "faces-lighting": {**FACES, "lr_D": 8e-4, "lr_G": 3e-4, "lam_cont": 0.1, **NO_LENGTH},      # Table 5
+    "faces-width": {**FACES, "lr_D": 8e-4, "lr_G": 3e-4, "lam_cont": 0.1, **NO_LENGTH},         # Table 5
+    "chairs": {**CHAIRS, "lr_D": 2e-4, "lr_G": 1e-3,                            # Table 7: rotation
+               "lam_cont": 10.0, "lam": 1.0, **NO_LENGTH},
+    "chairs-width": {**CHAIRS, "lr_D": 2e-4, "lr_G": 1e-3,                      # Table 7: width
+                     "lam_cont": 0.05, "lam": 2.0, **NO_LENGTH},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_PAPER_holds_the_published_values(name):
+    published = {**CODE, **APP_C, **PUBLISHED[name]}
+    assert infogan.PAPER[name] == published
+    assert set(infogan.TUNED[name]) <= set(published) and PUBLISHED.keys() == infogan.PAPER.keys()
+    net, _, factor = name.partition("-")
+    words = ["--net", net] + (["--factor", factor] if factor else [])
+    assert published.items() <= vars(settings("--paper", *words)).items()
+    assert {**published, **infogan.TUNED[name]}.items() <= vars(settings(*words)).items()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_papers_settings_run(name, digits, tmp_path):
+    net, _, factor = name.partition("-")
+    words = ["--net", net] + (["--factor", factor] if factor else [])
+    infogan.main(["--paper", *words, "--dataset", str(digits), "--width", ".05", "--steps", "2",
+                  "--gan-steps", "2", "--batch-size", "8", "--device", "cpu", "--no-amp", "--log-every", "1",
+                  "--out", str(tmp_path), "--data-dir", str(digits.parent / "data")])
+    found = json.loads((tmp_path / "infogan-digits" / "results.json").read_text())
+    assert found["settings"] == "paper" and found["all settings"]["experiment"] == name
+    assert (tmp_path / "infogan-digits" / f"{FIRST_FIGURE[name]}.png").exists()
+
+
+FIRST_FIGURE = {"mnist": "fig2a", "svhn": "fig5_c1", "celeba": "fig6_c1", "chairs": "fig4a",
+                "chairs-width": "fig4b", "faces": "fig3_c1", "faces-elevation": "fig3_c1",
+                "faces-lighting": "fig3_c1", "faces-width": "fig3_c1"}
+
+
+def test_a_row_that_its_table_lacks_and_chairs_that_are_not_there_are_one_line(tmp_path):
+    for words in (["--net", "chairs", "--factor", "lighting"], ["--factor", "azimuth"]):
+        with pytest.raises(UserError, match="rotation or width of chairs"):
+            settings(*words)
+    with pytest.raises(UserError, match="unpack rendered_chairs.tar.*seeing3Dchairs.*--net chairs"):
+        infogan.where(settings("--dataset", "chairs", "--data-dir", str(tmp_path)))
+    (tmp_path / "rendered_chairs").mkdir()
+    args = settings("--dataset", "chairs", "--data-dir", str(tmp_path))
+    assert infogan.where(args) == str(tmp_path / "rendered_chairs") and args.net == "chairs"
 
 
 # ------------------------------------------------------------------------------------- latents and networks
@@ -267,6 +344,72 @@ def test_vary_changes_one_code_along_a_row():
     assert g[0, 0, 73] == -2 and g[0, -1, 73] == 2
 
 
+def test_vary_takes_categories_in_the_order_asked_for():
+    class Recorder(torch.nn.Module):
+        def forward(self, g):
+            return g
+
+    order = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
+    g = infogan.vary(Recorder(), settings(), 0, rows=2, order=order)
+    assert g[:, 62:72].argmax(1).tolist() == order * 2
+
+
+def bar(width, turn=0.0):
+    """A bar 60 pixels long, `width` wide, leaning to the right by `turn` degrees, (1, 1, 96, 96)."""
+    y, x = torch.meshgrid(*[torch.arange(-47.5, 48)] * 2, indexing="ij")
+    a = torch.tensor(turn).deg2rad()
+    across, along = x * a.cos() + y * a.sin(), x * a.sin() - y * a.cos()
+    soft = lambda d, size: (size / 2 - d.abs() + 0.5).clamp(0, 1)
+    return (soft(across, width) * soft(along, 60))[None, None]
+
+
+def test_slant_and_stroke_width_of_a_bar():
+    upright, leaning = bar(3), bar(3, 30.0)
+    assert infogan.slant(bar(1, 45.0)).item() == pytest.approx(45, abs=0.5)
+    assert infogan.slant(upright).item() == pytest.approx(0, abs=1e-3)
+    assert infogan.slant(leaning).item() == pytest.approx(30, abs=0.5)
+    assert infogan.slant(leaning.flip(3)).item() == pytest.approx(-30, abs=0.5)
+    for width in (3, 6):
+        for turn in (0.0, 30.0):
+            assert infogan.stroke_width(bar(width, turn)).item() == pytest.approx(width, rel=0.12)
+    assert infogan.slant(0 * upright).isfinite() and infogan.stroke_width(0 * upright).isfinite()
+
+
+@pytest.mark.parametrize("turns, swells", [(1, 0), (0, 1), (0, 0)])
+def test_figs_2c_and_2d_show_the_codes_that_found_rotation_and_width(turns, swells):
+    """Codes in an order that training chooses: also where one of them does both."""
+    class Bars(torch.nn.Module):
+        def forward(self, g):
+            u = g[:, -2:]
+            return torch.cat([bar(4 + row[swells].item(), 10 * row[turns].item()) for row in u])
+
+    found = infogan.style_codes(Bars(), settings())
+    assert [(name, part["code"], part["figure"]) for name, part in found.items()] == [
+        ("rotation", f"c{turns + 2}", "fig2c"), ("width", f"c{swells + 2}", "fig2d")]
+    assert found["rotation"]["value"] == pytest.approx(40, rel=0.05)         # -20 to 20 degrees
+    assert found["width"]["value"] == pytest.approx(4, rel=0.15)             # 2 to 6 pixels
+
+
+def test_the_figures_vary_the_codes_that_were_found(tmp_path, monkeypatch):
+    drawn = {}
+
+    def vary(G, args, code, order=None):
+        drawn["now"] = G, code, order
+        return torch.zeros(100, 1, 28, 28)
+
+    monkeypatch.setattr(infogan, "vary", vary)
+    monkeypatch.setattr(infogan, "draw_fig1", lambda *_: None)
+    r = Namespace(args=settings(), folder=tmp_path, aside=contextlib.nullcontext,
+                  show=lambda title, _: drawn.update({title: drawn.get("now")}))
+    results = {"ig-cls": {"value": 5, "labels": [1, 0, 3, 2, 5, 4, 7, -1, 9, 8]},
+               "ig-mnist": {"value": 1, "rotation": {"code": "c3", "figure": "fig2c"},
+                            "width": {"code": "c3", "figure": "fig2d"}}}
+    infogan.figures(r, "G", "GAN", results)
+    assert drawn["fig2a"] == ("G", 0, [1, 0, 3, 2, 5, 4, 6, 9, 8, 7])         # by digit, unused ones last
+    assert drawn["fig2b"] == ("GAN", 0, None)
+    assert drawn["fig2c"] == drawn["fig2d"] == ("G", 2, None) and drawn["fig2_c2"] == ("G", 1, None)
+
+
 # ---------------------------------------------------------------------------------------------------- a run
 
 
@@ -279,7 +422,8 @@ def test_a_run_on_digits_draws_figures_and_writes_numbers(digits, tmp_path):
     for figure in ("fig1", "fig2a", "fig2b", "fig2c", "fig2d", "samples"):
         assert len(np.unique(np.asarray(Image.open(folder / f"{figure}.png")))) > 3, figure
     results = json.loads((folder / "results.json").read_text())["results"]
-    assert {"ig-mi", "ig-cls", "agreement", "frechet"} <= set(results)
+    assert {"ig-mi", "ig-cls", "ig-mnist", "agreement", "frechet"} <= set(results)
+    assert "paper" not in results["ig-cls"]                                 # another data set's number
     assert 0 <= results["ig-cls"]["value"] <= 100 and results["ig-mi"]["value"] <= math.log(10) + 1e-6
 
 
