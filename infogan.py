@@ -1,14 +1,14 @@
 """InfoGAN: Interpretable Representation Learning by Information Maximizing Generative Adversarial Nets
 Xi Chen, Yan Duan, Rein Houthooft, John Schulman, Ilya Sutskever, Pieter Abbeel, 2016.  arXiv:1606.03657
 
-Part of the input of G is a code c that its pictures must give away: a network Q reads it back from them.
+G's input is noise z and a code c.  A second network Q must be able to recover c from the image G(z, c).
 
     Eq. 1   V(D, G) = E_x[log D(x)] + E_z[log(1 - D(G(z)))]                          -> V()
     Eq. 3   min_G max_D  V(D, G) - lam I(c; G(z, c))
     Eq. 4   I(c; G(z, c)) >= E_{x ~ G(z, c)}[E_{c' ~ P(c|x)}[log Q(c'|x)]] + H(c)
     Eq. 5   L_I(G, Q) = E_{c ~ P(c), x ~ G(z, c)}[log Q(c|x)] + H(c)                 -> L_I()
     Eq. 6   min_{G,Q} max_D  V(D, G) - lam L_I(G, Q)                                 -> train_step()
-    Tables 1-7 (App. C)  networks, codes and rates of each data set                  -> networks(), PAPER
+    Tables 1-7 (App. C)  networks, codes, rates and lambdas of each data set         -> networks(), PAPER
     Fig. 1  L_I during training, InfoGAN against a regular GAN                       -> draw_fig1()
     Figs. 2-6  one code varied, everything else fixed                                -> vary()
     Sec. 7.2  c1 as a classifier of digits                                           -> classify()
@@ -20,6 +20,7 @@ Part of the input of G is a code c that its pictures must give away: a network Q
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -29,33 +30,44 @@ from common import UserError, data, log, metrics, run
 from common.fuse import Adam, autocast, descend, frozen, fuse, place, sampling, set_rate
 
 # --------------------------------------------------------------------------------------------------- settings
-# cats: sizes of the categorical codes; m: continuous codes, Unif(-1, 1); dz: noise, Unif(-1, 1).  lam weighs
-# L_I of the categorical codes, lam_cont that of the continuous ones.  Where the print is silent, the authors'
-# code for MNIST: batch 128, 5,000 steps, G trained on fresh z and c.  No length is published for the others.
+# cats: sizes of the categorical codes.  m: number of continuous codes, each Unif(-1, 1).  dz: size of the
+# noise, Unif(-1, 1).  lam weighs L_I of the categorical codes, lam_cont that of the continuous ones.
+# Where the paper is silent, values come from the authors' code, which covers MNIST alone: batches of 128,
+# 5,000 steps, fresh z and c for G (and 55,000 of the 60,000 pictures; here all).  No length is published for
+# the other data sets: 3,000 steps are a guess.
 
-CODE = dict(batch_size=128, lr_D=2e-4, lr_G=1e-3, lam=1.0, lam_cont=1.0, fix_sigma=False, fresh_z=True,
-            warm_up=0, warp=0.0, decay_lr=False, together=False, noise=0.0, gan_steps=0)
-FACES = CODE | dict(net="faces", size=32, channels=1, scale=(0.0, 1.0), cats=(), m=5, dz=128,
-                    steps=3000)                                                     # Table 4
-CHAIRS = CODE | dict(net="chairs", size=64, channels=1, scale=(0.0, 1.0), cats=(20,) * 3, m=1, dz=128,
-                     steps=3000)                                                    # Table 6
+BASE = dict(
+    lr_D=2e-4, lr_G=1e-3, lam=1.0,         # App. C: for all but Tables 5 and 7
+    lam_cont=1.0,                          # authors' code; Sec. 6: a smaller one is typical, without a value
+    fix_sigma=False,                       # App. C: exp of the network's output
+    batch_size=128, fresh_z=True,          # authors' code
+    steps=3000, gan_steps=0, warm_up=0, warp=0.0, noise=0.0, decay_lr=False, together=False)
+FACES = BASE | dict(                                                                # Table 4
+    net="faces", size=32, channels=1, scale=(0.0, 1.0), cats=(), m=5, dz=128)
+CHAIRS = BASE | dict(                                                               # Table 6
+    net="chairs", size=64, channels=1, scale=(0.0, 1.0), dz=128,
+    cats=(20,) * 3, m=1)                   # Table 6; Sec. 7.2 has four categorical codes
 PAPER = {
-    "mnist": CODE | dict(net="mnist", size=28, channels=1, scale=(0.0, 1.0), cats=(10,), m=2, dz=62,
-                         steps=5000, gan_steps=5000, fix_sigma=True),               # Table 1; authors' code
-    "svhn": CODE | dict(net="svhn", size=32, channels=3, scale=(-1.0, 1.0), cats=(10,) * 4, m=4, dz=124,
-                        steps=3000),                                                # Table 2
-    "celeba": CODE | dict(net="celeba", size=32, channels=3, scale=(-1.0, 1.0), cats=(10,) * 10, m=0, dz=128,
-                          steps=3000),                                              # Table 3
-    "faces": FACES | dict(lr_D=2e-4, lr_G=5e-4, lam_cont=0.2),                      # Table 5
+    "mnist": BASE | dict(                                                           # Table 1
+        net="mnist", size=28, channels=1, scale=(0.0, 1.0), cats=(10,), m=2, dz=62,
+        steps=5000, gan_steps=5000,        # authors' code; the regular GAN of Figs. 1 and 2b for as long
+        fix_sigma=True),                   # authors' code, 12 and 27 % error; App. C's exp(output) 39 to 45
+    "svhn": BASE | dict(                                                            # Table 2
+        net="svhn", size=32, channels=3, scale=(-1.0, 1.0), dz=124,
+        cats=(10,) * 4, m=4),              # Table 2; Sec. 7.2 has two continuous codes
+    "celeba": BASE | dict(                                                          # Table 3
+        net="celeba", size=32, channels=3, scale=(-1.0, 1.0), cats=(10,) * 10, m=0, dz=128),
+    "faces": FACES | dict(lr_D=2e-4, lr_G=5e-4, lam_cont=0.2),                      # Table 5: azimuth
     "faces-elevation": FACES | dict(lr_D=4e-4, lr_G=3e-4, lam_cont=0.1),
     "faces-lighting": FACES | dict(lr_D=8e-4, lr_G=3e-4, lam_cont=0.1),
-    "faces-width": FACES | dict(lr_D=8e-4, lr_G=3e-4, lam_cont=0.1),
-    "chairs": CHAIRS | dict(lr_D=2e-4, lr_G=1e-3, lam=1.0, lam_cont=10.0),          # Table 7
+    "faces-width": FACES | dict(lr_D=8e-4, lr_G=3e-4, lam_cont=0.1),                # the network of lighting
+    "chairs": CHAIRS | dict(lr_D=2e-4, lr_G=1e-3, lam=1.0, lam_cont=10.0),          # Table 7: rotation
     "chairs-width": CHAIRS | dict(lr_D=2e-4, lr_G=1e-3, lam=2.0, lam_cont=0.05),
 }
 ONE_PASS = dict(fresh_z=False)             # one pass of G serves both updates: a step takes a sixth less time
 STABLE = ONE_PASS | dict(
-    together=True, noise=0.1,              # else a tenth of the samples turns into one saturated pattern
+    together=True,                         # else BatchNorm hides brightness from D, and G draws grey noise
+    noise=0.1,                             # else a tenth of the samples turns into one saturated pattern
     fix_sigma=True, lam_cont=1.0)          # a learnt sigma lets codes hide in a texture that only Q sees
 TUNED = {
     "mnist": ONE_PASS | dict(
@@ -93,7 +105,7 @@ def fc(i, o, slope):
 
 
 def table_1(dc, dq, ch):
-    """MNIST.  dc: numbers in (z, c).  dq: numbers that Q gives.  ch(n): n feature maps, times --width."""
+    """MNIST.  dc: size of (z, c).  dq: size of Q's output.  ch(n): n feature maps or units times --width."""
     G = nn.Sequential(
         fc(dc, ch(1024), 0),                                                        # 1024
         fc(ch(1024), ch(128) * 7 * 7, 0), nn.Unflatten(1, (ch(128), 7, 7)),         # 128 x 7 x 7
@@ -107,9 +119,9 @@ def table_1(dc, dq, ch):
 
 
 class Discriminator(nn.Module):
-    """D and Q on one trunk (App. C): a (n,) is D's logit, q (n, dq) the parameters of Q(c|x).
+    """D and Q on one trunk (App. C).  D(x) -> logit a (n,) and the parameters q (n, dq) of Q(c|x).
 
-    Q has a layer of `hidden` units of its own, or shares all but the last layer.
+    Q has a layer of `hidden` units of its own; if `hidden` is 0, D and Q share all but the last layer.
     """
 
     def __init__(self, trunk, width, dq, hidden=0):
@@ -127,7 +139,7 @@ class Discriminator(nn.Module):
 
 
 def networks(args):
-    """(G, D): G(z, c) -> x (n, C, H, W), D(x) -> (a (n,), q (n, dq)), of Tables 1 to 6."""
+    """G and D of Tables 1 to 6: G(z, c) -> x (n, C, H, W), D(x) -> (a (n,), q (n, dq))."""
     dc = args.dz + sum(args.cats) + args.m
     dq = sum(args.cats) + args.m * (1 if args.fix_sigma else 2)     # logits, means, log standard deviations
     table = {"mnist": table_1, "svhn": table_2, "celeba": table_2, "faces": table_4, "chairs": table_6}
@@ -136,7 +148,7 @@ def networks(args):
 
 
 def init(module):
-    """Weights N(0, .02), BatchNorm's scale N(1, .02), shifts and biases 0 (authors' code)."""
+    """Weights from N(0, .02), BatchNorm's scale from N(1, .02), shift and biases 0 (authors' code)."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -198,7 +210,7 @@ def L_I_cont(mu, log_sigma, u):
 
 
 def L_I(q, c, u, args):
-    """Eq. 5 for Q's output q (n, dq): its sum over the categorical codes, and over the continuous ones."""
+    """Eq. 5 for Q's output q (n, dq): summed over the categorical codes, and over the continuous codes."""
     logits, mu, log_sigma = split_q(q, args)
     cat = sum((L_I_cat(a, c[:, i]) for i, a in enumerate(logits)), q.new_zeros((), dtype=torch.float32))
     return cat, L_I_cont(mu, log_sigma, u)
@@ -207,7 +219,7 @@ def L_I(q, c, u, args):
 # --------------------------------------------------------------------------------------------------- training
 
 def build(args):
-    """G, D (with Q), their optimizers and the fused step of Eq. 6; if lam = lam_cont = 0 a regular GAN."""
+    """G, D (with Q), their optimizers and the fused step of Eq. 6; a regular GAN if lam = lam_cont = 0."""
     G, D = place(args, *networks(args))
     opt_D, opt_G = Adam(D.parameters(), args.lr_D), Adam(G.parameters(), args.lr_G)
     amp, regular = autocast(args), args.lam == 0 == args.lam_cont
@@ -216,8 +228,8 @@ def build(args):
     def train_step(x):                                              # x (n, C, H, W) in args.scale
         z, c, u = sample_latent(len(x), args, x.device)
         lam, lam_cont = lambdas(D.t, args)                          # constant with --paper
-        # D and Q ascend V + lam L_I: Q shares D's trunk and optimizer (authors' code).  For a regular GAN, Q
-        # is fitted on a detached trunk, and neither G nor D learns from it.
+        # D and Q ascend V + lam L_I: Q shares D's trunk and optimizer (authors' code).  In a regular GAN, Q
+        # is fitted on a detached trunk, so neither D nor G learns from it.
         with amp:
             x_fake = G(join(z, c, u, args))
             a_real, a_fake, q = D_sees(D, x, x_fake.detach(), args, detach=regular)
@@ -240,7 +252,7 @@ def build(args):
 def main(argv=None):
     args = parse_args(argv)
     r = run.Run(args)
-    pictures = data.load(args.dataset, args.data_dir, args.size, args.channels)
+    pictures = data.load(where(args), args.data_dir, args.size, args.channels)
     batches = data.Batches(pictures.images, scale=args.scale, **r.feed)
     G, D, opt_D, opt_G, train_step = build(args)
     parts = {"G": G, "D": D, "opt_D": opt_D, "opt_G": opt_G, "batches": batches}
@@ -268,6 +280,9 @@ def main(argv=None):
 
 # =========================================================================== Figures and numbers of the paper
 
+FIRST = {"faces": "azimuth", "chairs": "rotation"}          # the rows of Tables 5 and 7 without --factor
+
+
 def parse_args(argv=None):
     p = run.parser(__file__, __doc__, dataset="mnist", log_every=100)
     add = p.add_argument_group("InfoGAN").add_argument
@@ -275,7 +290,7 @@ def parse_args(argv=None):
     add("--net", choices=("mnist", "svhn", "celeba", "faces", "chairs"),
         help="networks and codes of Tables 1 to 6 [the data set's own, else mnist]")
     add("--factor", choices=("azimuth", "elevation", "lighting", "width", "rotation"),
-        help="row of Table 5 (faces) or 7 (chairs: rotation, width) [the first]")
+        help="whose rates and lambdas to use: row of Table 5 (faces) or 7 (chairs) [azimuth, rotation]")
     add("--width", type=positive, default=1.0, help="feature maps and units, as a fraction of the paper's")
     add("--lam", type=weight, help="lambda of Eq. 6 for categorical codes; 0: a regular GAN [1]")
     add("--lam-cont", type=weight,
@@ -287,8 +302,12 @@ def parse_args(argv=None):
         help="steps over which lambda rises from 0, then as many for the continuous codes' [MNIST 1500]")
     add("--warp", type=weight, help="how much half of the pictures that D sees are warped [MNIST 1, else 0]")
     add("--noise", type=weight, help="std of the Gaussian noise on what D sees [faces .1, else 0]")
-    add("--lr-D", type=positive, help="Adam's rate for D and Q (App. C) [2e-4]")
-    add("--lr-G", type=positive, help="Adam's rate for G (App. C) [1e-3, faces 5e-4]")
+    add("--together", action=argparse.BooleanOptionalAction,
+        help="D sees data and samples as one batch, with BatchNorm's statistics of both [faces]")
+    add("--decay-lr", action=argparse.BooleanOptionalAction,
+        help="both rates fall linearly to 0 over the second half [MNIST]")
+    add("--lr-D", type=positive, help="Adam's rate for D and Q [2e-4]")
+    add("--lr-G", type=positive, help="Adam's rate for G [1e-3, faces 5e-4]")
     add("--gan-steps", type=run.number(int, 0),
         help="steps of the regular GAN of Figs. 1 and 2b, trained beside [MNIST 1000, else 0]")
     args = run.parse(p, argv, experiment=experiment, paper=PAPER, tuned=TUNED)
@@ -298,25 +317,38 @@ def parse_args(argv=None):
 
 
 def experiment(args):
-    """The row of PAPER and TUNED: the network, and the row of its table of rates."""
+    """The row of PAPER and TUNED: the network, and the row of its table of rates and lambdas."""
     net = args.net or (args.dataset if args.dataset in PAPER else "mnist")
-    if args.factor in (None, {"faces": "azimuth", "chairs": "rotation"}.get(net)):
+    if args.factor in (None, FIRST.get(net)):
         return net
     if f"{net}-{args.factor}" not in PAPER:
-        raise UserError(f"--factor {args.factor} found, which the table of {net} does not have")
+        raise UserError(f"--factor {args.factor} of {net} found: expected azimuth, elevation, lighting or "
+                        "width of faces, rotation or width of chairs")
     return f"{net}-{args.factor}"
 
 
+def where(args):
+    """The data set to load: --dataset, but for chairs the folder of renderings that the user places."""
+    if args.dataset != "chairs":
+        return args.dataset
+    folder = Path(args.data_dir).expanduser() / "rendered_chairs"
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not there: unpack rendered_chairs.tar of Aubry et al. (2014), "
+                        "https://www.di.ens.fr/willow/research/seeing3Dchairs, "
+                        f"in {args.data_dir}/, or give another folder of pictures with --net chairs")
+    return str(folder)
+
+
 def regular_gan(args):
-    """The settings of the regular GAN beside this run; only Q learns from L_I."""
+    """The settings of the regular GAN trained beside this run: only its Q learns from L_I."""
     return argparse.Namespace(**{**vars(args), "lam": 0.0, "lam_cont": 0.0})
 
 
 # ------------------------------------------------------------------------ what TUNED adds to the paper's step
 
 def lambdas(t, args):
-    """lam and lam_cont of Eq. 6 after t updates (a 0-dim tensor): over --warm-up steps each rises from 0 to
-    its value, first that of the categorical codes, then that of the continuous ones."""
+    """lam and lam_cont of Eq. 6 after t updates (a 0-dim tensor).  Each rises linearly from 0 to its value
+    over --warm-up steps, lam first, then lam_cont."""
     if args.lam == 0 == args.lam_cont:                      # a regular GAN: Q alone learns from L_I
         return 1.0, 1.0
     w = max(1, args.warm_up)
@@ -328,7 +360,7 @@ def D_sees(D, x, x_fake, args, detach=False):
     """(a_real, a_fake, q of the samples).  BatchNorm normalizes real and fake batches separately (authors'
     code), or jointly with `args.together` so that D sees differences in brightness and contrast.
 
-    x None: the samples alone.  Before all that, half of each batch is warped, and noise is added.
+    x None: the samples alone.  First, half of each batch is warped by args.warp and noise is added to all.
     """
     x_fake, x = (t if t is None else data.warp(t, args.warp, share=0.5) for t in (x_fake, x))
     if args.noise:
@@ -341,7 +373,8 @@ def D_sees(D, x, x_fake, args, detach=False):
 
 
 def decay_rates(args, opt_D, opt_G, done):
-    """Rates after the fraction `done` of a run: constant, or linear to 0 over the second half."""
+    """Set both rates after the fraction `done` of a run: constant, or falling linearly to 0 over the second
+    half with args.decay_lr."""
     falling = min(1.0, 2 * (1 - done)) if args.decay_lr else 1.0
     for opt, lr in ((opt_D, args.lr_D), (opt_G, args.lr_G)):
         set_rate(opt, lr * falling)
@@ -380,7 +413,11 @@ def table_4(dc, dq, ch):
 
 
 def table_6(dc, dq, ch):
-    """Chairs.  Upconvolutions of stride 1 are convolutions padded to the same size."""
+    """Chairs.  The two upconvolutions without a stride are convolutions of the same size.
+
+    A transposed convolution of stride 1 is a convolution with its kernel flipped.  Cropped to the same size,
+    its 4x4 support reaches two pixels up and left and one down and right; here it is one and two.
+    """
     G = nn.Sequential(
         fc(dc, ch(1024), 0),                                                        # 1024
         fc(ch(1024), ch(256) * 8 * 8, 0), nn.Unflatten(1, (ch(256), 8, 8)),         # 256 x 8 x 8
@@ -405,7 +442,7 @@ FIGURE = {"mnist": "fig2", "faces": "fig3", "chairs": "fig4", "svhn": "fig5", "c
 
 
 def draw(G, args, n):
-    """n fresh pictures (n, C, H, W) in args.scale, and their codes c (n, number of cats) and u (n, m)."""
+    """n new pictures (n, C, H, W) in args.scale and their codes c (n, number of cats) and u (n, m)."""
     z, c, u = sample_latent(n, args, args.device)
     return metrics.batched(G, join(z, c, u, args)), c, u
 
@@ -415,17 +452,18 @@ def Q_of(D, images, args):
     return metrics.batched(D, images, scale=args.scale)[1]
 
 
-def vary(G, args, code, rows=10, columns=10):
-    """Pictures (rows * columns, C, H, W): a row is one draw of everything, along it one code varies.
+def vary(G, args, code, rows=10, columns=10, order=None):
+    """Pictures (rows * columns, C, H, W): each row is one draw of (z, c) in which one code varies.
 
-    `code`: i < number of categorical codes takes the categories of code i; the next m vary a continuous code
-    from -1 to 1; on MNIST from -2 to 2, as in Fig. 2.
+    `code`: its number, categorical codes first.  A categorical code takes each of its categories, in `order`
+    if that is given; a continuous one goes from -1 to 1, on MNIST from -2 to 2 as in Fig. 2.
     """
     if code < len(args.cats):
-        columns = args.cats[code]
+        order = order or range(args.cats[code])
+        columns = len(order)
     z, c, u = (t.repeat_interleave(columns, 0) for t in sample_latent(rows, args, args.device))
     if code < len(args.cats):
-        c[:, code] = torch.arange(columns, device=args.device).repeat(rows)
+        c[:, code] = torch.tensor(order, device=args.device).repeat(rows)
     else:
         end = 2.0 if args.net == "mnist" else 1.0
         u[:, code - len(args.cats)] = torch.linspace(-end, end, columns, device=args.device).repeat(rows)
@@ -448,33 +486,38 @@ def draw_fig1(folder, args):
     return chart.picture()
 
 
-def figures(r, G, D, gan_G, pictures):
-    """Draw the paper's figures of this data set; a row is one draw, along it one code varies."""
+def figures(r, G, gan_G, results):
+    """Draw the paper's figures of this data set; `results` of evaluate() name the codes to vary."""
     args = r.args
 
-    def show(title, net_G, code):
+    def show(title, net_G, code, order=None):
         with r.aside():
-            x = vary(net_G, args, code)
+            x = vary(net_G, args, code, order=order)
         r.show(title, log.grid(x, len(x) // 10, args.scale))
 
     r.show("fig1", draw_fig1(r.folder, args))
+    found = {part["figure"]: int(part["code"][1:]) - 1
+             for entry in results.values() for part in entry.values() if isinstance(part, dict)}
+    drawn = {*found.values()}
     if args.net == "mnist":
-        for title, code in (("fig2a", 0), ("fig2c", 1), ("fig2d", 2)):
-            show(title, G, code)
+        labels = results.get("ig-cls", {}).get("labels", range(10))
+        show("fig2a", G, 0, sorted(range(10), key=lambda k: (labels[k] < 0, labels[k])))
         if gan_G is not None:
             show("fig2b", gan_G, 0)
-    elif "factors" in pictures.extra and args.m:
-        for j, (code, _) in match_factors(D, pictures, args).items():
-            show(f"fig3{chr(ord('a') + j)}", G, len(args.cats) + code)
-    else:
-        for code in range(len(args.cats) + args.m):
-            show(f"{FIGURE[args.net]}_c{code + 1}", G, code)
+        drawn.add(0)
+    elif args.net == "chairs" and not found:                # Fig. 4: one run with each row of Table 7
+        found["fig4b" if args.factor == "width" else "fig4a"] = len(args.cats)
+        drawn.add(len(args.cats))
+    for title, code in found.items():
+        show(title, G, code)
+    for code in {*range(len(args.cats) + args.m)} - drawn:
+        show(f"{FIGURE[args.net]}_c{code + 1}", G, code)
 
 
 # ------------------------------------------------------------------------------------------------ the numbers
 
 def classify(D, pictures, args):
-    """Sec. 7.2: a table category -> label, by majority on 10,000 training pictures, and its error in % on the
+    """Sec. 7.2: table category -> label, by majority over 10,000 training pictures, and its error in % on the
     test pictures."""
     k_train, k_test = (Q_of(D, images, args)[:, :args.cats[0]].argmax(1).cpu()
                        for images in (pictures.images[:10000], pictures.test_images))
@@ -483,12 +526,45 @@ def classify(D, pictures, args):
 
 
 def match_factors(D, pictures, args):
-    """Factor -> (the continuous code that found it, |Spearman correlation| of that code's mean with it)."""
+    """Factor -> (continuous code that found it, |Spearman correlation| of Q's mean for the code with it)."""
     images, factors = pictures.images[:10000], pictures.extra["factors"][:10000]
     mu = split_q(Q_of(D, images, args), args)[1].cpu()
     rho = torch.tensor([[abs(metrics.rank_correlation(f, m)) for m in mu.T] for f in factors.T])
     rho = rho.nan_to_num(0.0)                               # of a constant code
     return {j: (int(i), rho[j, i].item()) for j, i in enumerate(metrics.matching(-rho.numpy())) if i < args.m}
+
+
+def slant(x):
+    """(n,) slant in degrees of what is drawn in x (n, 1, H, W), white on black: atan(mu_11 / mu_02) with its
+    central moments mu.  A line / through the corners of a square picture: 45, an upright bar: 0."""
+    m = x[:, 0].float()
+    m = m / m.sum((1, 2), keepdim=True).clamp(min=1e-6)
+    right = torch.arange(m.shape[2], device=m.device).float()
+    up = -torch.arange(m.shape[1], device=m.device).float()[:, None]
+    right, up = (t - (m * t).sum((1, 2), keepdim=True) for t in (right, up))
+    return ((m * right * up).sum((1, 2)) / (m * up ** 2).sum((1, 2)).clamp(min=1e-6)).atan().rad2deg()
+
+
+def stroke_width(x):
+    """(n,) width in pixels of the strokes in x (n, 1, H, W), white on black: 2 area / perimeter, which is the
+    total variation.  A bar of 3 x 60 pixels: about 3."""
+    x = F.pad(x[:, 0].float(), (1, 1, 1, 1))
+    edges = torch.hypot(x.diff(dim=1)[:, :, 1:], x.diff(dim=2)[:, 1:])
+    return 2 * x.sum((1, 2)) / edges.sum((1, 2)).clamp(min=1e-6)
+
+
+def style_codes(G, args):
+    """Figs. 2c and d: rotation and width -> which continuous code changes it most, and by how much along a
+    row on average (least squares): slant in degrees, stroke width in pixels."""
+    effects = {"rotation": {}, "width": {}}
+    for code in range(len(args.cats), len(args.cats) + args.m):
+        x = vary(G, args, code, rows=100)
+        u = torch.linspace(-1, 1, 10, device=x.device).float()
+        for name, measure in (("rotation", slant), ("width", stroke_width)):
+            effects[name][code] = 2 * (measure(x).view(100, 10) @ u).mean().abs().item() / (u @ u).item()
+    best = {name: max(effect, key=effect.get) for name, effect in effects.items()}
+    return {name: {"code": f"c{code + 1}", "value": effects[name][code], "figure": figure}
+            for (name, code), figure in zip(best.items(), ("fig2c", "fig2d"))}
 
 
 def evaluate(r, G, D, pictures):
@@ -505,10 +581,17 @@ def evaluate(r, G, D, pictures):
     if "factors" in pictures.extra and args.m:
         found = match_factors(D, pictures, args)
         names = pictures.extra.get("factor_names") or [f"factor {j + 1}" for j in range(max(found) + 1)]
-        factors = {names[j]: {"code": f"c{len(args.cats) + code + 1}", "value": rho}
-                   for j, (code, rho) in found.items()}
+        factors = {names[j]: {"code": f"c{len(args.cats) + code + 1}", "value": rho,
+                              "figure": f"fig3{chr(ord('a') + j)}"} for j, (code, rho) in found.items()}
         mean = sum(rho for _, rho in found.values()) / len(found)
         results["ig-faces"] = {"value": mean, "unit": "mean |rank correlation|", **factors}
+        if args.net == "faces":
+            results["ig-faces"]["settings"] = f"Table 5, {args.factor or FIRST['faces']}"
+    if args.net == "mnist":
+        with r.aside():
+            style = style_codes(G, args)
+        results["ig-mnist"] = {"value": style["rotation"]["value"], "unit": "degrees of slant from -2 to 2",
+                               **style}
     if pictures.labels is None or pictures.test_labels is None or pictures.labels.min() < 0:
         return results
     clf = metrics.classifier(pictures.images, pictures.labels, args.device, args.data_dir)
@@ -516,7 +599,7 @@ def evaluate(r, G, D, pictures):
     if len(args.cats) == 1:
         table, error = classify(D, pictures, args)
         results["ig-cls"] = {"value": error, "unit": "% error", "labels": table.tolist()}
-        if args.net == pictures.name == "mnist":            # the paper's values are of its own data
+        if args.net == pictures.name == "mnist" and args.width == 1:    # the paper's data and network
             results["ig-mi"]["paper"], results["ig-cls"]["paper"] = 2.30, 5
         agreement = metrics.label_agreement(clf, x, table.to(args.device)[c[:, 0]])
         results["agreement"] = {"value": 100 * agreement, "unit": "% of samples with their code's label"}
@@ -526,8 +609,8 @@ def evaluate(r, G, D, pictures):
 
 def report(r, G, D, gan_G, pictures):
     """Figures and results.json."""
-    figures(r, G, D, gan_G, pictures)
     results = evaluate(r, G, D, pictures)
+    figures(r, G, gan_G, results)
     error = results.get("ig-cls", {}).get("value", 0)       # other networks than MNIST's have no such number
     r.results(results, passed=r.args.dataset != "mnist" or error <= 6)
 

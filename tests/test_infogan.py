@@ -1,9 +1,9 @@
 """infogan.py: equations against closed forms, networks against Tables 1-6, who moves, figures and numbers."""
 
+import contextlib
 import json
 import math
 from argparse import Namespace
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,21 +12,22 @@ from conftest import script
 from PIL import Image
 
 import infogan
+from common import UserError
 from common.fuse import descend
-from infogan import L_I, NETS, L_I_cat, L_I_cont, V, join, networks, sample_latent, split_q
+from infogan import L_I, L_I_cat, L_I_cont, V, join, networks, sample_latent, split_q
 
 
-def args(*words):
-    a = infogan.parse_args(["--device", "cpu", *words])
-    a.amp = a.compile = a.graph = False
-    return a
+def settings(*words, **changes):
+    """The settings of a run with these flags on a CPU, and `changes` that no flag makes."""
+    args = infogan.parse_args(["--device", "cpu", "--no-amp", "--no-compile", "--no-graph", *words])
+    return Namespace(**{**vars(args), **changes})
 
 
 def sigmoid(a):
     return 1 / (1 + np.exp(-a))
 
 
-# ---------------------------------------------------------------------------------------------- equations
+# -------------------------------------------------------------------------------------------------- equations
 
 
 def test_V_is_minus_log_4_at_one_half():
@@ -68,11 +69,86 @@ def test_L_I_cont_is_a_gaussian_likelihood_plus_the_entropy_of_the_uniform():
 
 
 def test_Q_is_split_into_disjoint_slices():
-    net = NETS["svhn"]
-    dq = sum(net.cats) + 2 * net.m
-    logits, mu, log_sigma = split_q(torch.arange(float(dq)).repeat(3, 1), net)
+    args = settings("--net", "svhn")
+    dq = sum(args.cats) + 2 * args.m
+    logits, mu, log_sigma = split_q(torch.arange(float(dq)).repeat(3, 1), args)
     assert torch.cat([*logits, mu, log_sigma], 1)[0].tolist() == list(range(dq))
     assert [a.shape[1] for a in logits] == [10] * 4 and mu.shape[1] == log_sigma.shape[1] == 4
+
+
+# -------------------------------------------------------------------------------------------------- settings
+
+CODE = {  # openai/InfoGAN: launchers/run_mnist_exp.py, infogan/algos/infogan_trainer.py
+    "batch_size": 128,          # batch_size
+    "fresh_z": True,            # generator_trainer runs in a session of its own, which draws z and c anew
+    "lam_cont": 1.0,            # info_reg_coeff, for both kinds of codes
+    "together": False,          # discriminate() is called twice
+    "warm_up": 0, "warp": 0.0, "noise": 0.0, "decay_lr": False,     # none of these
+}
+APP_C = {"lr_D": 2e-4, "lr_G": 1e-3, "lam": 1.0,        # App. C, for what no table says otherwise
+         "fix_sigma": False}                            # App. C: the standard deviation is exp of an output
+NO_LENGTH = {"steps": 3000, "gan_steps": 0}             # not published
+FACES = {"net": "faces", "size": 32, "channels": 1, "scale": (0.0, 1.0),        # Table 4: 32x32 grey, sigmoid
+         "cats": (), "m": 5, "dz": 128}                 # App. C.4: five continuous codes, 128 noise variables
+CHAIRS = {"net": "chairs", "size": 64, "channels": 1, "scale": (0.0, 1.0),      # Table 6: 64x64 grey, sigmoid
+          "cats": (20, 20, 20), "m": 1, "dz": 128}      # App. C.5: 189 inputs
+PUBLISHED = {
+    "mnist": {"net": "mnist", "size": 28, "channels": 1, "scale": (0.0, 1.0),   # Table 1; MeanBernoulli
+              "cats": (10,), "m": 2, "dz": 62,          # App. C.1: 74 inputs
+              "steps": 5000, "gan_steps": 5000,         # run_mnist_exp.py: 50 epochs of 100 updates
+              "fix_sigma": True},                       # run_mnist_exp.py: fix_std=True
+    "svhn": {"net": "svhn", "size": 32, "channels": 3, "scale": (-1.0, 1.0),    # Table 2: 32x32 colour, tanh
+             "cats": (10, 10, 10, 10), "m": 4, "dz": 124, **NO_LENGTH},         # App. C.2: 168 inputs
+    "celeba": {"net": "celeba", "size": 32, "channels": 3, "scale": (-1.0, 1.0),        # Table 3
+               "cats": (10,) * 10, "m": 0, "dz": 128, **NO_LENGTH},             # App. C.3: 228 inputs
+    "faces": {**FACES, "lr_D": 2e-4, "lr_G": 5e-4, "lam_cont": 0.2, **NO_LENGTH},               # Table 5
+    "faces-elevation": {**FACES, "lr_D": 4e-4, "lr_G": 3e-4, "lam_cont": 0.1, **NO_LENGTH},     # Table 5
+    "faces-lighting": {**FACES, "lr_D": 8e-4, "lr_G": 3e-4, "lam_cont": 0.1, **NO_LENGTH},      # Table 5
+    "faces-width": {**FACES, "lr_D": 8e-4, "lr_G": 3e-4, "lam_cont": 0.1, **NO_LENGTH},         # Table 5
+    "chairs": {**CHAIRS, "lr_D": 2e-4, "lr_G": 1e-3,                            # Table 7: rotation
+               "lam_cont": 10.0, "lam": 1.0, **NO_LENGTH},
+    "chairs-width": {**CHAIRS, "lr_D": 2e-4, "lr_G": 1e-3,                      # Table 7: width
+                     "lam_cont": 0.05, "lam": 2.0, **NO_LENGTH},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_PAPER_holds_the_published_values(name):
+    published = {**CODE, **APP_C, **PUBLISHED[name]}
+    assert infogan.PAPER[name] == published
+    assert set(infogan.TUNED[name]) <= set(published) and PUBLISHED.keys() == infogan.PAPER.keys()
+    net, _, factor = name.partition("-")
+    words = ["--net", net] + (["--factor", factor] if factor else [])
+    assert published.items() <= vars(settings("--paper", *words)).items()
+    assert {**published, **infogan.TUNED[name]}.items() <= vars(settings(*words)).items()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_papers_settings_run(name, digits, tmp_path):
+    net, _, factor = name.partition("-")
+    words = ["--net", net] + (["--factor", factor] if factor else [])
+    infogan.main(["--paper", *words, "--dataset", str(digits), "--width", ".05", "--steps", "2",
+                  "--gan-steps", "2", "--batch-size", "8", "--device", "cpu", "--no-amp", "--log-every", "1",
+                  "--out", str(tmp_path), "--data-dir", str(digits.parent / "data")])
+    found = json.loads((tmp_path / "infogan-digits" / "results.json").read_text())
+    assert found["settings"] == "paper" and found["all settings"]["experiment"] == name
+    assert (tmp_path / "infogan-digits" / f"{FIRST_FIGURE[name]}.png").exists()
+
+
+FIRST_FIGURE = {"mnist": "fig2a", "svhn": "fig5_c1", "celeba": "fig6_c1", "chairs": "fig4a",
+                "chairs-width": "fig4b", "faces": "fig3_c1", "faces-elevation": "fig3_c1",
+                "faces-lighting": "fig3_c1", "faces-width": "fig3_c1"}
+
+
+def test_a_row_that_its_table_lacks_and_chairs_that_are_not_there_are_one_line(tmp_path):
+    for words in (["--net", "chairs", "--factor", "lighting"], ["--factor", "azimuth"]):
+        with pytest.raises(UserError, match="rotation or width of chairs"):
+            settings(*words)
+    with pytest.raises(UserError, match="unpack rendered_chairs.tar.*seeing3Dchairs.*--net chairs"):
+        infogan.where(settings("--dataset", "chairs", "--data-dir", str(tmp_path)))
+    (tmp_path / "rendered_chairs").mkdir()
+    args = settings("--dataset", "chairs", "--data-dir", str(tmp_path))
+    assert infogan.where(args) == str(tmp_path / "rendered_chairs") and args.net == "chairs"
 
 
 # ------------------------------------------------------------------------------------- latents and networks
@@ -80,12 +156,12 @@ def test_Q_is_split_into_disjoint_slices():
 
 def test_latents_are_as_the_paper_has_them():
     torch.manual_seed(0)
-    net = NETS["mnist"]
-    z, c, u = sample_latent(20000, net)
+    args = settings()
+    z, c, u = sample_latent(20000, args)
     assert z.shape == (20000, 62) and c.shape == (20000, 1) and u.shape == (20000, 2)
     assert -1 <= u.min() < -0.99 and 0.99 < u.max() <= 1 and abs(u.var().item() - 1 / 3) < 0.01
     assert torch.bincount(c[:, 0], minlength=10).sub(2000).abs().max() < 250
-    g = join(z, c, u, net)
+    g = join(z, c, u, args)
     assert g.shape == (20000, 74)
     assert torch.equal(g[:, 62:72].argmax(1), c[:, 0]) and torch.equal(g[:, 72:], u)
     assert g[:, 62:72].sum(1).eq(1).all()
@@ -95,22 +171,22 @@ def test_latents_are_as_the_paper_has_them():
     "name, dim", [("mnist", 74), ("svhn", 168), ("celeba", 228), ("faces", 133), ("chairs", 189)]
 )
 def test_networks_have_the_papers_sizes(name, dim):
-    net = NETS[name]
-    assert net.dz + sum(net.cats) + net.m == dim
-    dq = sum(net.cats) + 2 * net.m
-    G, D = networks(name, dim, dq)
-    x = G(join(*sample_latent(4, net), net))
-    assert x.shape == (4, net.channels, net.size, net.size)
-    assert x.min() >= net.scale[0] and x.max() <= net.scale[1]
+    args = settings("--net", name, fix_sigma=False)
+    assert args.dz + sum(args.cats) + args.m == dim
+    dq = sum(args.cats) + 2 * args.m
+    G, D = networks(args)
+    x = G(join(*sample_latent(4, args), args))
+    assert x.shape == (4, args.channels, args.size, args.size)
+    assert x.min() >= args.scale[0] and x.max() <= args.scale[1]
     a, q = D(x)
     assert a.shape == (4,) and q.shape == (4, dq)
-    narrow, _ = networks(name, dim, dq, 0.25)
-    assert narrow(join(*sample_latent(4, net), net)).shape == x.shape
+    narrow, _ = networks(settings("--net", name, "--width", ".25"))
+    assert narrow(join(*sample_latent(4, args), args)).shape == x.shape
     assert sum(p.numel() for p in narrow.parameters()) < 0.3 * sum(p.numel() for p in G.parameters())
 
 
 def test_parameter_counts_of_table_1():
-    G, D = networks("mnist", 74, 14)
+    G, D = networks(settings())
     count = lambda net: sum(p.numel() for p in net.parameters())
     bn = lambda n: 2 * n
     assert count(G) == (74 * 1024 + bn(1024) + 1024 * 6272 + bn(6272) + 128 * 64 * 16 + bn(64) + 64 * 16 + 1)
@@ -130,7 +206,7 @@ def test_parameter_counts_of_table_1():
 
 
 def test_batchnorm_keeps_the_default_epsilon():
-    nets = networks("mnist", 74, 14)
+    nets = networks(settings())
     eps = {
         m.eps
         for net in nets
@@ -143,9 +219,9 @@ def test_batchnorm_keeps_the_default_epsilon():
 # ---------------------------------------------------------------------------------------- who moves, where to
 
 
-def built(**rates):
+def built(**changes):
     torch.manual_seed(0)
-    return infogan.build(args(), "mnist", replace(NETS["mnist"], **rates))
+    return infogan.build(settings(**changes))
 
 
 def test_a_step_moves_both_networks_and_Q():
@@ -160,25 +236,25 @@ def test_a_step_moves_both_networks_and_Q():
 
 def test_one_step_of_G_raises_what_it_ascends():
     G, D, _, _, _ = built()
-    net = NETS["mnist"]
-    z, c, u = sample_latent(64, net)
+    args = settings()
+    z, c, u = sample_latent(64, args)
 
     def value():
-        a, q = D(G(join(z, c, u, net)))
-        cat, cont = L_I(q, c, u, net)
-        return torch.nn.functional.logsigmoid(a).mean() + net.lam * cat + net.lam_cont * cont
+        a, q = D(G(join(z, c, u, args)))
+        cat, cont = L_I(q, c, u, args)
+        return infogan.log_D(a) + args.lam * cat + args.lam_cont * cont
 
     before = value()
     descend(-before, torch.optim.SGD(G.parameters(), lr=1e-3))
     assert value() > before
 
 
-def gradient_of_trunk(**rates):
+def gradient_of_trunk(**changes):
     """Whether D's trunk learns from L_I: its movement in one step with Q's last layer at zero and at
     random."""
     moved = []
     for scale in (0.0, 1.0):
-        _, D, _, _, step = built(**rates)
+        _, D, _, _, step = built(**changes)
         last = D.Q[-1]
         last.weight.data.mul_(scale * 50)
         before = D.trunk[0].weight.detach().clone()
@@ -194,53 +270,52 @@ def test_the_regular_GAN_learns_nothing_from_Q_and_InfoGAN_does():
 
 
 def test_together_shares_the_batch_statistics():
-    """[dev 7]: the samples' logits depend on the data only where both pass D as one batch."""
-    net = replace(NETS["faces"], noise=0.0)
+    """The samples' logits depend on the data only where both pass D as one batch."""
     torch.manual_seed(0)
-    _, D = networks("faces", 133, 10)
+    _, D = networks(settings("--net", "faces"))
     x_fake = torch.rand(8, 1, 32, 32)
     for together in (True, False):
-        net = replace(net, together=together)
-        a = [infogan.judge(D, x, x_fake, net)[1] for x in torch.rand(2, 8, 1, 32, 32)]
+        args = settings("--net", "faces", noise=0.0, together=together)
+        a = [infogan.D_sees(D, x, x_fake, args)[1] for x in torch.rand(2, 8, 1, 32, 32)]
         assert torch.equal(*a) is not together
 
 
 def test_noise_on_what_D_sees():
-    """[dev 8]: with noise the same pictures are judged differently each time, without it alike."""
-    _, D = networks("faces", 133, NETS["faces"].dq)
+    """With noise D judges the same pictures differently each time, without it alike."""
+    _, D = networks(settings("--net", "faces"))
     x = torch.rand(2, 8, 1, 32, 32)
     for noise in (0.1, 0.0):
-        net = replace(NETS["faces"], noise=noise)
-        a = [infogan.judge(D, *x, net) for _ in range(2)]
+        args = settings("--net", "faces", noise=noise)
+        a = [infogan.D_sees(D, *x, args) for _ in range(2)]
         assert all(torch.equal(*pair) is (noise == 0) for pair in zip(*a))
 
 
 def test_D_sees_data_and_samples_warped(monkeypatch):
-    """[dev 10]: both, and both alike."""
+    """Both, and both alike."""
     seen = []
     monkeypatch.setattr(infogan.data, "warp", lambda x, amount, share: seen.append((len(x), amount)) or x)
     D = lambda x, detach=False: (x, x)
-    infogan.judge(D, torch.zeros(3, 1, 28, 28), torch.ones(4, 1, 28, 28), NETS["mnist"])
+    infogan.D_sees(D, torch.zeros(3, 1, 28, 28), torch.ones(4, 1, 28, 28), settings())
     assert sorted(seen) == [(3, 1.0), (4, 1.0)]
 
 
 def test_rates_fall_over_the_second_half_on_digits_alone():
-    """[dev 11]"""
     p = torch.nn.Parameter(torch.zeros(1))
-    for name, shares in (("mnist", (1, 1, 0.5, 0)), ("faces", (1, 1, 1, 1))):
+    for name, fractions in (("mnist", (1, 1, 0.5, 0)), ("faces", (1, 1, 1, 1))):
         opts = [torch.optim.Adam([p], torch.tensor(9.0)) for _ in "DG"]
-        for done, expected in zip((0, 0.5, 0.75, 1), shares):
-            infogan.anneal(NETS[name], *opts, done)
+        args = settings("--net", name)
+        for done, expected in zip((0, 0.5, 0.75, 1), fractions):
+            infogan.decay_rates(args, *opts, done)
             found = [opt.param_groups[0]["lr"].item() for opt in opts]
-            assert found == pytest.approx([expected * NETS[name].lr_D, expected * NETS[name].lr_G])
+            assert found == pytest.approx([expected * args.lr_D, expected * args.lr_G])
 
 
 def test_fixed_sigma_makes_Q_a_regression():
-    """[dev 9]: with sigma 1, L_I rises by half the squared error that Q loses."""
-    net = NETS["faces"]
+    """With sigma 1, L_I rises by half the squared error that Q loses."""
+    args = settings("--net", "faces", "--width", ".1")
     u, mu = torch.rand(2, 40, 5) * 2 - 1
-    assert net.dq == 5 and torch.equal(split_q(mu, net)[1], mu)
-    gain = L_I_cont(u, torch.zeros_like(u), u) - L_I(mu, torch.zeros(40, 0).long(), u, net)[1]
+    assert networks(args)[1].Q.out_features == 5 and torch.equal(split_q(mu, args)[1], mu)
+    gain = L_I_cont(u, torch.zeros_like(u), u) - L_I(mu, torch.zeros(40, 0).long(), u, args)[1]
     assert gain.item() == pytest.approx(((u - mu) ** 2).sum(1).mean().item() / 2, abs=1e-6)
 
 
@@ -252,7 +327,7 @@ def test_the_regular_GANs_Q_is_fitted_all_the_same():
 
 
 def test_vary_changes_one_code_along_a_row():
-    net = NETS["mnist"]
+    args = settings()
     seen = []
 
     class Recorder(torch.nn.Module):
@@ -261,12 +336,78 @@ def test_vary_changes_one_code_along_a_row():
             return g
 
     for code, columns in ((0, slice(62, 72)), (1, slice(72, 73)), (2, slice(73, 74))):
-        g = infogan.vary(Recorder(), net, code, rows=3).view(3, 10, 74)
+        g = infogan.vary(Recorder(), args, code, rows=3).view(3, 10, 74)
         varied = torch.zeros(74, dtype=torch.bool)
         varied[columns] = True
         assert (g[:, :, ~varied] == g[:, :1, ~varied]).all()
         assert (g[:, 1:, varied] != g[:, :-1, varied]).any(2).all()
     assert g[0, 0, 73] == -2 and g[0, -1, 73] == 2
+
+
+def test_vary_takes_categories_in_the_order_asked_for():
+    class Recorder(torch.nn.Module):
+        def forward(self, g):
+            return g
+
+    order = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
+    g = infogan.vary(Recorder(), settings(), 0, rows=2, order=order)
+    assert g[:, 62:72].argmax(1).tolist() == order * 2
+
+
+def bar(width, turn=0.0):
+    """A bar 60 pixels long, `width` wide, leaning to the right by `turn` degrees, (1, 1, 96, 96)."""
+    y, x = torch.meshgrid(*[torch.arange(-47.5, 48)] * 2, indexing="ij")
+    a = torch.tensor(turn).deg2rad()
+    across, along = x * a.cos() + y * a.sin(), x * a.sin() - y * a.cos()
+    soft = lambda d, size: (size / 2 - d.abs() + 0.5).clamp(0, 1)
+    return (soft(across, width) * soft(along, 60))[None, None]
+
+
+def test_slant_and_stroke_width_of_a_bar():
+    upright, leaning = bar(3), bar(3, 30.0)
+    assert infogan.slant(bar(1, 45.0)).item() == pytest.approx(45, abs=0.5)
+    assert infogan.slant(upright).item() == pytest.approx(0, abs=1e-3)
+    assert infogan.slant(leaning).item() == pytest.approx(30, abs=0.5)
+    assert infogan.slant(leaning.flip(3)).item() == pytest.approx(-30, abs=0.5)
+    for width in (3, 6):
+        for turn in (0.0, 30.0):
+            assert infogan.stroke_width(bar(width, turn)).item() == pytest.approx(width, rel=0.12)
+    assert infogan.slant(0 * upright).isfinite() and infogan.stroke_width(0 * upright).isfinite()
+
+
+@pytest.mark.parametrize("turns, swells", [(1, 0), (0, 1), (0, 0)])
+def test_figs_2c_and_2d_show_the_codes_that_found_rotation_and_width(turns, swells):
+    """Codes in an order that training chooses: also where one of them does both."""
+    class Bars(torch.nn.Module):
+        def forward(self, g):
+            u = g[:, -2:]
+            return torch.cat([bar(4 + row[swells].item(), 10 * row[turns].item()) for row in u])
+
+    found = infogan.style_codes(Bars(), settings())
+    assert [(name, part["code"], part["figure"]) for name, part in found.items()] == [
+        ("rotation", f"c{turns + 2}", "fig2c"), ("width", f"c{swells + 2}", "fig2d")]
+    assert found["rotation"]["value"] == pytest.approx(40, rel=0.05)         # -20 to 20 degrees
+    assert found["width"]["value"] == pytest.approx(4, rel=0.15)             # 2 to 6 pixels
+
+
+def test_the_figures_vary_the_codes_that_were_found(tmp_path, monkeypatch):
+    drawn = {}
+
+    def vary(G, args, code, order=None):
+        drawn["now"] = G, code, order
+        return torch.zeros(100, 1, 28, 28)
+
+    monkeypatch.setattr(infogan, "vary", vary)
+    monkeypatch.setattr(infogan, "draw_fig1", lambda *_: None)
+    r = Namespace(args=settings(), folder=tmp_path, aside=contextlib.nullcontext,
+                  show=lambda title, _: drawn.update({title: drawn.get("now")}))
+    results = {"ig-cls": {"value": 5, "labels": [1, 0, 3, 2, 5, 4, 7, -1, 9, 8]},
+               "ig-mnist": {"value": 1, "rotation": {"code": "c3", "figure": "fig2c"},
+                            "width": {"code": "c3", "figure": "fig2d"}}}
+    infogan.figures(r, "G", "GAN", results)
+    assert drawn["fig2a"] == ("G", 0, [1, 0, 3, 2, 5, 4, 6, 9, 8, 7])         # by digit, unused ones last
+    assert drawn["fig2b"] == ("GAN", 0, None)
+    assert drawn["fig2c"] == drawn["fig2d"] == ("G", 2, None) and drawn["fig2_c2"] == ("G", 1, None)
 
 
 # ---------------------------------------------------------------------------------------------------- a run
@@ -281,7 +422,8 @@ def test_a_run_on_digits_draws_figures_and_writes_numbers(digits, tmp_path):
     for figure in ("fig1", "fig2a", "fig2b", "fig2c", "fig2d", "samples"):
         assert len(np.unique(np.asarray(Image.open(folder / f"{figure}.png")))) > 3, figure
     results = json.loads((folder / "results.json").read_text())["results"]
-    assert {"ig-mi", "ig-cls", "agreement", "frechet"} <= set(results)
+    assert {"ig-mi", "ig-cls", "ig-mnist", "agreement", "frechet"} <= set(results)
+    assert "paper" not in results["ig-cls"]                                 # another data set's number
     assert 0 <= results["ig-cls"]["value"] <= 100 and results["ig-mi"]["value"] <= math.log(10) + 1e-6
 
 
@@ -319,19 +461,18 @@ def test_known_factors_are_matched_with_codes(tmp_path):
 def test_more_factors_than_codes_keep_their_names(monkeypatch):
     factors = torch.rand(50, 4)
     factors[:, 0] = 1.0                                                         # a constant one
-    monkeypatch.setattr(infogan, "read", lambda *_: None)
+    monkeypatch.setattr(infogan, "Q_of", lambda *_: None)
     monkeypatch.setattr(infogan, "split_q", lambda *_: (None, factors[:, [3, 2]], None))
     pictures = Namespace(images=factors, extra={"factors": factors})
-    found = infogan.match_factors(None, pictures, Namespace(m=2), "cpu")
+    found = infogan.match_factors(None, pictures, Namespace(m=2))
     assert {j: i for j, (i, _) in found.items()} == {2: 1, 3: 0}
     assert [rho for _, rho in found.values()] == pytest.approx([1, 1])
 
 
 def test_lam_0_is_the_regular_gan():
-    settled = infogan.settle(infogan.parse_args(["--dataset", "faces", "--lam", "0"]))[1]
-    assert settled.lam == settled.lam_cont == 0
-    asked = infogan.settle(infogan.parse_args(["--dataset", "faces", "--lam", "0", "--lam-cont", "2"]))[1]
-    assert asked.lam_cont == 2
+    regular = settings("--dataset", "faces", "--lam", "0")
+    assert regular.lam == regular.lam_cont == 0
+    assert settings("--dataset", "faces", "--lam", "0", "--lam-cont", "2").lam_cont == 2
 
 
 def test_ig_cls_error_is_zero_for_a_perfect_code_whatever_its_order():
@@ -344,5 +485,5 @@ def test_ig_cls_error_is_zero_for_a_perfect_code_whatever_its_order():
     y = torch.arange(200) % 10
     images[:, 0, 0, 0] = y.to(torch.uint8)
     pictures = infogan.data.Data("fake", images, y, images, y)
-    table, error = infogan.classify(Perfect(), pictures, NETS["mnist"], "cpu")
+    table, error = infogan.classify(Perfect(), pictures, settings())
     assert error == 0 and table.tolist() == [(k - 3) % 10 for k in range(10)]
