@@ -3,6 +3,7 @@ figures."""
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +13,21 @@ from PIL import Image
 
 import gan
 from common.fuse import SGD, descend
-from gan import D_star, Maxout, V, contrast, density, networks, objective_G
+from gan import PAPER, D_star, Maxout, V, contrast, density, networks, objective_G
+
+NETS = ["mnist", "tfd", "cifar-fc", "cifar-conv"]
 
 
 def args(*words):
     a = gan.parse_args(["--device", "cpu", *words])
     a.amp = a.compile = a.graph = False
     return a
+
+
+def built(name, *words, mean=0.25):
+    """(G, D) of `name` for pictures of one mean."""
+    a = args("--net", name, *words)
+    return networks(a, torch.full((a.channels, a.size, a.size), mean))
 
 
 # ---------------------------------------------------------------------------------------------- equations
@@ -97,18 +106,18 @@ def test_maxout_is_the_largest_of_its_pieces():
     ],
 )
 def test_networks_have_the_papers_sizes(name, g, d):
-    size = gan.NETS[name]["size"]
-    G, D = networks(name, torch.full((1, size, size), 0.25))
+    size = PAPER[name]["size"]
+    G, D = built(name)
     assert [sum(p.numel() for p in net.parameters()) for net in (G, D)] == [g, d]
     with torch.no_grad():
-        x = G(gan.sample_z(2, name))
+        x = G(gan.sample_z(2, args("--net", name)))
         assert x.shape == (2, 1, size, size) and D(x).shape == (2,)
         assert 0 <= x.min() and x.max() <= 1
 
 
 def test_G_starts_at_the_training_mean_and_weights_within_their_width():
     mean = torch.linspace(0, 1, 784).view(1, 28, 28)
-    G, D = networks("mnist", mean)
+    G, D = networks(args(), mean)
     torch.testing.assert_close(
         G[4].bias.sigmoid(), mean.flatten().clamp(1e-7, 1 - 1e-7), atol=1e-6, rtol=1e-4
     )
@@ -116,7 +125,7 @@ def test_G_starts_at_the_training_mean_and_weights_within_their_width():
 
 
 def test_narrow_nets_have_sums_as_spread_as_the_full_ones():
-    G, D = networks("tfd", torch.full((1, 48, 48), 0.5), width=0.25)
+    G, D = built("tfd", "--width", ".25")
     x = torch.rand(500, 2000)
     full = torch.nn.Linear(8000, 500)
     gan.uniform(torch.nn.Sequential(torch.nn.Linear(1, 1), full), 0.05)
@@ -135,11 +144,11 @@ def test_the_convolutional_networks_fit_cifar():
     assert gan.MaxoutConv(32, 192, 5, 3, 2, 2)(torch.randn(2, 32, 7, 7)).shape == (2, 192, 5, 5)
 
 
-@pytest.mark.parametrize("name", gan.NETS)
+@pytest.mark.parametrize("name", NETS)
 def test_narrow_networks_draw_the_same_pictures(name):
-    shape = [gan.NETS[name][k] for k in ("channels", "size", "size")]
-    G, D = networks(name, torch.full(shape, 0.25), 0.013)
-    x = G(gan.sample_z(2, name))
+    shape = [PAPER[name][k] for k in ("channels", "size", "size")]
+    G, D = built(name, "--width", ".013")
+    x = G(gan.sample_z(2, args("--net", name)))
     assert list(x.shape) == [2, *shape] and D(x).shape == (2,)
     assert sum(p.numel() for p in G.parameters()) < 1e6
 
@@ -147,9 +156,9 @@ def test_narrow_networks_draw_the_same_pictures(name):
 def test_z_has_unit_variance():
     torch.manual_seed(0)
     for name in ("mnist", "tfd"):
-        z = gan.sample_z(5000, name)
+        z = gan.sample_z(5000, args("--net", name))
         assert z.shape == (5000, 100) and abs(z.var().item() - 1) < 0.02
-    assert gan.sample_z(5000, "mnist").abs().max() <= math.sqrt(3)
+    assert gan.sample_z(5000, args()).abs().max() <= math.sqrt(3)
 
 
 def test_contrast_removes_the_mean_and_sets_the_norm():
@@ -163,7 +172,7 @@ def test_contrast_removes_the_mean_and_sets_the_norm():
 
 def test_a_step_moves_both_networks_k_times_for_D():
     torch.manual_seed(0)
-    G, D, *_, step = gan.build(args("--k", "3"), "mnist", torch.full((1, 28, 28), 0.1), 500)
+    G, D, *_, step = gan.build(args("--k", "3"), torch.full((1, 28, 28), 0.1), 500)
     before = [p.detach().clone() for net in (G, D) for p in net.parameters() if p.ndim > 1]
     step(torch.rand(3 * 16, 1, 28, 28))
     after = [p for net in (G, D) for p in net.parameters() if p.ndim > 1]
@@ -171,12 +180,12 @@ def test_a_step_moves_both_networks_k_times_for_D():
 
 
 def test_G_and_D_step_from_the_old_parameters_of_both():
-    """[dev 1]: G's step is the gradient through the D from before D's own step; --alternate goes through the
-    new one."""
+    """As in the authors' code, G's step is the gradient through the D from before D's own step; --alternate
+    goes through the new one."""
     moved = {}
     for flag in ((), ("--alternate",)):
         torch.manual_seed(0)
-        G, D, _, opt_D, _, step = gan.build(args(*flag), "mnist", torch.full((1, 28, 28), 0.1), 500)
+        G, D, _, opt_D, _, step = gan.build(args(*flag), torch.full((1, 28, 28), 0.1), 500)
         gan.uniform(D, 0.05)
         opt_D.param_groups[0]["lr"].fill_(0.0)
         still = [p.detach().clone() for p in G.parameters()]
@@ -185,7 +194,7 @@ def test_G_and_D_step_from_the_old_parameters_of_both():
         slow = [p - q for p, q in zip(G.parameters(), still)]
         G.load_state_dict(dict(zip(G.state_dict(), still)))
         torch.manual_seed(0)
-        G2, D2, _, opt_D2, _, step2 = gan.build(args(*flag), "mnist", torch.full((1, 28, 28), 0.1), 500)
+        G2, D2, _, opt_D2, _, step2 = gan.build(args(*flag), torch.full((1, 28, 28), 0.1), 500)
         gan.uniform(D2, 0.05)
         opt_D2.param_groups[0]["lr"].fill_(0.5)
         torch.manual_seed(1)
@@ -197,10 +206,10 @@ def test_G_and_D_step_from_the_old_parameters_of_both():
 
 def test_one_step_of_G_raises_log_D():
     torch.manual_seed(0)
-    G, D = networks("mnist", torch.full((1, 28, 28), 0.1))
+    G, D = built("mnist", mean=0.1)
     D.eval()
     gan.uniform(D, 0.05)
-    z = gan.sample_z(64, "mnist")
+    z = gan.sample_z(64, args())
     before = objective_G(D(G(z)), "non-saturating")
     descend(-before, torch.optim.SGD(G.parameters(), lr=1e-2))
     assert objective_G(D(G(z)), "non-saturating") > before
@@ -209,12 +218,12 @@ def test_one_step_of_G_raises_log_D():
 def test_annealing_follows_the_papers_schedule():
     opt = SGD([torch.nn.Parameter(torch.zeros(1))], 0.1, 0.5)
     for _ in range(10):
-        gan.anneal(opt, steps_per_epoch=1)
+        gan.anneal(opt, per_epoch=1)
     group = opt.param_groups[0]
     assert group["lr"].item() == pytest.approx(0.1 / 1.000004**10, rel=1e-6)
     assert group["momentum"].item() == pytest.approx(0.5 + 10 * 0.2 / 249, rel=1e-5)
     for _ in range(400):
-        gan.anneal(opt, steps_per_epoch=1)
+        gan.anneal(opt, per_epoch=1)
     assert group["momentum"].item() == pytest.approx(0.7)
 
 
@@ -278,7 +287,8 @@ def test_digits_under_the_network_for_faces(digits, tmp_path, monkeypatch):
 def test_the_papers_value_stands_beside_ours_on_its_own_data(monkeypatch, dataset, net, paper):
     x = torch.rand(20, 1, 8, 8)
     monkeypatch.setattr(gan, "draw", lambda *_: x)
-    found = gan.evaluate(args("--dataset", dataset), None, net, x, x, x, None, lambda t: t)
+    pictures = SimpleNamespace(images=x, labels=None, test_images=x)
+    found = gan.evaluate(args("--dataset", dataset), None, pictures, x)
     assert found[f"gan-{net}-ll"]["paper"] == paper
 
 
