@@ -3,6 +3,7 @@ figures."""
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +13,75 @@ from PIL import Image
 
 import gan
 from common.fuse import SGD, descend
-from gan import D_star, Maxout, V, contrast, density, networks, objective_G
+from gan import PAPER, D_star, Maxout, V, contrast, density, networks, objective_G
+
+NETS = ["mnist", "tfd", "cifar-fc", "cifar-conv"]
 
 
 def args(*words):
     a = gan.parse_args(["--device", "cpu", *words])
     a.amp = a.compile = a.graph = False
     return a
+
+
+def built(name, *words, mean=0.25):
+    """(G, D) of `name` for pictures of one mean."""
+    a = args("--net", name, *words)
+    return networks(a, torch.full((a.channels, a.size, a.size), mean))
+
+
+# ----------------------------------------------------------------------------------------------- settings
+
+# The authors' code, github.com/goodfeli/adversarial.  In all files: AdversaryCost2 with G and D in one step of
+# SGD, "irange: .05" in G, "nvis: 100", no average; noise is "gaussian" unless said; "gcn: 55." for CIFAR-10.
+SHARED = {"k": 1, "alternate": False, "loss": "non-saturating", "average": 0.0, "dz": 100}
+PUBLISHED = {
+    "mnist": {"net": "mnist", "size": 28, "channels": 1,            # mnist.yaml
+              "lr_D": 0.1, "lr_G": 0.1,                             # learning_rate: .1
+              "batch_size": 100, "latent": "uniform",               # noise: 'uniform'
+              "valid": 10000,                                       # start: 50000, stop: 60000
+              "norm": None, "gcn": None, "irange": 0.05,
+              "steps": 175000},                                     # not published
+    "tfd": {"net": "tfd", "size": 48, "channels": 1,                # tfd_pretrain/pretrain.yaml
+            "lr_D": 0.05, "lr_G": 0.05,                             # learning_rate: .05
+            "batch_size": 100, "latent": "normal",
+            "valid": 2000,                                          # not published: TFD has folds of its own
+            "norm": 1.9365, "gcn": None,                            # max_col_norm: 1.9365
+            "irange": 0.05,                                         # of no effect: sparse_init: 100
+            "steps": 50 * 980},                                     # max_epochs: 50, of 98,058 pictures
+    "cifar-fc": {"net": "cifar-fc", "size": 32, "channels": 3,      # cifar10_fully_connected.yaml
+                 "lr_D": 0.025, "lr_G": 0.025,                      # learning_rate: .025
+                 "batch_size": 100, "latent": "normal",
+                 "valid": 10000,                                    # start: 40000, stop: 50000
+                 "norm": None, "gcn": 55.0,
+                 "irange": 0.5,                                     # layer y: irange: .5
+                 "steps": 50000},                                   # not published
+    "cifar-conv": {"net": "cifar-conv", "size": 32, "channels": 3,  # cifar10_convolutional.yaml
+                   "lr_D": 0.004, "lr_G": 0.004,                    # learning_rate: .004
+                   "batch_size": 128, "latent": "normal",           # batch_size: 128
+                   "valid": 10000, "norm": None, "gcn": 55.0, "irange": 0.05,
+                   "steps": 50000},                                 # not published
+    "toy": {"net": "toy", "dz": 1, "alternate": True,               # Alg. 1; all else is not published
+            "lr_D": 0.2, "lr_G": 0.01, "batch_size": 512, "latent": "normal", "valid": 10000, "norm": None,
+            "gcn": None, "irange": 0.05, "steps": 5000},
+}
+PUBLISHED["tfd-stage2"] = PUBLISHED["tfd"] | {"steps": 22 * 980}    # train.yaml, max_epochs: 22
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_settings_are_the_published_ones(name):
+    assert PAPER[name] == SHARED | PUBLISHED[name]
+    assert set(gan.TUNED.get(name, {})) <= set(PAPER[name])
+
+
+@pytest.mark.parametrize("words, row", [
+    ((), "mnist"), (("--dataset", "toy"), "toy"), (("--dataset", "faces"), "tfd"),
+    (("--dataset", "faces", "--stage2", "RUN"), "tfd-stage2"), (("--dataset", "cifar10"), "cifar-fc"),
+    (("--dataset", "cifar10", "--net", "cifar-conv"), "cifar-conv"), (("--dataset", "lfw"), "mnist")])
+def test_a_data_set_takes_its_row_of_the_papers_settings(words, row):
+    a, b = args(*words, "--paper"), args(*words)
+    assert {k: getattr(a, k) for k in PAPER[row]} == PAPER[row]
+    assert {k: getattr(b, k) for k in PAPER[row]} == PAPER[row] | gan.TUNED.get(row, {})
 
 
 # ---------------------------------------------------------------------------------------------- equations
@@ -97,26 +160,34 @@ def test_maxout_is_the_largest_of_its_pieces():
     ],
 )
 def test_networks_have_the_papers_sizes(name, g, d):
-    size = gan.NETS[name]["size"]
-    G, D = networks(name, torch.full((1, size, size), 0.25))
+    size = PAPER[name]["size"]
+    G, D = built(name)
     assert [sum(p.numel() for p in net.parameters()) for net in (G, D)] == [g, d]
     with torch.no_grad():
-        x = G(gan.sample_z(2, name))
+        x = G(gan.sample_z(2, args("--net", name)))
         assert x.shape == (2, 1, size, size) and D(x).shape == (2,)
         assert 0 <= x.min() and x.max() <= 1
 
 
 def test_G_starts_at_the_training_mean_and_weights_within_their_width():
     mean = torch.linspace(0, 1, 784).view(1, 28, 28)
-    G, D = networks("mnist", mean)
+    G, D = networks(args(), mean)
     torch.testing.assert_close(
         G[4].bias.sigmoid(), mean.flatten().clamp(1e-7, 1 - 1e-7), atol=1e-6, rtol=1e-4
     )
     assert 0.049 < G[0].weight.abs().max() <= 0.05 and 0.0049 < D[2].linear.weight.abs().max() <= 0.005
 
 
+def test_the_last_layer_of_the_fully_connected_G_for_CIFAR_begins_with_the_published_range():
+    for words, irange in ((("--paper",), 0.5), ((), 0.05)):
+        G, _ = built("cifar-fc", "--width", ".04", *words)
+        top = irange / 0.04 ** 0.5
+        assert 0.99 * top < G[4].weight.abs().max() <= top * 1.000001
+        assert G[2].weight.abs().max() <= 0.05 / 0.04 ** 0.5 and not G[4].bias.any()
+
+
 def test_narrow_nets_have_sums_as_spread_as_the_full_ones():
-    G, D = networks("tfd", torch.full((1, 48, 48), 0.5), width=0.25)
+    G, D = built("tfd", "--width", ".25")
     x = torch.rand(500, 2000)
     full = torch.nn.Linear(8000, 500)
     gan.uniform(torch.nn.Sequential(torch.nn.Linear(1, 1), full), 0.05)
@@ -135,11 +206,11 @@ def test_the_convolutional_networks_fit_cifar():
     assert gan.MaxoutConv(32, 192, 5, 3, 2, 2)(torch.randn(2, 32, 7, 7)).shape == (2, 192, 5, 5)
 
 
-@pytest.mark.parametrize("name", gan.NETS)
+@pytest.mark.parametrize("name", NETS)
 def test_narrow_networks_draw_the_same_pictures(name):
-    shape = [gan.NETS[name][k] for k in ("channels", "size", "size")]
-    G, D = networks(name, torch.full(shape, 0.25), 0.013)
-    x = G(gan.sample_z(2, name))
+    shape = [PAPER[name][k] for k in ("channels", "size", "size")]
+    G, D = built(name, "--width", ".013")
+    x = G(gan.sample_z(2, args("--net", name)))
     assert list(x.shape) == [2, *shape] and D(x).shape == (2,)
     assert sum(p.numel() for p in G.parameters()) < 1e6
 
@@ -147,9 +218,9 @@ def test_narrow_networks_draw_the_same_pictures(name):
 def test_z_has_unit_variance():
     torch.manual_seed(0)
     for name in ("mnist", "tfd"):
-        z = gan.sample_z(5000, name)
+        z = gan.sample_z(5000, args("--net", name))
         assert z.shape == (5000, 100) and abs(z.var().item() - 1) < 0.02
-    assert gan.sample_z(5000, "mnist").abs().max() <= math.sqrt(3)
+    assert gan.sample_z(5000, args()).abs().max() <= math.sqrt(3)
 
 
 def test_contrast_removes_the_mean_and_sets_the_norm():
@@ -163,7 +234,7 @@ def test_contrast_removes_the_mean_and_sets_the_norm():
 
 def test_a_step_moves_both_networks_k_times_for_D():
     torch.manual_seed(0)
-    G, D, *_, step = gan.build(args("--k", "3"), "mnist", torch.full((1, 28, 28), 0.1), 500)
+    G, D, *_, step = gan.build(args("--k", "3"), torch.full((1, 28, 28), 0.1), 500)
     before = [p.detach().clone() for net in (G, D) for p in net.parameters() if p.ndim > 1]
     step(torch.rand(3 * 16, 1, 28, 28))
     after = [p for net in (G, D) for p in net.parameters() if p.ndim > 1]
@@ -171,12 +242,12 @@ def test_a_step_moves_both_networks_k_times_for_D():
 
 
 def test_G_and_D_step_from_the_old_parameters_of_both():
-    """[dev 1]: G's step is the gradient through the D from before D's own step; --alternate goes through the
-    new one."""
+    """As in the authors' code, G's step is the gradient through the D from before D's own step; --alternate
+    goes through the new one."""
     moved = {}
     for flag in ((), ("--alternate",)):
         torch.manual_seed(0)
-        G, D, _, opt_D, _, step = gan.build(args(*flag), "mnist", torch.full((1, 28, 28), 0.1), 500)
+        G, D, _, opt_D, _, step = gan.build(args(*flag), torch.full((1, 28, 28), 0.1), 500)
         gan.uniform(D, 0.05)
         opt_D.param_groups[0]["lr"].fill_(0.0)
         still = [p.detach().clone() for p in G.parameters()]
@@ -185,7 +256,7 @@ def test_G_and_D_step_from_the_old_parameters_of_both():
         slow = [p - q for p, q in zip(G.parameters(), still)]
         G.load_state_dict(dict(zip(G.state_dict(), still)))
         torch.manual_seed(0)
-        G2, D2, _, opt_D2, _, step2 = gan.build(args(*flag), "mnist", torch.full((1, 28, 28), 0.1), 500)
+        G2, D2, _, opt_D2, _, step2 = gan.build(args(*flag), torch.full((1, 28, 28), 0.1), 500)
         gan.uniform(D2, 0.05)
         opt_D2.param_groups[0]["lr"].fill_(0.5)
         torch.manual_seed(1)
@@ -197,10 +268,10 @@ def test_G_and_D_step_from_the_old_parameters_of_both():
 
 def test_one_step_of_G_raises_log_D():
     torch.manual_seed(0)
-    G, D = networks("mnist", torch.full((1, 28, 28), 0.1))
+    G, D = built("mnist", mean=0.1)
     D.eval()
     gan.uniform(D, 0.05)
-    z = gan.sample_z(64, "mnist")
+    z = gan.sample_z(64, args())
     before = objective_G(D(G(z)), "non-saturating")
     descend(-before, torch.optim.SGD(G.parameters(), lr=1e-2))
     assert objective_G(D(G(z)), "non-saturating") > before
@@ -209,12 +280,12 @@ def test_one_step_of_G_raises_log_D():
 def test_annealing_follows_the_papers_schedule():
     opt = SGD([torch.nn.Parameter(torch.zeros(1))], 0.1, 0.5)
     for _ in range(10):
-        gan.anneal(opt, steps_per_epoch=1)
+        gan.anneal(opt, per_epoch=1)
     group = opt.param_groups[0]
     assert group["lr"].item() == pytest.approx(0.1 / 1.000004**10, rel=1e-6)
     assert group["momentum"].item() == pytest.approx(0.5 + 10 * 0.2 / 249, rel=1e-5)
     for _ in range(400):
-        gan.anneal(opt, steps_per_epoch=1)
+        gan.anneal(opt, per_epoch=1)
     assert group["momentum"].item() == pytest.approx(0.7)
 
 
@@ -262,24 +333,104 @@ def test_a_run_on_digits_draws_figures_and_writes_numbers(digits, tmp_path):
     for figure in ("fig2a", "fig3"):
         assert np.asarray(Image.open(folder / f"{figure}.png")).std() > 5, figure
     results = json.loads((folder / "results.json").read_text())["results"]
-    assert math.isfinite(results["gan-mnist-ll"]["value"]) and "paper" not in results["gan-mnist-ll"]
+    found = results["gan-mnist-on-digits-ll"]
+    assert math.isfinite(found["value"]) and "paper" not in found
 
 
-def test_digits_under_the_network_for_faces(digits, tmp_path, monkeypatch):
-    pictures = gan.data.load(digits, size=48)
-    monkeypatch.setattr(gan.data, "load", lambda *_: pictures)
-    gan.main(["--net", "tfd", "--width", ".01", "--steps", "1", "--check", "--out", str(tmp_path),
-              "--data-dir", str(tmp_path / "data"), "--device", "cpu"])
-    results = json.loads((tmp_path / "gan-mnist" / "results.json").read_text())["results"]
-    assert "paper" not in results["gan-tfd-ll"]
+def small(digits, name, folder, *words):
+    """A run of the networks of `name`, all but unitless, on small digits; its results."""
+    gan.main(["--dataset", str(digits), "--net", name, "--width", ".01", "--steps", "2", "--batch-size", "8",
+              "--out", str(folder), "--data-dir", str(folder / "data"), "--device", "cpu", *words])
+    return json.loads((folder / "gan-digits" / "results.json").read_text())
 
 
-@pytest.mark.parametrize("dataset, net, paper", [("mnist", "mnist", 225), ("faces", "tfd", 2057)])
-def test_the_papers_value_stands_beside_ours_on_its_own_data(monkeypatch, dataset, net, paper):
+@pytest.fixture
+def no_classifier(monkeypatch):
+    monkeypatch.setattr(gan.metrics, "classifier", lambda *_: None)
+    monkeypatch.setattr(gan.metrics, "frechet_distance", lambda *_: 1.0)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_papers_settings_run_for_each_data_set(digits, tmp_path, no_classifier, name):
+    report = small(digits, name, tmp_path, "--paper", "--check")
+    assert report["settings"] == "paper" and list(report["results"])[0] == f"gan-{name}-on-digits-ll"
+    assert "paper" not in report["results"][f"gan-{name}-on-digits-ll"]
+    panel = {"mnist": "a", "tfd": "b", "cifar-fc": "c", "cifar-conv": "d"}[name]
+    assert (tmp_path / "gan-digits" / f"fig2{panel}.png").exists()
+    asked = report["all settings"]
+    assert {k: asked[k] for k in PAPER[name] if k not in ("steps", "batch_size")} == {
+        k: v for k, v in PAPER[name].items() if k not in ("steps", "batch_size")}
+
+
+def test_stage_2_trains_two_layers_under_the_G_of_stage_1(digits, tmp_path, no_classifier):
+    small(digits, "tfd", tmp_path / "1", "--paper")
+    first = tmp_path / "1" / "gan-digits"
+    a = args("--net", "tfd", "--width", ".01", "--stage2", str(first))
+    assert (a.steps, a.experiment) == (21560, "tfd-stage2")
+    G1 = torch.load(first / "checkpoint.pt", weights_only=True)["parts"]["G_bar"]
+    G, D, G_bar, *_, step = gan.build(a, torch.full((1, 48, 48), 0.5), 10)
+    assert [m.in_features for m in G if isinstance(m, torch.nn.Linear)] == [100, 80, 100, 80, 80]
+    assert (G[2].bias == -2).all() and G[0].weight.abs().max() <= 0.05
+    for i in (0, 2, 4):
+        assert torch.equal(G[4 + i].weight, G1[f"{i}.weight"]) and torch.equal(G[4 + i].bias, G1[f"{i}.bias"])
+    gan.uniform(D, 0.5)             # D's first weights give G gradients below float32's steps
+    before = [p.detach().clone() for p in G.parameters()]
+    step(torch.rand(8, 1, 48, 48))
+    assert all(not torch.equal(p, q) for p, q in zip(before, G.parameters(), strict=True))
+    report = small(digits, "tfd", tmp_path / "2", "--stage2", str(first))
+    assert list(report["results"])[0] == "gan-tfd-stage2-on-digits-ll"
+    folder = tmp_path / "2" / "gan-digits"
+    (first / "checkpoint.pt").unlink()                      # a resumed run needs its own alone
+    gan.main(["--resume", str(folder), "--steps", "3", "--device", "cpu"])
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 3
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--stage2", "nowhere"], "it is for --net tfd"),
+    (["--net", "tfd", "--stage2", "nowhere"], "--net tfd --width 0.01 expected"),
+    (["--dataset", "toy"], "leave --net and --width out")])
+def test_what_does_not_go_together_is_refused(digits, tmp_path, words, message):
+    with pytest.raises(gan.UserError, match=message):
+        small(digits, "mnist", tmp_path, *words)
+    assert not list(tmp_path.glob("*/metrics.jsonl"))
+
+
+def test_too_few_pictures_are_refused_before_training(digits, tmp_path):
+    images = np.load(digits)["images"]
+    np.savez(tmp_path / "digits.npz", images=images[:9])
+    with pytest.raises(gan.UserError, match="9 training pictures found, 10 expected"):
+        small(tmp_path / "digits.npz", "mnist", tmp_path)
+    assert gan.split(gan.data.Data("", torch.zeros(10, 1, 28, 28)), args())[1].shape[0] == 1
+
+
+@pytest.mark.parametrize("words, data, key, paper", [
+    (["--dataset", "mnist"], "mnist", "gan-mnist-ll", 225),
+    (["--dataset", "my/mnist.npz"], "mnist", "gan-mnist-on-mnist-ll", None),
+    (["--dataset", "faces"], "faces", "gan-tfd-on-faces-ll", None),
+    (["--dataset", "tfd.npz", "--net", "tfd"], "tfd", "gan-tfd-on-tfd-ll", None),
+    (["--dataset", "tfd.npz", "--net", "tfd", "--stage2", "RUN"], "tfd", "gan-tfd-ll", 2057),
+    (["--dataset", "faces", "--stage2", "RUN"], "faces", "gan-tfd-stage2-on-faces-ll", None),
+    (["--dataset", "cifar10"], "cifar10", "gan-cifar-fc-ll", None),
+    (["--dataset", "svhn", "--net", "cifar-conv"], "svhn", "gan-cifar-conv-on-svhn-ll", None)])
+def test_the_papers_value_stands_beside_ours_on_its_own_data(monkeypatch, words, data, key, paper):
     x = torch.rand(20, 1, 8, 8)
     monkeypatch.setattr(gan, "draw", lambda *_: x)
-    found = gan.evaluate(args("--dataset", dataset), None, net, x, x, x, None, lambda t: t)
-    assert found[f"gan-{net}-ll"]["paper"] == paper
+    pictures = SimpleNamespace(name=data, images=x, labels=None, test_images=x)
+    found = gan.evaluate(args(*words), None, pictures, x)
+    assert list(found) == [key] and found[key].get("paper") == paper
+
+
+@pytest.mark.parametrize("words", [["--k", "2", "--no-alternate"], ["--loss", "minimax"], ["--lr-G", ".02"]])
+def test_the_toy_is_trained_as_the_flags_say(tmp_path, words):
+    ways = []
+    for flags in ([], words):
+        a = args("--dataset", "toy", "--batch-size", "64", *flags)
+        torch.manual_seed(0)
+        G, *_, step = gan.build(a, None, 1000)
+        torch.manual_seed(1)
+        step(torch.randn(a.k * 64, 1))
+        ways.append(G.weight.item())
+    assert ways[0] != ways[1]
 
 
 def test_the_toy_finds_the_data_and_C_goes_to_minus_log_4(tmp_path):
