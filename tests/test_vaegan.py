@@ -13,7 +13,7 @@ from PIL import Image
 import vaegan
 from common import UserError
 from common.data import Data
-from vaegan import L_GAN, L_llike, L_prior, RMSProp, gates, networks
+from vaegan import L_GAN, L_llike, L_prior, RMSProp, gates, log_D, networks
 
 
 def args(*words):
@@ -58,13 +58,12 @@ def test_L_GAN_against_numpy():
     assert math.isfinite(L_GAN(torch.tensor([-200.0]), torch.tensor([200.0])).item())
 
 
-def test_what_Dec_descends():
+def test_log_D_against_numpy():
+    assert log_D(torch.zeros(5), torch.zeros(5)).item() == pytest.approx(-2 * math.log(2))
     a, b = np.random.default_rng(0).normal(size=(2, 50)) * 3
-    gan = L_GAN(torch.zeros(50), torch.tensor(a), torch.tensor(b))
-    assert vaegan.fool("minimax", gan, torch.tensor(a), torch.tensor(b)) is gan
-    expected = -np.log(sigmoid(a)).mean() - np.log(sigmoid(b)).mean()
-    found = vaegan.fool("non-saturating", gan, torch.tensor(a), torch.tensor(b))
-    assert found.item() == pytest.approx(expected, abs=1e-5)
+    expected = np.log(sigmoid(a)).mean() + np.log(sigmoid(b)).mean()
+    assert log_D(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(expected, abs=1e-5)
+    assert math.isfinite(log_D(torch.tensor([-200.0])).item())
 
 
 def test_z_is_drawn_from_the_posterior():
@@ -100,7 +99,7 @@ def count(net):
 
 
 def test_parameter_counts_of_table_1():
-    Enc, Dec, Dis = networks(64, 128)
+    Enc, Dec, Dis = networks(args("--net", "64", "--z-dim", "128", "--width", "1", "--paper"))
     bn = lambda *n: 2 * sum(n)
     assert count(Enc) == (
         25 * (3 * 64 + 64 * 128 + 128 * 256)
@@ -127,8 +126,9 @@ def test_parameter_counts_of_table_1():
 @pytest.mark.parametrize("size, side, maps", [(64, 8, 256), (32, 8, 256), (28, 7, 128)])
 def test_shapes_and_Dis_l(size, side, maps):
     dy = 3
-    Enc, Dec, Dis = networks(size, 6, dy, width=0.0625)
-    x, y = torch.rand(2, vaegan.CHANNELS[size], size, size) * 2 - 1, torch.randn(2, dy)
+    settings = args("--net", str(size), "--z-dim", "6", "--width", ".0625")
+    Enc, Dec, Dis = networks(settings, dy)
+    x, y = torch.rand(2, settings.channels, size, size) * 2 - 1, torch.randn(2, dy)
     mu, log_var = Enc(x, y)
     assert mu.shape == log_var.shape == (2, 6) and mu.abs().sum() > 0
     x_tilde = Dec(mu, y)
@@ -143,28 +143,31 @@ def test_shapes_and_Dis_l(size, side, maps):
 
 
 def test_weights_start_within_their_width():
-    for net in networks(28, 5, width=0.25):
+    for net in networks(args("--width", ".25")):
         for m in net.modules():
             if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)):
                 bound = (3 * m.weight[0].numel()) ** -0.5
                 assert 0.8 * bound < m.weight.abs().max() <= bound
 
 
+@torch.no_grad()
 def test_RMSProp_is_that_of_torch_and_its_gate_leaves_everything_as_it_is():
     torch.manual_seed(0)
-    mine, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 6)) for _ in range(2))
-    opt = RMSProp([mine], 1e-2)
-    other = torch.optim.RMSprop([theirs], 1e-2, alpha=0.9, eps=1e-8, weight_decay=1e-5)
+    mine, theirs = ([torch.nn.Parameter(torch.linspace(-1, 1, n)) for n in (6, 4)] for _ in range(2))
+    groups = [[{"params": [p], "weight_decay": d} for p, d in zip(ps, (0.1, 0.0))] for ps in (mine, theirs)]
+    opt = RMSProp(groups[0], 1e-2, eps=1e-3)
+    other = torch.optim.RMSprop(groups[1], 1e-2, alpha=0.9, eps=1e-3)
     for _ in range(5):
-        mine.grad = torch.randn(6)
-        theirs.grad = mine.grad.clone()
-        opt.step(), other.step()
+        grads = [torch.randn(6), torch.randn(4)]
+        for p, g in zip(theirs, grads):
+            p.grad = g.clone()
+        opt.update(grads), other.step()
     torch.testing.assert_close(mine, theirs)
-    before, s = mine.detach().clone(), opt.state[mine]["s"].clone()
-    opt.param_groups[0]["gate"].zero_()
-    mine.grad = torch.full((6,), 1e6)
-    opt.step()
-    assert torch.equal(mine, before) and torch.equal(opt.state[mine]["s"], s)
+    before, s = [p.clone() for p in mine], [opt.state[p]["s"].clone() for p in mine]
+    for group in opt.param_groups:
+        group["gate"].zero_()
+    opt.update([torch.full((6,), 1e6), torch.full((4,), 1e6)])
+    assert all(torch.equal(p, q) and torch.equal(opt.state[p]["s"], t) for p, q, t in zip(mine, before, s))
 
 
 # ---------------------------------------------------------------------------------------- who moves, where to
@@ -178,9 +181,8 @@ def built(*words, dy=0, seed=0):
 class Descent(torch.optim.SGD):
     """What a parameter moves by is minus its gradient."""
 
-    def __init__(self, params, lr):
-        super().__init__(params, lr=1.0)
-        self.param_groups[0]["gate"] = torch.tensor(1.0)
+    def __init__(self, params, lr, eps):
+        super().__init__([{**group, "weight_decay": 0.0} for group in params], lr=1.0)
 
 
 def gradients(monkeypatch, *words, dy=0):
@@ -272,7 +274,7 @@ def test_a_step_moves_what_learns_and_nothing_else(model):
 
 
 def test_Dec_and_Dis_pull_L_GAN_in_opposite_directions(monkeypatch):
-    """[dev 1]: along each one's step L_GAN falls for Dec and rises for Dis."""
+    """Along each one's step L_GAN falls for Dec and rises for Dis."""
     moved, x, y = gradients(monkeypatch, "--model", "gan")
     parts, _ = built("--model", "gan")
     torch.manual_seed(3)
