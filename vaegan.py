@@ -33,8 +33,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import UserError, data, log, metrics, run
-from common.fuse import (autocast, average, averaged, calibrate, descend, frozen, fuse, place, sampling,
-                         set_rate)
+from common.fuse import autocast, average, averaged, calibrate, descend, frozen, fuse, place, set_rate
 
 # --------------------------------------------------------------------------------------------------- settings
 # A row for each size of pictures.  The paper prints networks for 64 x 64 and few settings (Sec. 4).  Where it
@@ -412,8 +411,8 @@ def decayed(net, args):
 
 
 def rate(args, step):
-    """RMSProp's rate in step 1, 2, ...: constant, or as in the authors' code, where in epoch e of E (250 steps
-    each) it has gone (e / E)^.75 of the way to 1e-5 / 64."""
+    """RMSProp's rate in step 1, 2, ...: constant, or as in the authors' code, where in epoch e of E, of 250
+    steps each, it has gone (e / E)^.75 of the way to 1e-5 / 64."""
     if not args.anneal:
         return args.lr
     return args.lr - ((step - 1) // 250 * 250 / args.steps) ** 0.75 * (args.lr - 1e-5 / 64)
@@ -561,21 +560,20 @@ def standard(a, train):
 
 # ------------------------------------------------------------------------------------------------ the figures
 
-def each(args, net, *tensors):
-    """net of tensors (N, ...), 500 rows at a time in eval mode; of Enc the means.  uint8 becomes [-1, 1]."""
-    def ready(t):
-        t = t.to(args.device)
-        return t.float() / 127.5 - 1 if t.dtype == torch.uint8 else t
+def scaled(args, images):
+    """Pictures (N, C, H, W), uint8 or in [-1, 1], on the device in [-1, 1]."""
+    return metrics.batched(lambda x: x.to(args.device), images, scale=(-1.0, 1.0))
 
-    with sampling(net):
-        found = [net(*map(ready, rows)) for rows in zip(*(t.split(500) for t in tensors))]
-    return torch.cat([t[0] if isinstance(t, tuple) else t for t in found])
+
+def encode(Enc, x, y):
+    """mu (N, dz) of q(z|x) for pictures x (N, C, H, W), uint8 or in [-1, 1], and y (N, dy)."""
+    return metrics.batched(Enc, x, y, scale=(-1.0, 1.0))[0]
 
 
 def draw(args, Dec, y, k=1):
     """k pictures of z_p ~ N(0, I) for each row of y (n, dy): (n k, C, H, W) in [-1, 1]."""
     y = y.repeat_interleave(k, 0)
-    return each(args, Dec, torch.randn(len(y), args.z_dim, device=args.device), y)
+    return metrics.batched(Dec, torch.randn(len(y), args.z_dim, device=args.device), y)
 
 
 def pick(y, n):
@@ -591,7 +589,7 @@ def settled(args, Enc, Dec, pictures):
             y = pictures.extra["y"][i].to(args.device)
             z = torch.randn(len(i), args.z_dim, device=args.device)
             if Enc:                                         # z and z_p
-                z, y = torch.cat([each(args, Enc, pictures.images[i], y), z]), y.repeat(2, 1)
+                z, y = torch.cat([encode(Enc, pictures.images[i], y), z]), y.repeat(2, 1)
             yield z, y
 
     return calibrate(Dec, minibatches())
@@ -602,7 +600,7 @@ def plane(args, Dec, n):
     t = torch.linspace(-1.5, 1.5, n, device=args.device)
     z2, z1 = torch.meshgrid(t.flip(0), t, indexing="ij")
     z = torch.stack([z1, z2], 2).flatten(0, 1)
-    return each(args, Dec, z, z[:, :0]).unflatten(0, (n, n))
+    return metrics.batched(Dec, z, z[:, :0]).unflatten(0, (n, n))
 
 
 def attribute_vectors(mu, a):
@@ -615,20 +613,20 @@ def attribute_vectors(mu, a):
     return with_it - without
 
 
-def edit(args, Enc, Dec, pictures, n):
+def edit(Enc, Dec, pictures, n):
     """Figs. 6, 7: test pictures' reconstructions, and with each attribute's vector, (n, 1 + A, C, H, W)."""
     e = pictures.extra
-    mu = each(args, Enc, pictures.images[:10000], e["y"][:10000])           # as many as in the authors' code
-    z = each(args, Enc, pictures.test_images[:n], e["test_y"][:n])[:, None]
+    mu = encode(Enc, pictures.images[:10000], e["y"][:10000])               # as many as in the authors' code
+    z = encode(Enc, pictures.test_images[:n], e["test_y"][:n])[:, None]
     z = torch.cat([z, z + attribute_vectors(mu, e["attributes"][:10000].to(mu))], 1)
-    return each(args, Dec, z.flatten(0, 1), z.flatten(0, 1)[:, :0]).unflatten(0, z.shape[:2])
+    return metrics.batched(Dec, z.flatten(0, 1), z.flatten(0, 1)[:, :0]).unflatten(0, z.shape[:2])
 
 
 def figures(r, Enc, Dec, pictures):
     """Draw the paper's figures that model and data set have into the run's folder."""
     args, y = r.args, pictures.extra["test_y"]
     n = min(16, len(y) // 8 * 8 or len(y))
-    x = each(args, nn.Identity(), pictures.test_images[:n])
+    x = scaled(args, pictures.test_images[:n])
 
     def show(title, rows):                                  # (rows, columns, C, H, W)
         r.show(title, log.grid(rows.flatten(0, 1), rows.shape[1], (-1, 1)))
@@ -638,10 +636,10 @@ def figures(r, Enc, Dec, pictures):
         if args.conditional:                                # a test picture, samples with its attributes
             show("queries", torch.cat([x[:8, None], draw(args, Dec, y[:8], 9).unflatten(0, (-1, 9))], 1))
     if Enc:                                                 # originals above their reconstructions
-        pairs = zip(x.split(8), each(args, Dec, each(args, Enc, x, y[:n]), y[:n]).split(8))
+        pairs = zip(x.split(8), metrics.batched(Dec, encode(Enc, x, y[:n]), y[:n]).split(8))
         r.show("fig4", log.grid(torch.cat([part for pair in pairs for part in pair]), len(x[:8]), (-1, 1)))
     if Enc and pictures.extra["names"] and not args.conditional:
-        show("fig6", torch.cat([x[:8, None], edit(args, Enc, Dec, pictures, 8)], 1))
+        show("fig6", torch.cat([x[:8, None], edit(Enc, Dec, pictures, 8)], 1))
     if args.z_dim == 2 and not args.conditional:
         show("plane", plane(args, Dec, 20))
 
@@ -661,7 +659,7 @@ def trained(args, where, dy):
 
 def beside(r, runs, pictures):
     """--beside: Figs. 3-5 with a block or row for each (settings, Enc or None, Dec) of `runs`."""
-    y, x = pictures.extra["test_y"], each(r.args, nn.Identity(), pictures.test_images[:8])
+    y, x = pictures.extra["test_y"], scaled(r.args, pictures.test_images[:8])
     samples, rows = [], [("data", x)]
     for args, Enc, Dec in runs:
         name = args.model + (f", gamma {args.gamma:g}" if "gamma" in args.given else "")
@@ -670,7 +668,7 @@ def beside(r, runs, pictures):
         with r.aside():                                     # the same z wherever its size is the same
             samples.append((name, draw(args, Dec, pick(y, 24))))
         if Enc:
-            rows.append((name, each(args, Dec, each(args, Enc, x, y[:8]), y[:8])))
+            rows.append((name, metrics.batched(Dec, encode(Enc, x, y[:8]), y[:8])))
     for title, blocks in (("beside_fig3", samples), ("beside_fig4", rows)):
         if len(blocks) > 1:                                 # a GAN has no reconstructions
             names, blocks = zip(*blocks)
@@ -726,8 +724,9 @@ def retrieval(args, Dis, pictures):
 
     The paper does not say which layer it took.
     """
-    for net in (nn.Sequential(Dis.dis_l, Dis.above), nn.Flatten()):
-        f, f_test = (each(args, net, x) for x in (pictures.images[:50000], pictures.test_images[:10000]))
+    for net in (nn.Sequential(Dis.dis_l, Dis.above), lambda x: x.to(args.device).flatten(1)):
+        f, f_test = (metrics.batched(net, x, scale=(-1.0, 1.0))
+                     for x in (pictures.images[:50000], pictures.test_images[:10000]))
         yield knn_error(f, pictures.labels[:50000], f_test, pictures.test_labels[:10000])
 
 
@@ -735,7 +734,7 @@ def evaluate(r, Enc, Dec, Dis, pictures):
     """The numbers of this model and data set: experiment id -> dict with "value" and, if known, "paper"."""
     args, e, results = r.args, pictures.extra, {}
     a, names, y, test = e["attributes"], e["names"], e["test_y"][:2000], pictures.test_images[:2000]
-    x = each(args, nn.Identity(), test)
+    x = scaled(args, test)
     if names:                                               # the paper's has the layers of Enc
         regressor = metrics.classifier(pictures.images, a, args.device, args.data_dir)
 
@@ -759,15 +758,15 @@ def evaluate(r, Enc, Dec, Dis, pictures):
             results["vg-lfw"] = {"value": cosine, "unit": "cosine", "mse": mse, "test set": best[0],
                                  "test set mse": best[1]} | TABLE_2.get(args.model, {})
     if Enc:
-        x_tilde = each(args, Dec, each(args, Enc, x, y), y)
+        x_tilde = metrics.batched(Dec, encode(Enc, x, y), y)
         found = {"value": (x_tilde - x).square().mean().item(), "unit": "squared error a pixel in [-1, 1]"}
         if Dis:
-            found["Dis_l"] = distance(*(each(args, Dis.dis_l, t) for t in (x, x_tilde)))
+            found["Dis_l"] = distance(*(metrics.batched(Dis.dis_l, t) for t in (x, x_tilde)))
         if names:
-            found["regressor"] = distance(*(each(args, regressor.trunk, unit(t)) for t in (x, x_tilde)))
+            found["regressor"] = distance(*(metrics.features(regressor, unit(t)) for t in (x, x_tilde)))
         results["vg-celeba-recon"] = found | looks(x_tilde)
     if Enc and names and not args.conditional:              # what an added vector adds to those without it
-        edited = edit(args, Enc, Dec, pictures, min(200, len(x)))
+        edited = edit(Enc, Dec, pictures, min(200, len(x)))
         got = read(edited.flatten(0, 1)).unflatten(0, edited.shape[:2])                 # (n, 1 + A, A)
         lacks = (e["test_attributes"][:len(got)] <= a.mean(0)).float()
         rise = (got[:, 1:].diagonal(dim1=1, dim2=2) - got[:, 0]) * lacks

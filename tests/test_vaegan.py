@@ -466,8 +466,9 @@ def test_a_conditional_gan_and_the_vae_that_measures_with_its_Dis(digits, tmp_pa
 
 @pytest.mark.parametrize("model", ["vaegan", "vae", "gan"])
 def test_what_draws_is_the_average(digits, tmp_path, monkeypatch, model):
-    seen, each = [], vaegan.each
-    monkeypatch.setattr(vaegan, "each", lambda args, net, *rest: seen.append(net) or each(args, net, *rest))
+    seen, batched = [], vaegan.metrics.batched
+    monkeypatch.setattr(vaegan.metrics, "batched",
+                        lambda net, *rest, **more: seen.append(net) or batched(net, *rest, **more))
     vaegan.main(small(digits, tmp_path, "--steps", 3, "--model", model))
     parts, drawn = saved(tmp_path / "vaegan-digits"), [net for net in seen if isinstance(net, vaegan.Decoder)]
     name, p = next(drawn[0].named_parameters())
