@@ -13,7 +13,7 @@ from PIL import Image
 import vaegan
 from common import UserError
 from common.data import Data
-from vaegan import L_GAN, L_llike, L_prior, RMSProp, gates, networks
+from vaegan import L_GAN, L_llike, L_prior, RMSProp, gates, log_D, networks
 
 
 def args(*words):
@@ -24,6 +24,70 @@ def args(*words):
 
 def sigmoid(a):
     return 1 / (1 + np.exp(-a))
+
+
+# ----------------------------------------------------------------------------------------------- settings
+
+CODE = {  # files: github.com/andersbll/autoencoding_beyond_pixels at 1906387 and deeppy at 2635737
+    "batch_size": 64, "lr": 3e-4,  # Sec. 4
+    "loss": "minimax",  # Eq. 9
+    "steps": 150 * 250, "anneal": True,  # aegan.py: n_epochs, GammaAnnealer; celeba_aegan.py: epoch_size
+    "gamma": 1e-5,  # recon_vs_gan_weight in celeba_aegan.py
+    "terms": 256 * 8 * 8,  # Table 1: the third strided convolution, recon_depth in celeba_aegan.py
+    "real": 0.66 / ((1 - 0.66) / 2),  # real_vs_gen_weight in celeba_aegan.py, model/aegan.py
+    "own_pass": True,  # discriminator_recon in model/aegan.py
+    "weight_decay": 2 * 1e-5 / 64, "eps": 1e-8 / 64,  # architectures.py, deeppy/parameter.py, learn_rules.py
+    "decay_all": False,  # wdecay in architectures.py, none in NormalEncoder of model/ae.py
+    "code_init": True,  # AutoFiller in deeppy/filler.py, gamma in deeppy/expr/nnet/batch_normalization.py
+    "noise": 0.0, "average": 0.0, "gating": False}  # none of the three in the paper
+
+
+def test_PAPER_against_paper_and_authors_code():
+    expected = {
+        "64": {**CODE, "net": 64, "channels": 3, "z_dim": 128},  # Table 1, n_hidden in celeba_aegan.py
+        "32": {**CODE, "net": 32, "channels": 3, "z_dim": 128, "gamma": 5e-6,  # cifar_aegan.py
+               "maps": 192, "units": 1024, "terms": 192 * 8 * 8},  # img32x32 in architectures.py
+        "28": {**CODE, "net": 28, "channels": 1, "z_dim": 128}}  # n_hidden in mnist_gan.py
+    assert {k: {n: pytest.approx(v) for n, v in row.items()} for k, row in expected.items()} == vaegan.PAPER
+    assert all(set(vaegan.TUNED[k]) <= set(vaegan.PAPER[k]) for k in vaegan.PAPER)
+
+
+def test_paper_is_PAPER_alone_and_a_flag_wins():
+    for dataset, row in (("faces", "64"), ("cifar10", "32"), ("mnist", "28")):
+        a = vaegan.parse_args(["--paper", "--dataset", dataset])
+        assert a.settings == "paper" and {k: vars(a)[k] for k in vaegan.PAPER[row]} == vaegan.PAPER[row]
+        a = vaegan.parse_args(["--dataset", dataset])
+        found = {k: vars(a)[k] for k in vaegan.PAPER[row]}
+        assert a.settings == "tuned" and found == vaegan.PAPER[row] | vaegan.TUNED[row]
+    assert vaegan.parse_args(["--paper", "--noise", ".1"]).noise == 0.1
+    assert vaegan.parse_args(["--gating"]).real == 2 and vaegan.parse_args(["--gating", "--paper"]).real > 3
+
+
+def test_gamma_is_for_a_likelihood_of_so_many_terms():
+    f = torch.zeros(2, 4, 4, 4)
+    assert vaegan.gamma(vaegan.parse_args([]), f) == pytest.approx(5e-3 * 16384 / 64)
+    assert vaegan.gamma(vaegan.parse_args(["--paper"]), f) == pytest.approx(1e-5 * 16384 / 64)
+    assert vaegan.gamma(vaegan.parse_args(["--gamma", ".3"]), f) == 0.3
+
+
+def test_the_rate_falls_as_in_the_authors_code():
+    a = args("--paper")
+    for step, e in ((1, 0), (250, 0), (251, 1), (37500, 149)):
+        expected = 3e-4 - (e / 150) ** 0.75 * (3e-4 - 1e-5 / 64)
+        assert vaegan.rate(a, step) == pytest.approx(expected)
+    assert vaegan.rate(args("--steps", "100", "--paper"), 100) == 3e-4 == vaegan.rate(args(), 20000)
+
+
+def test_weight_decay_spares_biases_BatchNorm_and_the_code():
+    a = args("--paper")
+    Enc = networks(a)[0]
+    on, off = vaegan.decayed(Enc, a)
+    assert on["weight_decay"] == a.weight_decay and off["weight_decay"] == 0
+    names = {id(p): name for name, p in Enc.named_parameters()}
+    assert {names[id(p)] for p in on["params"]} == {"convs.0.weight", "convs.2.weight", "top.0.weight"}
+    assert len(on["params"]) + len(off["params"]) == len(names)
+    group, = vaegan.decayed(Enc, args())
+    assert len(group["params"]) == len(names) and group["weight_decay"] == 1e-5
 
 
 # ---------------------------------------------------------------------------------------------- equations
@@ -58,13 +122,12 @@ def test_L_GAN_against_numpy():
     assert math.isfinite(L_GAN(torch.tensor([-200.0]), torch.tensor([200.0])).item())
 
 
-def test_what_Dec_descends():
+def test_log_D_against_numpy():
+    assert log_D(torch.zeros(5), torch.zeros(5)).item() == pytest.approx(-2 * math.log(2))
     a, b = np.random.default_rng(0).normal(size=(2, 50)) * 3
-    gan = L_GAN(torch.zeros(50), torch.tensor(a), torch.tensor(b))
-    assert vaegan.fool("minimax", gan, torch.tensor(a), torch.tensor(b)) is gan
-    expected = -np.log(sigmoid(a)).mean() - np.log(sigmoid(b)).mean()
-    found = vaegan.fool("non-saturating", gan, torch.tensor(a), torch.tensor(b))
-    assert found.item() == pytest.approx(expected, abs=1e-5)
+    expected = np.log(sigmoid(a)).mean() + np.log(sigmoid(b)).mean()
+    assert log_D(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(expected, abs=1e-5)
+    assert math.isfinite(log_D(torch.tensor([-200.0])).item())
 
 
 def test_z_is_drawn_from_the_posterior():
@@ -100,7 +163,7 @@ def count(net):
 
 
 def test_parameter_counts_of_table_1():
-    Enc, Dec, Dis = networks(64, 128)
+    Enc, Dec, Dis = networks(args("--net", "64", "--z-dim", "128", "--width", "1", "--paper"))
     bn = lambda *n: 2 * sum(n)
     assert count(Enc) == (
         25 * (3 * 64 + 64 * 128 + 128 * 256)
@@ -124,11 +187,23 @@ def test_parameter_counts_of_table_1():
     )
 
 
+def test_parameter_counts_of_the_authors_32_x_32():
+    Enc, Dec, Dis = networks(args("--net", "32", "--z-dim", "128", "--width", "1", "--paper"))
+    bn = lambda *n: 2 * sum(n)
+    assert count(Enc) == (25 * (3 * 64 + 64 * 128 + 128 * 256) + bn(64, 128, 256)
+                          + 4096 * 1024 + bn(1024) + 2 * (1024 * 128 + 128))
+    assert count(Dec) == (128 * 4096 + bn(4096) + 25 * (256 * 192 + 192 * 128 + 128 * 32) + bn(192, 128, 32)
+                          + 25 * 32 * 3 + 3)
+    assert count(Dis) == (25 * 3 * 32 + 32 + 25 * (32 * 128 + 128 * 192 + 192 * 256) + bn(128, 192, 256)
+                          + 4096 * 512 + bn(512) + 512 + 1)
+
+
 @pytest.mark.parametrize("size, side, maps", [(64, 8, 256), (32, 8, 256), (28, 7, 128)])
 def test_shapes_and_Dis_l(size, side, maps):
     dy = 3
-    Enc, Dec, Dis = networks(size, 6, dy, width=0.0625)
-    x, y = torch.rand(2, vaegan.CHANNELS[size], size, size) * 2 - 1, torch.randn(2, dy)
+    settings = args("--net", str(size), "--z-dim", "6", "--width", ".0625")
+    Enc, Dec, Dis = networks(settings, dy)
+    x, y = torch.rand(2, settings.channels, size, size) * 2 - 1, torch.randn(2, dy)
     mu, log_var = Enc(x, y)
     assert mu.shape == log_var.shape == (2, 6) and mu.abs().sum() > 0
     x_tilde = Dec(mu, y)
@@ -143,28 +218,43 @@ def test_shapes_and_Dis_l(size, side, maps):
 
 
 def test_weights_start_within_their_width():
-    for net in networks(28, 5, width=0.25):
+    for net in networks(args("--width", ".25")):
         for m in net.modules():
             if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)):
                 bound = (3 * m.weight[0].numel()) ** -0.5
                 assert 0.8 * bound < m.weight.abs().max() <= bound
 
 
+def test_the_authors_initialisation():
+    _, Dec, _ = networks(args("--net", "64", "--width", ".25", "--paper"))
+    up = Dec[2]
+    bound = (3 * up.out_channels * 25) ** -0.5
+    assert 0.95 * bound < up.weight.abs().max() <= bound
+    scale = Dec[0][1].weight
+    assert scale.min() >= 0 and scale.max() <= 1 and scale.mean().item() == pytest.approx(0.5, abs=0.05)
+    _, Dec, _ = networks(args("--net", "64", "--width", ".25"))
+    bound = (3 * up.in_channels * 25 / 4) ** -0.5
+    assert 0.95 * bound < Dec[2].weight.abs().max() <= bound and Dec[0][1].weight.eq(1).all()
+
+
+@torch.no_grad()
 def test_RMSProp_is_that_of_torch_and_its_gate_leaves_everything_as_it_is():
     torch.manual_seed(0)
-    mine, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 6)) for _ in range(2))
-    opt = RMSProp([mine], 1e-2)
-    other = torch.optim.RMSprop([theirs], 1e-2, alpha=0.9, eps=1e-8, weight_decay=1e-5)
+    mine, theirs = ([torch.nn.Parameter(torch.linspace(-1, 1, n)) for n in (6, 4)] for _ in range(2))
+    groups = [[{"params": [p], "weight_decay": d} for p, d in zip(ps, (0.1, 0.0))] for ps in (mine, theirs)]
+    opt = RMSProp(groups[0], 1e-2, eps=1e-3)
+    other = torch.optim.RMSprop(groups[1], 1e-2, alpha=0.9, eps=1e-3)
     for _ in range(5):
-        mine.grad = torch.randn(6)
-        theirs.grad = mine.grad.clone()
-        opt.step(), other.step()
+        grads = [torch.randn(6), torch.randn(4)]
+        for p, g in zip(theirs, grads):
+            p.grad = g.clone()
+        opt.update(grads), other.step()
     torch.testing.assert_close(mine, theirs)
-    before, s = mine.detach().clone(), opt.state[mine]["s"].clone()
-    opt.param_groups[0]["gate"].zero_()
-    mine.grad = torch.full((6,), 1e6)
-    opt.step()
-    assert torch.equal(mine, before) and torch.equal(opt.state[mine]["s"], s)
+    before, s = [p.clone() for p in mine], [opt.state[p]["s"].clone() for p in mine]
+    for group in opt.param_groups:
+        group["gate"].zero_()
+    opt.update([torch.full((6,), 1e6), torch.full((4,), 1e6)])
+    assert all(torch.equal(p, q) and torch.equal(opt.state[p]["s"], t) for p, q, t in zip(mine, before, s))
 
 
 # ---------------------------------------------------------------------------------------- who moves, where to
@@ -178,9 +268,8 @@ def built(*words, dy=0, seed=0):
 class Descent(torch.optim.SGD):
     """What a parameter moves by is minus its gradient."""
 
-    def __init__(self, params, lr):
-        super().__init__(params, lr=1.0)
-        self.param_groups[0]["gate"] = torch.tensor(1.0)
+    def __init__(self, params, lr, eps):
+        super().__init__([{**group, "weight_decay": 0.0} for group in params], lr=1.0)
 
 
 def gradients(monkeypatch, *words, dy=0):
@@ -238,6 +327,39 @@ def test_each_network_descends_its_own_part_of_the_loss_alone(monkeypatch, model
     assert all(g.abs().sum() > 0 for part in (enc, dec, dis) for g in part if g.ndim > 1)
 
 
+@pytest.mark.parametrize("model", ["vaegan", "vaegan_dis0"])
+def test_paper_takes_the_likelihood_from_a_pass_of_its_own(monkeypatch, model):
+    """As in model/aegan.py: one pass of clean X and X~; the GAN has X, X~ and X_p, weights .66, .17, .17."""
+    words = "--paper", "--model", model, "--gamma", ".01"
+    moved, x, y = gradients(monkeypatch, *words)
+    parts, _ = built(*words)
+    Enc, Dec, Dis = (parts[n] for n in ("Enc", "Dec", "Dis"))
+    torch.manual_seed(3)
+    mu, log_var = Enc(x, y)
+    z = mu + torch.randn_like(mu) * (log_var / 2).exp()
+    z_p = torch.randn_like(z)
+    log = torch.nn.functional.logsigmoid
+    prior = 0.5 * (mu**2 + log_var.exp() - log_var - 1).sum() / 8
+
+    def llike(z):
+        x_tilde = Dec(z, y)
+        f = x if model == "vaegan_dis0" else Dis(torch.cat([x, x_tilde]), torch.cat([y, y]))[1]
+        d = x - x_tilde if model == "vaegan_dis0" else f[:8].detach() - f[8:]
+        return 0.5 * d.pow(2).sum() / 8
+
+    def gan(x_fake):
+        a, _ = Dis(torch.cat([x, x_fake]), torch.cat([y, y, y]))
+        return 0.66 / 0.17 * log(a[:8]).mean() + log(-a[8:16]).mean() + log(-a[16:]).mean()
+
+    x_fake = Dec(torch.cat([z, z_p]).detach(), torch.cat([y, y]))
+    expected = {"Enc": backward(prior + llike(z), Enc),
+                "Dec": backward(0.01 * llike(z.detach()) + gan(x_fake), Dec),
+                "Dis": backward(-gan(x_fake.detach()), Dis)}
+    for name, grads in expected.items():
+        for i, (m, g) in enumerate(zip(moved[name], grads, strict=True)):
+            assert torch.allclose(m, g, rtol=1e-3, atol=1e-4 * g.abs().max().item() + 1e-6), (name, i)
+
+
 def test_gamma_is_the_weight_of_the_likelihood_in_Decs_step_alone(monkeypatch):
     at = {g: gradients(monkeypatch, "--gamma", g)[0] for g in ("0", "1", "3")}
     for p0, p1, p3 in zip(*(at[g]["Dec"] for g in ("0", "1", "3"))):
@@ -254,9 +376,10 @@ def test_gamma_weighs_the_mean_over_features_alike_at_every_width(monkeypatch):
     assert all(torch.equal(p, q) for p, q in zip(default["Dec"], same["Dec"]))
 
 
+@pytest.mark.parametrize("settings", [(), ("--paper",)])
 @pytest.mark.parametrize("model", vaegan.MODELS)
-def test_a_step_moves_what_learns_and_nothing_else(model):
-    words = ("--model", model, *(("--dis", "somewhere") if model == "vae_dis" else ()))
+def test_a_step_moves_what_learns_and_nothing_else(model, settings):
+    words = ("--model", model, *settings, *(("--dis", "somewhere") if model == "vae_dis" else ()))
     parts, step = built(*words)
     nets = [n for n in ("Enc", "Dec", "Dis") if n in parts]
     assert tuple(nets) == vaegan.MODELS[model]
@@ -272,7 +395,7 @@ def test_a_step_moves_what_learns_and_nothing_else(model):
 
 
 def test_Dec_and_Dis_pull_L_GAN_in_opposite_directions(monkeypatch):
-    """[dev 1]: along each one's step L_GAN falls for Dec and rises for Dis."""
+    """Along each one's step L_GAN falls for Dec and rises for Dis."""
     moved, x, y = gradients(monkeypatch, "--model", "gan")
     parts, _ = built("--model", "gan")
     torch.manual_seed(3)
@@ -385,10 +508,12 @@ def test_knn_error_against_numpy():
     wrong = 0
     for x, label in zip(q, t):
         near = y[((f - x) ** 2).sum(1).argsort()[:5]]
-        counts = np.bincount(near, minlength=4)
-        wrong += next(c for c in near if counts[c] == counts.max()) != label
+        wrong += np.bincount(near).argmax() != label        # of a tie the smallest label, as in scikit-learn
     found = vaegan.knn_error(*map(torch.tensor, (f, y, q, t)))
     assert found == pytest.approx(100 * wrong / 70)
+    line, labels = torch.arange(5.0)[:, None], torch.tensor([3, 1, 3, 1, 2])
+    assert vaegan.knn_error(line, labels, torch.zeros(1, 1), torch.tensor([1])) == 0
+    assert vaegan.knn_error(line, labels, torch.zeros(1, 1), torch.tensor([3])) == 100
     assert vaegan.knn_error(*map(torch.tensor, (f, y, f, y)), k=1) == 0
 
 
@@ -451,7 +576,7 @@ def test_a_conditional_gan_and_the_vae_that_measures_with_its_Dis(digits, tmp_pa
     given = "--conditional", "--steps", 2
     vaegan.main(small(digits, tmp_path, *given, "--model", "gan", "--name", "gan", "--gating"))
     found = numbers(gan)["vg-lfw"]
-    assert -1 <= found["value"] <= 1 and found["paper"] == 0.8892 and found["test set"] > 0.5
+    assert -1 <= found["value"] <= 1 and found["test set"] > 0.5 and "paper" not in found
     assert (gan / "queries.png").exists() and not (gan / "fig4.png").exists()
     vaegan.main(small(digits, tmp_path, *given, "--model", "vae_dis", "--dis", gan, "--name", "vae"))
     assert all(torch.equal(v, saved(vae)["Dis"][k]) for k, v in saved(gan)["Dis"].items())
@@ -464,13 +589,48 @@ def test_a_conditional_gan_and_the_vae_that_measures_with_its_Dis(digits, tmp_pa
 
 @pytest.mark.parametrize("model", ["vaegan", "vae", "gan"])
 def test_what_draws_is_the_average(digits, tmp_path, monkeypatch, model):
-    seen, each = [], vaegan.each
-    monkeypatch.setattr(vaegan, "each", lambda args, net, *rest: seen.append(net) or each(args, net, *rest))
+    seen, batched = [], vaegan.metrics.batched
+    monkeypatch.setattr(vaegan.metrics, "batched",
+                        lambda net, *rest, **more: seen.append(net) or batched(net, *rest, **more))
     vaegan.main(small(digits, tmp_path, "--steps", 3, "--model", model))
     parts, drawn = saved(tmp_path / "vaegan-digits"), [net for net in seen if isinstance(net, vaegan.Decoder)]
     name, p = next(drawn[0].named_parameters())
     assert len(drawn) > 2 and not torch.equal(parts["Dec"][name], p)
     assert all(torch.equal(dict(Dec.named_parameters())[name], parts["Dec_bar"][name]) for Dec in drawn)
+
+
+@pytest.mark.parametrize("net", [64, 32, 28])
+def test_the_papers_settings_run(digits, tmp_path, net):
+    vaegan.main(small(digits, tmp_path, "--steps", 2, "--paper", "--net", net))
+    report = json.loads((tmp_path / "vaegan-digits" / "results.json").read_text())
+    assert report["settings"] == "paper" and report["all settings"]["own_pass"] is True
+    assert all(math.isfinite(v["value"]) and "paper" not in v for v in report["results"].values())
+    parts = saved(tmp_path / "vaegan-digits")
+    assert all(torch.equal(p, parts["Dec"][k]) for k, p in parts["Dec_bar"].items()
+               if k != "t" and "running" not in k and "num_batches" not in k)  # average 0
+    assert parts["opt_Enc"]["param_groups"][0]["lr"].item() == pytest.approx(3e-4)
+
+
+def test_published_values_stand_beside_their_own_data_and_network_alone():
+    def found(name, n, n_test, attributes, *words):
+        a, x = vaegan.parse_args([*words]), torch.zeros(1, 1, 1, 1, dtype=torch.uint8)
+        y = torch.zeros(n, attributes)
+        return vaegan.published(a, Data(name, x.expand(n, -1, -1, -1), None, x.expand(n_test, -1, -1, -1),
+                                        extra={"y": y}))
+
+    lfw = "--dataset", "lfw", "--conditional"
+    assert found("lfw", 9, 9, 73, *lfw)["vg-lfw"] == {"paper": 0.9114, "paper mse": 22.39}
+    assert found("lfw", 9, 9, 73, *lfw, "--model", "vae_dis", "--dis", "x")["vg-lfw"] == {}
+    for name, k, words in (("faces", 73, lfw), ("lfw", 40, lfw), ("lfw", 73, (*lfw, "--width", ".5")),
+                           ("lfw", 73, (*lfw, "--net", "32"))):
+        assert found(name, 9, 9, k, *words) == {}
+    cifar = "--dataset", "cifar10", "--model", "gan"
+    assert found("cifar10", 50000, 10000, 0, *cifar, "--paper")["vg-knn"] == {
+        "paper": 33.73, "paper pixels": 66.02}
+    for words in (cifar, (*cifar, "--paper", "--width", ".5"), (*cifar, "--net", "64"),
+                  ("--dataset", "cifar10", "--paper")):
+        assert found("cifar10", 50000, 10000, 0, *words)["vg-knn"] == {"paper pixels": 66.02}
+    assert found("cifar10", 500, 100, 0, *cifar, "--paper") == {}
 
 
 def test_resumed_it_goes_on_to_the_bit(digits, tmp_path, monkeypatch):
