@@ -513,16 +513,16 @@ def turning(G, args, clf, names, z, a, repeats=20, n=10):
     return {"value": sum(rho) / len(rho), "unit": "rank correlation with azimuth"}, (left, right)
 
 
-def forget(G, args, z, clf, names, a, word):
+def forget(G, args, z, has, z_new, clf, names, word):
     """dcgan-window: drop the maps of G's second-highest hidden convolution that have a positive weight in a
     logistic regression for `word`.
 
-    The regression tells samples with it from samples without by each map's mean; the paper's has activations
-    inside and outside of boxes drawn by hand.  -> (dict with the share in % that still has it, 3 rows of
-    pictures: 10 samples with it, the same without those maps, without as many random ones).
+    z (N, dz) with has (N,): the regression tells pictures with it from those without by each map's mean; the
+    paper's has activations inside and outside of boxes drawn by hand.  z_new (n, dz): other pictures with it,
+    on which the result is judged.  -> (dict with the share in % that still has it, 3 rows of pictures: 10
+    with it, the same without those maps, without as many random ones).
     """
     k = len(G) - 2                                          # G[:k] ends with that convolution
-    has = a[:, names.index(word)] > 0
     h = decode(G, z, args, lambda z: G[:k](z).mean((2, 3)))
     h = (h - h.mean(0)) / h.std(0).clamp_min(1e-6)
     regression = nn.Linear(h.shape[1], 1).to(z.device)
@@ -533,9 +533,9 @@ def forget(G, args, z, clf, names, a, word):
         opt.step()
     drop = regression.weight.detach()[0] > 0
     chance = drop[torch.randperm(len(drop), device=drop.device)]
-    rows, still = [decode(G, z[has][:10], args)], []
+    rows, still = [decode(G, z_new[:10], args)], []
     for maps in (drop, chance):
-        x = decode(G, z[has], args, lambda z, maps=maps: G[k:](G[:k](z) * ~maps.view(-1, 1, 1)))
+        x = decode(G, z_new, args, lambda z, maps=maps: G[k:](G[:k](z) * ~maps.view(-1, 1, 1)))
         rows.append(x[:10])
         still.append(percent(metrics.logits(clf, (x + 1) / 2), word, names))
     return {"value": still[0], "as many maps at random": still[1], "maps": int(drop.sum()),
@@ -768,8 +768,11 @@ def evaluate(r, G, pictures):
             results["dcgan-turn"], (picks["left"], picks["right"]) = turning(G, args, clf, names, z, a)
         word = "Eyeglasses" if "Eyeglasses" in names else "glasses"
         if word in names and 0 < percent(a, word, names) < 100:
-            results["dcgan-window"], rows = forget(G, args, z, clf, names, a, word)
-            r.show("fig6", log.grid(rows, 10, args.scale))
+            x_new, z_new = draw(G, args, POOL)
+            has, has_new = (b[:, names.index(word)] > 0 for b in (a, metrics.logits(clf, (x_new + 1) / 2)))
+            if has_new.any():
+                results["dcgan-window"], rows = forget(G, args, z, has, z_new[has_new], clf, names, word)
+                r.show("fig6", log.grid(rows, 10, args.scale))
     elif pictures.labels is not None and pictures.labels.min() >= 0:
         clf = metrics.classifier(pictures.images, pictures.labels, args.device, args.data_dir)
     if clf is not None:

@@ -474,11 +474,12 @@ def test_forget_drops_the_maps_that_make_it(monkeypatch):
             return h[:, :1].repeat(1, 1, 4, 4)
 
     monkeypatch.setattr(dcgan.metrics, "logits", lambda clf, x: x.mean((1, 2, 3))[:, None] - 0.75)
-    z = torch.rand(200, 48)
+    z, z_new = torch.rand(200, 48), torch.rand(100, 48)
     G = nn.Sequential(nn.Unflatten(1, (3, 4, 4)), nn.ReLU(), Bright(), nn.Identity())
-    a = (z[:, :16].mean(1)[:, None] + 1) / 2 - 0.75
-    result, rows = dcgan.forget(G, args("--net", "svhn"), z, None, ["glasses"], a, "glasses")
+    has, z_new = z[:, :16].mean(1) > 0.5, z_new[z_new[:, :16].mean(1) > 0.5]
+    result, rows = dcgan.forget(G, args("--net", "svhn"), z, has, z_new, None, ["glasses"], "glasses")
     assert result["value"] == 0 and 1 <= result["maps"] <= 3 and rows.shape == (30, 1, 16, 16)
+    assert torch.equal(rows[:10], G(z_new[:10]))            # judged on pictures the regression has not seen
 
 
 def test_exemplars_by_eye(tmp_path):
