@@ -16,6 +16,7 @@ for arithmetic, and a discriminator whose features serve a classifier.
 
     python dcgan.py                                              (built-in faces; --paper: published settings)
     python dcgan.py --width .25 --batch-size 64 --steps 3000     (narrow networks, for a CPU)
+    python dcgan.py --dataset lsun                               (Figs. 2 and 3: after 1 and 5 epochs)
     python dcgan.py --dataset imagenet
     python dcgan.py --resume runs/dcgan-imagenet --features cifar10     (Table 1)
     python dcgan.py --dataset svhn
@@ -48,6 +49,8 @@ ALL = dict(batch_size=128, lr=2e-4, weight_decay=1e-5, eps=1e-8, scale=(-1.0, 1.
 PAPER = {       # steps: updates of D, half of the minibatches in the paper's epochs; the others are G's
     "64": ALL | dict(net="64", size=64, dz=100, normal=False,
                      steps=34_000),                                 # faces: 25 epochs of 350,000
+    "lsun": ALL | dict(net="64", size=64, dz=100, normal=False,
+                       steps=53_900),                               # 5 epochs of 2,758,000 (Sec. 4.1)
     "imagenet": ALL | dict(net="imagenet", size=32, dz=256, normal=False,
                            steps=150_000),                          # 30 epochs of 1,281,167
     "svhn": ALL | dict(net="svhn", size=32, dz=100, normal=True, lr=5e-4, batch_size=64,
@@ -57,6 +60,7 @@ TUNED = {name: dict(
     in_turn=False,                     # every minibatch serves D: G's update needs no pictures
     batch_stats=False,                 # a picture is a function of its z alone, whatever is drawn beside it
     eps=1e-5) for name in PAPER}       # torch's default; not measured
+TUNED["lsun"]["steps"] = 107_700       # 5 epochs again
 
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -192,7 +196,7 @@ def main(argv=None):
     if args.features:
         return report_features(r, D, pictures.images.shape[1])
 
-    epoch = batches.per_epoch // 2 if args.in_turn else batches.per_epoch
+    epoch = batches.per_epoch // 2 if args.in_turn else batches.per_epoch       # after which Fig. 2 is drawn
     for step in r.loop():
         if args.in_turn:
             next(batches)                                           # G's minibatch, of which G needs nothing
@@ -238,6 +242,8 @@ def check(args, pictures):
 
 def experiment(args):
     """The row of PAPER and TUNED: --net, or what suits the data set."""
+    if args.dataset == "lsun" and args.net in (None, "64"):
+        return "lsun"
     if args.net:
         return args.net
     if args.dataset.endswith(".npz"):
@@ -546,11 +552,20 @@ def forget(G, args, z, has, z_new, clf, names, word):
 
 CS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 PROTOCOLS = {    # Tables 1 and 2; any other data: all labels, one fit
-    "cifar10": {"dcgan-cifar": {"paper": 82.8},
-                "dcgan-cifar-400": {"paper": 73.8, "per_class": 400, "draws": 5}},
-    "svhn": {"dcgan-svhn": {"paper": 22.48, "per_class": 100, "draws": 100, "tries": 10,
+    "cifar10": {"dcgan-cifar": {}, "dcgan-cifar-400": {"per_class": 400, "draws": 5}},
+    "svhn": {"dcgan-svhn": {"per_class": 100, "draws": 100, "tries": 10,
                             "Cs": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)}},
 }
+PUBLISHED = {    # (data of the labels, data of the GAN, network, width): % right, % right, % error
+    ("cifar10", "imagenet", "imagenet", 1.0): {"dcgan-cifar": 82.8, "dcgan-cifar-400": 73.8},
+    ("svhn", "svhn", "svhn", 1.0): {"dcgan-svhn": 22.48},
+}
+
+
+def published(args, key):
+    """{"paper": value} where data, network and protocol are the paper's, else {}."""
+    values = PUBLISHED.get((args.features, args.dataset, args.net, args.width), {})
+    return {"paper": values[key]} if key in values else {}
 
 
 def scaled(images, device):
@@ -628,13 +643,11 @@ def report_features(r, D, channels):
     y, y_test = y.to(X.device), y_test.to(X.device)
     results = {}
     for key, how in PROTOCOLS.get(pictures.name, {f"features-{pictures.name}": {}}).items():
-        how = dict(how)
-        paper = {"paper": how.pop("paper")} if "paper" in how else {}
         with r.aside():
             errors, C = svm_errors(X, y, X_test, y_test, **how)
         value = errors if key == "dcgan-svhn" else 100 - errors
         spread = {"std": value.std().item(), "draws": len(value)} if len(value) > 1 else {}
-        results[key] = {"value": value.mean().item(), **paper, **spread, "C": C, "features": X.shape[1],
+        results[key] = {"value": value.mean().item(), **published(args, key), **spread, "C": C, "features": X.shape[1],
                         "unit": "% error" if key == "dcgan-svhn" else "% right"}
     r.folder = r.folder / f"features-{pictures.name}"
     r.folder.mkdir(exist_ok=True)
