@@ -555,6 +555,9 @@ def test_features_of_a_run_on_other_data(heads, tmp_path, monkeypatch):
     assert {"dcgan-cifar", "dcgan-cifar-400"} == set(results)
     assert "paper" not in results["dcgan-cifar"] and results["dcgan-cifar"]["value"] > 80
     assert results["dcgan-cifar-400"]["draws"] == 5 and (folder / "results.json").read_text() == before
+    dcgan.main(["--resume", str(folder), "--features", str(tmp_path / "cifar10.npz"), "--supervised", "1"])
+    results = json.loads((folder / "supervised-cifar10" / "results.json").read_text())["results"]
+    assert set(results) == {"dcgan-cifar10-base"} and "paper" not in results["dcgan-cifar10-base"]
     with pytest.raises(UserError, match="no labels"):
         dcgan.main(["--resume", str(folder), "--features", str(folder.parent / "heads.npz")])
 
@@ -570,6 +573,23 @@ def test_exemplars_by_eye_are_counted_as_sample_draws(heads):
     dcgan.parse_args(["--resume", str(folder), "--exemplars", "others.json"])
 
 
+def test_supervised_network_learns_and_keeps_the_best_trial(monkeypatch):
+    """Bright and dark pictures are told apart; the best by validation is what is reported."""
+    y, y_test = torch.arange(240) % 2, torch.arange(40) % 2
+    X, X_test = ((torch.randint(100, (len(t), 3, 32, 32)) + 100 * t.view(-1, 1, 1, 1)).to(torch.uint8)
+                 for t in (y, y_test))
+    a = args("--net", "svhn", "--width", 0.05)
+    a.supervised = 3
+    torch.manual_seed(0)
+    said = []
+    monkeypatch.setattr(dcgan.log, "say", said.append)
+    found = dcgan.supervised(a, 3, X, y, X_test, y_test, per_class=20, epochs=20)
+    errors = [float(line.split(": ")[1].split(" %")[0]) for line in said]
+    assert len(errors) == 3 and found["value"] == pytest.approx(min(errors), abs=0.01)
+    assert found["value"] < 10 and found["test"] < 20 and found["trials"] == 3
+    assert 1e-4 <= found["rate"] <= 1e-2 and 1e-6 <= found["weight decay"] <= 1e-2 and found["dropout"] <= .5
+
+
 def test_published_values_stand_beside_the_papers_data_and_networks_alone():
     def at(**changes):
         found = argparse.Namespace(**{**dict(features="cifar10", dataset="imagenet", net="imagenet", width=1.0),
@@ -578,13 +598,16 @@ def test_published_values_stand_beside_the_papers_data_and_networks_alone():
 
     assert at() == [{"paper": 82.8}, {"paper": 73.8}, {}]                               # Table 1
     assert at(features="svhn", dataset="svhn", net="svhn") == [{}, {}, {"paper": 22.48}]      # Table 2
+    svhn = argparse.Namespace(features="svhn", dataset="svhn", net="svhn", width=1.0)
+    assert dcgan.published(svhn, "dcgan-svhn-base") == {"paper": 28.87}
     for changes in ({"width": 0.5}, {"net": "svhn"}, {"dataset": "cifar10"}, {"features": "x/cifar10.npz"}):
         assert at(**changes) == [{}, {}, {}]
 
 
-def test_features_need_a_run():
+@pytest.mark.parametrize("words", [("--features", "cifar10"), ("--supervised",)])
+def test_features_need_a_run(words):
     with pytest.raises(SystemExit) as stop:
-        dcgan.parse_args(["--features", "cifar10"])
+        dcgan.parse_args(words)
     assert stop.value.code == 2
 
 
