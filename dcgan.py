@@ -2,54 +2,33 @@
 Alec Radford, Luke Metz, Soumith Chintala, 2015.  arXiv:1511.06434
 
 Strided convolutions, BatchNorm, no pooling, no hidden fully connected layers: GANs that train, a latent space
-in which one can calculate, and a discriminator whose features serve a classifier.
+for arithmetic, and a discriminator whose features serve a classifier.
 
     GAN's Eq. 1  max_D V(D, G) = E_x[log D(x)] + E_z[log(1 - D(G(z)))]               -> V()
-    Sec. 3       networks: 64x64, 32x32 of ImageNet, 32x32 of SVHN                   -> networks(), NETS
-    Sec. 4       D's and G's updates in turn, Adam 2e-4, beta_1 .5                   -> train_step()
-    Sec. 5       features: D's convolutions max-pooled to 4x4, and an L2-SVM         -> features(), svm()
-    Sec. 6.1     Fig. 4: the walk between random z                                   -> walk()
+    Sec. 3       networks: 64x64, 32x32 of ImageNet, 32x32 of SVHN                   -> networks()
+    Sec. 4       updates of D and G in turn, Adam 2e-4, beta_1 .5                    -> train_step(), PAPER
+    Sec. 5       features: D's convolutions max-pooled to 4x4, and an L2-SVM         -> features(), l2_svm()
+    Sec. 6.1     Fig. 4: walks between random z                                      -> walk()
     Sec. 6.2     Fig. 5: guided backpropagation from D's last convolution            -> guided()
-    Sec. 6.3.1   Fig. 6: an object forgotten by dropping maps of G                   -> forget()
-    Sec. 6.3.2   Fig. 7: z_A - z_B + z_C of mean exemplars                           -> arithmetic()
-    Sec. 6.3.2   Fig. 8: the turn vector                                             -> turning()
+    Sec. 6.3.1   Fig. 6: dropping maps of G to forget an object                      -> forget()
+    Sec. 6.3.2   Fig. 7: z_A - z_B + z_C of mean exemplars                           -> a_minus_b_plus_c()
+    Sec. 6.3.2   Fig. 8: the turn vector                                             -> turn()
 
-Run
-    python dcgan.py                                              (34,000 steps on the built-in faces)
+    python dcgan.py                                              (built-in faces; --paper: published settings)
     python dcgan.py --width .25 --batch-size 64 --steps 3000     (narrow networks, for a CPU)
-    python dcgan.py --dataset imagenet                           (150,000 steps)
-    python dcgan.py --resume runs/dcgan-imagenet --features cifar10
-    python dcgan.py --dataset svhn                               (114,000 steps)
-    python dcgan.py --resume runs/dcgan-svhn --features svhn
-
-Expect
-    python dcgan.py --net svhn --width .5 --steps 4000    (rendered heads: 42 minutes on one busy core of an
-    AMD EPYC, torch 2.15.0, float32, seed 0 alone)
-    dcgan-arith   17 and 23.5 % of sums have both attributes (pixel space 12.5 and 13.5, samples 2.7 and 9.4)
-    dcgan-turn    .978 rank correlation of the place on the turn with the predicted azimuth
-    dcgan-window  .8 % still wear glasses (with as many maps dropped at random 62)
-    dcgan-cifar, dcgan-cifar-400  70.1 and 58.2 +- .3 % right (paper 82.8, 73.8) by the features of a narrow,
-    short run on 100,000 ImageNet pictures of 200 classes: --net imagenet --width .5 --steps 2000
-    dcgan-svhn (paper 22.48 % error): not run yet
-
-Deviations
-    [dev 1] Pictures are drawn with BatchNorm's running averages (authors' code: each batch's own statistics),
-            so that a picture is a function of its z alone.
-    [dev 2] An attribute predictor, trained on the data, picks the exemplars of Figs. 7 and 8 among 2,000
-            samples and judges the results.  The paper picked by eye (--exemplars) and did not measure.
-    [dev 3] Fig. 6 forgets glasses: the regression tells samples with them from samples without by each map's
-            mean.  The paper's, for windows, has activations inside and outside boxes drawn by hand.
-    [dev 4] With --together D sees data and samples as one batch (authors' code, and without: two).  With
-            statistics of their own, BatchNorm hides from D how bright and how contrasty samples are.
-    [dev 5] BatchNorm's epsilon is torch's 1e-5 (authors' code: 1e-8).
-    [dev 6] Near-duplicates stay in the data.  The paper removed those of LSUN by an autoencoder's hash.
+    python dcgan.py --dataset lsun                               (Figs. 2 and 3: after 1 and 5 epochs)
+    python dcgan.py --dataset imagenet
+    python dcgan.py --resume runs/dcgan-imagenet --features cifar10     (Table 1)
+    python dcgan.py --dataset svhn
+    python dcgan.py --resume runs/dcgan-svhn --features svhn            (Table 2)
 """
 
+import argparse
+import contextlib
 import copy
 import json
 import math
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -60,61 +39,85 @@ from common import UserError, data, log, metrics, run
 from common.fuse import Adam, autocast, calibrate, descend, frozen, fuse, place, precise, sampling
 from common.metrics import need, shapes
 
+# --------------------------------------------------------------------------------------------------- settings
+# Sec. 4, Fig. 1: batches of 128, Adam at 2e-4, pictures in [-1, 1], z ~ Unif(-1, 1).  Where the print is
+# silent, the authors' Theano code (Newmu/dcgan_code): weight decay, BatchNorm's epsilon, one network a
+# minibatch in turn, pictures drawn with their own batch's statistics, SVHN's settings.
+
+ALL = dict(batch_size=128, lr=2e-4, weight_decay=1e-5, eps=1e-8, scale=(-1.0, 1.0), in_turn=True,
+           batch_stats=True, together=False)
+PAPER = {       # steps: updates of D, half of the minibatches in the paper's epochs; the others are G's
+    "64": ALL | dict(net="64", size=64, dz=100, normal=False,
+                     steps=34_000),                                 # faces: 25 epochs of 350,000
+    "lsun": ALL | dict(net="64", size=64, dz=100, normal=False,
+                       steps=53_900),                               # 5 epochs of 2,758,000 (Sec. 4.1)
+    "imagenet": ALL | dict(net="imagenet", size=32, dz=256, normal=False,
+                           steps=150_000),                          # 30 epochs of 1,281,167
+    "svhn": ALL | dict(net="svhn", size=32, dz=100, normal=True, lr=5e-4, batch_size=64,
+                       steps=114_000),                              # 200 epochs of 73,257
+}
+TUNED = {name: dict(
+    in_turn=False,                     # every minibatch serves D: G's update needs no pictures
+    batch_stats=False,                 # a picture is a function of its z alone, whatever is drawn beside it
+    eps=1e-5) for name in PAPER}       # torch's default; not measured
+TUNED["lsun"]["steps"] = 107_700       # 5 epochs again
+
+
 # --------------------------------------------------------------------------------------------------- networks
 
-
-@dataclass
-class Net:
-    """One experiment: pictures, the rows of D's convolutions, latent and training."""
-
-    size: int
-    kernel: int
-    maps: tuple              # of each convolution of D, down to 4 x 4; G is its mirror
-    strides: tuple
-    dz: int
-    steps: int               # D's updates in the paper's epochs: half of the minibatches, G's the other half
-    normal: bool = False     # z ~ N(0, 1), else Unif(-1, 1)
-    lr: float = 2e-4
-    batch: int = 128
+def project(dz, o):
+    """G's first row: z (n, dz) -> (n, o, 4, 4)."""
+    return nn.Sequential(nn.Linear(dz, 16 * o, bias=False), nn.BatchNorm1d(16 * o), nn.ReLU(),
+                         nn.Unflatten(1, (o, 4, 4)))
 
 
-NETS = {
-    "64": Net(64, 5, (128, 256, 512, 1024), (2, 2, 2, 2), 100,
-              steps=34_000),                                        # faces: 25 epochs of 350,000
-    "imagenet": Net(32, 3, (128, 128, 256, 256, 512, 512), (1, 2, 1, 2, 1, 2), 256,
-                    steps=150_000),                                 # 30 epochs of 1,281,167
-    "svhn": Net(32, 5, (64, 128, 256), (2, 2, 2), 100, normal=True, lr=5e-4, batch=64,
-                steps=114_000),                                     # 200 epochs of 73,257
-}
-NET_OF = {"imagenet": "imagenet", "cifar10": "imagenet", "cifar100": "imagenet", "svhn": "svhn",
-          "mnist": "svhn", "fashion-mnist": "svhn", "kmnist": "svhn"}      # all others: 64
+def up(i, o, k=5, stride=2):
+    return nn.Sequential(nn.ConvTranspose2d(i, o, k, stride, k // 2, stride - 1, bias=False),
+                         nn.BatchNorm2d(o), nn.ReLU())
 
 
-def networks(net, channels, width=1.0):
-    """(G, D) of Sec. 3 with `width` times the paper's feature maps.
+def to_x(i, o, k=5, stride=2):
+    """G's last row: no BatchNorm, tanh."""
+    return nn.Sequential(nn.ConvTranspose2d(i, o, k, stride, k // 2, stride - 1, bias=False), nn.Tanh())
 
-    G: z (n, dz) -> (n, channels, size, size) in [-1, 1].  D: pictures -> logits a (n,); D[0] is its trunk,
-    one row a convolution.  "64": G's rows give 1024 x 4 x 4, 512 x 8 x 8, 256 x 16 x 16, 128 x 32 x 32 and
-    channels x 64 x 64.
-    """
-    maps = [channels, *(max(8, round(width * m)) for m in net.maps)]
-    rows, last, k = list(zip(maps, maps[1:], net.strides)), maps[-1], net.kernel
 
-    def down(i, o, stride):                                # no BatchNorm at D's input
-        norm = [] if i == channels else [nn.BatchNorm2d(o)]                     # [dev 5]
-        return nn.Sequential(nn.Conv2d(i, o, k, stride, k // 2, bias=False), *norm, nn.LeakyReLU(0.2))
+def from_x(i, o, k=5, stride=2):
+    """D's first row: no BatchNorm."""
+    return nn.Sequential(nn.Conv2d(i, o, k, stride, k // 2, bias=False), nn.LeakyReLU(0.2))
 
-    def up(o, i, stride):                                  # nor at G's output, which is a tanh
-        then = [nn.Tanh()] if o == channels else [nn.BatchNorm2d(o), nn.ReLU()]
-        return nn.Sequential(nn.ConvTranspose2d(i, o, k, stride, k // 2, stride - 1, bias=False), *then)
 
+def down(i, o, k=5, stride=2):
+    return nn.Sequential(nn.Conv2d(i, o, k, stride, k // 2, bias=False), nn.BatchNorm2d(o), nn.LeakyReLU(0.2))
+
+
+def discriminator(trunk, o):
+    """D: pictures -> logits a (n,), by way of D[0], the convolutions, which end in (n, o, 4, 4)."""
+    return nn.Sequential(trunk, nn.Flatten(), nn.Linear(16 * o, 1, bias=False), nn.Flatten(0))
+
+
+def net_64(dz, channels, ch):
+    """64x64 (Fig. 1).  dz: numbers in z.  ch(n): n feature maps, times --width."""
     G = nn.Sequential(
-        nn.Sequential(nn.Linear(net.dz, 16 * last, bias=False), nn.BatchNorm1d(16 * last), nn.ReLU(),
-                      nn.Unflatten(1, (last, 4, 4))),
-        *(up(*row) for row in reversed(rows)))
-    D = nn.Sequential(
-        nn.Sequential(*(down(*row) for row in rows)),
-        nn.Flatten(), nn.Linear(16 * last, 1, bias=False), nn.Flatten(0))
+        project(dz, ch(1024)),                                      # 1024 x 4 x 4
+        up(ch(1024), ch(512)),                                      # 512 x 8 x 8
+        up(ch(512), ch(256)),                                       # 256 x 16 x 16
+        up(ch(256), ch(128)),                                       # 128 x 32 x 32
+        to_x(ch(128), channels))                                    # channels x 64 x 64
+    trunk = nn.Sequential(
+        from_x(channels, ch(128)),                                  # 128 x 32 x 32
+        down(ch(128), ch(256)),                                     # 256 x 16 x 16
+        down(ch(256), ch(512)),                                     # 512 x 8 x 8
+        down(ch(512), ch(1024)))                                    # 1024 x 4 x 4
+    return G, discriminator(trunk, ch(1024))
+
+
+def networks(args, channels):
+    """(G, D) of Sec. 3.  G: z (n, dz) -> x (n, channels, size, size) in [-1, 1].  D: x -> a (n,)."""
+    table = {"64": net_64, "imagenet": net_imagenet, "svhn": net_svhn}[args.net]
+    G, D = table(args.dz, channels, lambda n: max(8, round(n * args.width)))
+    for module in (*G.modules(), *D.modules()):
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.eps = args.eps
     return G.apply(init), D.apply(init)
 
 
@@ -129,11 +132,218 @@ def init(module):
 
 # ---------------------------------------------------------------------------------------------------- latents
 
-def sample_z(n, net, device="cpu"):
-    """z (n, dz): Unif(-1, 1), of SVHN's networks N(0, 1)."""
-    if net.normal:
-        return torch.randn(n, net.dz, device=device)
-    return torch.rand(n, net.dz, device=device) * 2 - 1
+def sample_z(n, args, device="cpu"):
+    """z (n, dz) ~ Unif(-1, 1); N(0, 1) for SVHN (authors' code)."""
+    if args.normal:
+        return torch.randn(n, args.dz, device=device)
+    return torch.rand(n, args.dz, device=device) * 2 - 1
+
+
+# -------------------------------------------------------------------------------------------------- objective
+
+def V(a_real, a_fake):
+    """GAN's Eq. 1: E_x[log D(x)] + E_z[log(1 - D(G(z)))], D = sigmoid(a), a (n,).  -log 4 if D = 1/2
+    everywhere."""
+    return F.logsigmoid(a_real.float()).mean() + F.logsigmoid(-a_fake.float()).mean()
+
+
+def log_D(a_fake):
+    """What G ascends in place of Eq. 1: E_z[log D(G(z))], a (n,).  -log 2 if D = 1/2."""
+    return F.logsigmoid(a_fake.float()).mean()
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+def build(args, channels):
+    """G, D, their optimizers and the fused step: one update of D, then one of G."""
+    G, D = place(args, *networks(args, channels))
+    # weight_decay times a parameter is added to its gradient, as in the authors' code.
+    opt_D, opt_G = (Adam(net.parameters(), args.lr, betas=(0.5, 0.999), weight_decay=args.weight_decay)
+                    for net in (D, G))
+    amp = autocast(args)
+
+    @fuse(args)
+    def train_step(x):                                              # x (n, C, H, W) in [-1, 1]
+        n, device = len(x), x.device
+        # D ascends V.
+        with amp:
+            with torch.no_grad():
+                x_fake = G(sample_z(n, args, device))
+            a_real, a_fake = D_sees(D, x, x_fake, args)
+        v = V(a_real, a_fake)
+        descend(-v, opt_D)
+        # G ascends log D(G(z)) on fresh z, through the updated D.
+        with amp, frozen(D):
+            x_fake = G(sample_z(n, args, device))
+            _, a_fake = D_sees(D, x if args.together else None, x_fake, args)
+        descend(-log_D(a_fake), opt_G)
+        return {"V": v, "D(x)": a_real.float().sigmoid().mean(), "D(G(z))": a_fake.float().sigmoid().mean()}
+
+    return G, D, opt_D, opt_G, train_step
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    r = run.Run(args)
+    pictures = data.load(args.dataset, args.data_dir, args.size)
+    check(args, pictures)
+    batches = data.Batches(pictures.images, scale=args.scale, **r.feed)
+    G, D, opt_D, opt_G, train_step = build(args, pictures.images.shape[1])
+    r.keep(G=G, D=D, opt_D=opt_D, opt_G=opt_G, batches=batches)
+    if args.sample:
+        with r.aside():
+            return r.sample(lambda n: draw(G, args, n)[0], args.scale)
+    if args.features:
+        return report_features(r, D, pictures.images.shape[1])
+
+    epoch = batches.per_epoch // 2 if args.in_turn else batches.per_epoch       # after which Fig. 2 is drawn
+    for step in r.loop():
+        if args.in_turn:
+            next(batches)                                           # G's minibatch, of which G needs nothing
+        r.log(train_step(next(batches)))
+        for name, now in (("samples", r.every(args.save_every)), ("fig2", step == epoch)):
+            if now:
+                with r.aside():
+                    x = decode(G, sample_z(100, args, args.device), args)
+                    r.show(name, log.grid(x, 10, args.scale))
+
+    if r.lead:
+        report(r, G, D, pictures)
+
+
+# =========================================================================== Figures and numbers of the paper
+
+def parse_args(argv=None):
+    p = run.parser(__file__, __doc__, dataset="faces")
+    add = p.add_argument_group("DCGAN").add_argument
+    positive, flag = run.number(float, 0, open_low=True), argparse.BooleanOptionalAction
+    add("--net", choices=("64", "imagenet", "svhn"), help="networks of Sec. 3 [the data set's: imagenet for "
+        "CIFAR too and colour .npz of 32x32, svhn for grey digits, else 64]")
+    add("--width", type=positive, default=1.0, help="feature maps, as a fraction of the paper's [1]")
+    add("--lr", type=positive, help="Adam's rate, Sec. 4 [2e-4, svhn 5e-4]")
+    add("--in-turn", action=flag, help="a minibatch updates one network, D or G in turn [--paper]")
+    add("--batch-stats", action=flag, help="draw with the batch's own BatchNorm statistics [--paper]")
+    add("--together", action="store_true", default=None, help="D sees data and samples as one batch, not two")
+    add("--exemplars", metavar="FILE", help="samples picked by eye, numbered as --sample draws them, JSON: "
+        '{"A": [3 numbers], "B": [3], "C": [3]} for Fig. 7, {"left": [4], "right": [4]} for Fig. 8')
+    add("--features", metavar="DATASET", help="with --resume: Sec. 5, D's features on this labelled data set")
+    add("--supervised", type=run.number(int, 1), nargs="?", const=TRIALS, metavar="TRIALS",
+        help="with --features: train D's architecture on 100 labels a class instead, the best of so many "
+        "random settings [%(const)s]")
+    args = run.parse(p, argv, free=("exemplars", "features", "supervised"), experiment=experiment, paper=PAPER,
+                     tuned=TUNED)
+    if args.features and not args.resume:
+        p.error("--features needs --resume RUN: the run whose D gives the features")
+    if args.supervised and not args.features:
+        p.error("--supervised needs --features DATASET: the labels to learn")
+    return args
+
+
+def check(args, pictures):
+    """Raise a UserError now for attributes or exemplars that could not be used after training."""
+    attributes(pictures.extra)
+    if args.exemplars:
+        read_exemplars(args.exemplars)
+
+
+def experiment(args):
+    """The row of PAPER and TUNED: --net, or what suits the data set."""
+    if args.dataset == "lsun" and args.net in (None, "64"):
+        return "lsun"
+    if args.net:
+        return args.net
+    if args.dataset.endswith(".npz"):
+        _, channels, size, _ = data.load(args.dataset, args.data_dir).images.shape
+        return "64" if size > 32 else "imagenet" if channels == 3 else "svhn"
+    rows = {"imagenet": ("imagenet", "cifar10", "cifar100"),
+            "svhn": ("svhn", "mnist", "fashion-mnist", "kmnist")}
+    return next((row for row, names in rows.items() if args.dataset in names), "64")
+
+
+def D_sees(D, x, x_fake, args):
+    """(a_real, a_fake).  BatchNorm normalizes real and fake batches separately (authors' code), or jointly
+    with `args.together` so that D sees differences in brightness and contrast.  x None: the samples alone."""
+    if args.together:
+        return D(torch.cat([x, x_fake])).split([len(x), len(x_fake)])
+    return None if x is None else D(x), D(x_fake)
+
+
+# ---------------------------------------------------------------------------- networks of the other data sets
+
+def net_imagenet(dz, channels, ch):
+    """32x32 ImageNet, 3x3 kernels (authors' code): every second convolution halves the picture."""
+    G = nn.Sequential(
+        project(dz, ch(512)),                                       # 512 x 4 x 4
+        up(ch(512), ch(512), 3),                                    # 512 x 8 x 8
+        up(ch(512), ch(256), 3, 1),                                 # 256 x 8 x 8
+        up(ch(256), ch(256), 3),                                    # 256 x 16 x 16
+        up(ch(256), ch(128), 3, 1),                                 # 128 x 16 x 16
+        up(ch(128), ch(128), 3),                                    # 128 x 32 x 32
+        to_x(ch(128), channels, 3, 1))                              # channels x 32 x 32
+    trunk = nn.Sequential(
+        from_x(channels, ch(128), 3, 1),                            # 128 x 32 x 32
+        down(ch(128), ch(128), 3),                                  # 128 x 16 x 16
+        down(ch(128), ch(256), 3, 1),                               # 256 x 16 x 16
+        down(ch(256), ch(256), 3),                                  # 256 x 8 x 8
+        down(ch(256), ch(512), 3, 1),                               # 512 x 8 x 8
+        down(ch(512), ch(512), 3))                                  # 512 x 4 x 4
+    return G, discriminator(trunk, ch(512))
+
+
+def net_svhn(dz, channels, ch):
+    """32x32 SVHN (authors' code)."""
+    G = nn.Sequential(
+        project(dz, ch(256)),                                       # 256 x 4 x 4
+        up(ch(256), ch(128)),                                       # 128 x 8 x 8
+        up(ch(128), ch(64)),                                        # 64 x 16 x 16
+        to_x(ch(64), channels))                                     # channels x 32 x 32
+    trunk = nn.Sequential(
+        from_x(channels, ch(64)),                                   # 64 x 16 x 16
+        down(ch(64), ch(128)),                                      # 128 x 8 x 8
+        down(ch(128), ch(256)))                                     # 256 x 4 x 4
+    return G, discriminator(trunk, ch(256))
+
+
+# ---------------------------------------------------------------------------------------------------- drawing
+
+def decode(G, z, args, net=None):
+    """Pictures (n, C, H, W) of z (n, dz); or what another function `net` makes of z with parts of G.
+
+    BatchNorm's running statistics make a picture a function of its z alone.  With `args.batch_stats` they are
+    the batch's own (authors' code); half of the batch is then fresh z, for pictures of one kind would lose
+    what they have in common.
+    """
+    net = net or G
+    if not args.batch_stats:
+        with sampling(G):
+            return metrics.batched(net, z)
+    half = max(1, args.batch_size // 2)
+    with batch_statistics(G):
+        return torch.cat([net(torch.cat([part, sample_z(half, args, z.device)]))[:len(part)]
+                          for part in z.split(half)])
+
+
+@contextlib.contextmanager
+def batch_statistics(net):
+    """Within the block BatchNorm uses each batch's own statistics and leaves the running ones alone."""
+    norms = [m for m in net.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    for m in norms:
+        m.track_running_stats = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m in norms:
+            m.track_running_stats = True
+
+
+def draw(G, args, n):
+    """n fresh pictures x (n, C, H, W) and their z (n, dz), drawn 500 at a time."""
+    x, z = [], []
+    for _ in range(-(-n // 500)):
+        z.append(sample_z(500, args, args.device))
+        x.append(decode(G, z[-1], args))
+    return torch.cat(x)[:n], torch.cat(z)[:n]
 
 
 def walk(z, columns=10):
@@ -142,9 +352,9 @@ def walk(z, columns=10):
     return ((1 - t) * z[:-1, None] + t * z[1:, None]).flatten(0, 1)
 
 
-def combine(v, picks):
+def a_minus_b_plus_c(v, picks):
     """Sec. 6.3.2: mean A - mean B + mean C.  v (N, ...) latents, or pictures for the baseline; picks: three
-    tensors (R, k) of exemplars' indices in v -> (R, ...).  The mean of A where B and C are the same."""
+    tensors (R, k) of exemplars' indices in v -> (R, ...).  The mean of A if B and C are the same."""
     A, B, C = (v[i].mean(1) for i in picks)
     return A - B + C
 
@@ -156,104 +366,213 @@ def turn(z, left, right, columns=9):
     return z[:, None] + t * (right.mean(0) - left.mean(0))
 
 
-# -------------------------------------------------------------------------------------------------- objective
+# --------------------------------------------------------------------------------- Sec. 6.2: what D looks for
 
-def V(a_real, a_fake):
-    """GAN's Eq. 1: E_x[log D(x)] + E_z[log(1 - D(G(z)))], D = sigmoid(a), a (n,).  -log 4 where D = 1/2
-    everywhere."""
-    return F.logsigmoid(a_real.float()).mean() + F.logsigmoid(-a_fake.float()).mean()
+class Guided(torch.autograd.Function):
+    """Leaky ReLU that takes back only positive gradients, and only to positive inputs."""
 
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return F.leaky_relu(x, 0.2)
 
-def log_D(a_fake):
-    """E_z[log D(G(z))], what G ascends: a (n,) logits.  -log 2 where D = 1/2 everywhere."""
-    return F.logsigmoid(a_fake.float()).mean()
-
-
-# ------------------------------------------------------------------------------------------------------ flags
-
-def parse_args(argv=None):
-    p = run.parser(__file__, __doc__, dataset="faces")
-    add = p.add_argument_group("DCGAN").add_argument
-    positive = run.number(float, 0, open_low=True)
-    add("--net", choices=NETS, help="networks of Sec. 3 [those of the data set: imagenet for CIFAR too and "
-        "colour .npz of 32x32, svhn for grey digits, else 64]")
-    add("--width", type=positive, default=1.0, help="feature maps as a share of the paper's [%(default)s]")
-    add("--lr", type=positive, help="Adam's rate, Sec. 4 [2e-4, svhn 5e-4]")
-    add("--together", action="store_true", help="D sees data and samples as one batch, not two [dev 4]")
-    add("--exemplars", metavar="FILE", help="samples picked by eye, numbered as --sample draws them, JSON: "
-        '{"A": [3 numbers], "B": [3], "C": [3]} for Fig. 7, {"left": [4], "right": [4]} for Fig. 8')
-    add("--features", metavar="DATASET", help="with --resume: Sec. 5, D's features on this labelled data set")
-    args = run.parse(p, argv, free=("exemplars", "features"))
-    if args.features and not args.resume:
-        p.error("--features needs --resume RUN: the run whose D gives the features")
-    return args
+    @staticmethod
+    def backward(ctx, g):
+        return g.clamp(min=0) * (ctx.saved_tensors[0] > 0)
 
 
-def settle(args):
-    """The networks, and batch size and steps where no flag gives them."""
-    name = args.net or NET_OF.get(args.dataset, "64")
-    if not args.net and args.dataset.endswith(".npz"):
-        _, channels, size, _ = data.load(args.dataset, args.data_dir).images.shape
-        if size <= 32:
-            name = "imagenet" if channels == 3 else "svhn"
-    args.batch_size = args.batch_size or NETS[name].batch
-    args.steps = args.steps or NETS[name].steps
-    return NETS[name]
+def guided(D, x, feature):
+    """Guided backpropagation to pictures x (n, C, H, W) from the largest response of the map `feature` of D's
+    last convolution in each: the gradient, (n, C, H, W)."""
+    x = h = x.detach().requires_grad_()
+    for convolution in D[0]:
+        h = Guided.apply(convolution[:-1](h))
+    return torch.autograd.grad(h[:, feature].flatten(1).max(1).values.sum(), x)[0]
 
 
-# --------------------------------------------------------------------------------------------------- training
-
-def build(args, net, channels):
-    """G, D, their optimizers and the fused iteration: one update of D, then one of G."""
-    G, D = place(args, *networks(net, channels, args.width))
-    lr = args.lr or net.lr
-    # weight_decay: 1e-5 times a parameter is added to its gradient, as in the authors' code.
-    opt_D, opt_G = (Adam(part.parameters(), lr, weight_decay=1e-5) for part in (D, G))
-    amp = autocast(args)
-
-    @fuse(args)
-    def train_step(x_real):                                # x_real (n, C, H, W) in [-1, 1]
-        n, device = len(x_real), x_real.device
-        # D ascends V.
-        with amp:
-            with torch.no_grad():
-                x_fake = G(sample_z(n, net, device))
-            a_real, a_fake = judge(D, x_real, x_fake, args.together)
-        v = V(a_real, a_fake)
-        descend(-v, opt_D)
-        # G ascends log D(G(z)) on fresh z, through the updated D.
-        with amp, frozen(D):
-            x_fake = G(sample_z(n, net, device))
-            a_fake = judge(D, x_real if args.together else None, x_fake, args.together)[1]
-        descend(-log_D(a_fake), opt_G)
-        return {"V": v, "D(x)": a_real.float().sigmoid().mean(), "D(G(z))": a_fake.float().sigmoid().mean()}
-
-    return G, D, opt_D, opt_G, train_step
+def draw_fig5(D, images, device, n=8):
+    """Fig. 5: a row for each of the first 6 features of D's last convolution, the n pictures that excite it
+    most, by guided backpropagation: (6 n, C, H, W), each scaled to fill [-1, 1]."""
+    D, x = data_statistics(copy.deepcopy(D), images, device), scaled(images, device)
+    response = metrics.batched(lambda x: D[0](x)[:, :6].amax((2, 3)), x, size=250)
+    best = response.topk(min(n, len(x)), 0).indices        # (n, 6)
+    g = torch.cat([guided(D, x[best[:, k]], k) for k in range(6)])
+    return g / g.flatten(1).abs().amax(1).clamp_min(1e-12).view(-1, 1, 1, 1)
 
 
-def judge(D, x_real, x_fake, together):
-    """Logits of data (None: left out) and of samples.  BatchNorm's statistics are each batch's own, or with
-    `together` those of both as one batch [dev 4]."""
-    if together:
-        return D(torch.cat([x_real, x_fake])).split([len(x_real), len(x_fake)])
-    return None if x_real is None else D(x_real), D(x_fake)
+# ---------------------------------------------------------------- Sec. 6.3: calculating with known attributes
+
+POOL = 2000       # samples among which exemplars are found; the paper picked by eye (--exemplars)
+EQUATIONS = (     # Fig. 7: A - B + C = Y; "-beard": without one
+    ("smile long_hair -beard", "-smile long_hair -beard", "-smile -long_hair beard", "smile beard"),
+    ("glasses -long_hair beard", "-glasses -long_hair beard", "-glasses long_hair -beard",
+     "glasses long_hair"),
+    ("Smiling -Male", "-Smiling -Male", "-Smiling Male", "Smiling Male"),                       # CelebA
+    ("Eyeglasses Male", "-Eyeglasses Male", "-Eyeglasses -Male", "Eyeglasses -Male"),
+)
 
 
-def decode(G, z):
-    """Pictures (n, C, H, W) of z (n, dz), with BatchNorm's running averages [dev 1]."""
-    with sampling(G):
-        return torch.cat([G(part).float() for part in z.split(500)])
+def signed_logits(a, concept, names):
+    """Logits (N, k) of each word of a concept such as "smile -beard", a negated one's turned round.
+
+    a (N, A): logits of the attributes `names`.  All positive: the predictor calls the picture that.
+    """
+    words = [(1, w) if w[0] != "-" else (-1, w[1:]) for w in concept.split()]
+    return torch.stack([sign * a[:, names.index(w)] for sign, w in words], 1)
+
+
+def log_p(a, concept, names):
+    """log of the probability that a picture is all that a concept says, (N,).  -k log 2 for k words where
+    a = 0."""
+    return F.logsigmoid(signed_logits(a, concept, names)).sum(1)
+
+
+def percent(a, concept, names):
+    """Share in % of the pictures that the predictor calls `concept`."""
+    return 100 * (signed_logits(a, concept, names) > 0).all(1).cpu().double().mean().item()
+
+
+def pick_exemplars(score, repeats, k):
+    """Indices (repeats, k) of samples with high scores (N,): row 0 the k best, the others k at random out of
+    the 10 k best."""
+    best = score.topk(min(10 * k, len(score))).indices
+    rows = torch.rand(repeats, len(best), device=best.device).argsort(1)[:, :k]
+    rows[0] = torch.arange(k, device=best.device)
+    return best[rows]
+
+
+def read_exemplars(path):
+    """The lists of --exemplars as index tensors (1, k), by name."""
+    sizes = {"A": 3, "B": 3, "C": 3, "left": 4, "right": 4}
+    try:
+        picks = {k: torch.tensor([v]) for k, v in json.loads(Path(path).read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as e:
+        raise UserError(f"--exemplars {path} cannot be read as lists of numbers: {e}") from None
+    fit = all(v.dtype == torch.int64 and v.shape == (1, sizes.get(k)) and 0 <= v.min() and v.max() < POOL
+              for k, v in picks.items())
+    if not fit or sorted(picks) not in (["A", "B", "C"], ["left", "right"], sorted(sizes)):
+        raise UserError(f"--exemplars {path}: expected A, B and C, lists of 3 numbers, or left and right, "
+                        f"lists of 4, or all five; numbers from 0 to {POOL - 1}")
+    return picks
+
+
+def attributes(extra):
+    """Name -> (N,) in [0, 1]: the data's attributes that are 0 or 1, and azimuth; empty for data without.
+
+    UserError: attributes or factors that are not numbers (N, A).
+    """
+    for key in ("attributes", "factors"):
+        if key in extra and not (torch.is_tensor(extra[key]) and extra[key].ndim == 2):
+            raise UserError(f"{key} of another kind found, numbers (N, A), a row for each picture, expected")
+    none = torch.empty(0, 0)
+    binary = zip(extra.get("attribute_names", ()), extra.get("attributes", none).float().T)
+    columns = {name: y for name, y in binary if ((y == 0) | (y == 1)).all()}
+    for name, y in zip(extra.get("factor_names", ()), extra.get("factors", none).float().T):
+        if name == "azimuth":
+            columns[name] = (y - y.min()) / (y.max() - y.min())
+    return columns
+
+
+def predictor(args, pictures, columns):
+    """A classifier of the columns of attributes(), which picks exemplars and judges results; the paper did
+    both by eye.  And the share in % of the attributes that it gets right on the last tenth of the pictures,
+    2,000 at most, which it has not seen."""
+    y, n = torch.stack([*columns.values()], 1), len(pictures.images) - min(2000, len(pictures.images) // 10)
+    clf = metrics.classifier(pictures.images[:n], y[:n], args.device, args.data_dir)
+    right = (metrics.logits(clf, pictures.images[n:]) > 0).cpu() == (y[n:] > 0.5)
+    return clf, 100 * right[:, [name != "azimuth" for name in columns]].double().mean().item()
+
+
+def arithmetic(G, args, clf, names, z, x, a, equation, repeats=200):
+    """dcgan-arith: share in % of A - B + C that the predictor calls Y, over `repeats` sets of 3 exemplars.
+
+    z (N, dz), their pictures x and logits a -> (dict with the share in latent and in pixel space, the picks).
+    """
+    *concepts, Y = equation
+    picks = [pick_exemplars(log_p(a, concept, names), repeats, 3) for concept in concepts]
+    results = decode(G, a_minus_b_plus_c(z, picks), args), a_minus_b_plus_c(x, picks).clamp(-1, 1)
+    latent, pixels = (percent(metrics.logits(clf, (y + 1) / 2), Y, names) for y in results)
+    return {"value": latent, "pixels": pixels, "samples": percent(a, Y, names),
+            "unit": f"% called {Y}"}, picks
+
+
+def draw_fig7(G, args, z, x, picks):
+    """Fig. 7, 3 rows of 10: for A, B and C 3 exemplars and the picture of their mean z; Y with 8 neighbours
+    Y + Unif(-.25, .25) around it; and the same sum of pixels."""
+    picks = [i[:1] for i in picks]
+    means = decode(G, torch.cat([z[i].mean(1) for i in picks]), args)
+    near = a_minus_b_plus_c(z, picks) + (torch.rand(9, z.shape[1], device=z.device) * 0.5 - 0.25)
+    near[4] = a_minus_b_plus_c(z, picks)[0]
+    near, gap = decode(G, near, args), torch.ones_like(x[:1])
+    pixels = [gap, a_minus_b_plus_c(x, picks).clamp(-1, 1), gap]
+    rows = [torch.cat([x[i[0]], means[k:k + 1], gap, near[3 * k:3 * k + 3], gap, pixels[k]])
+            for k, i in enumerate(picks)]
+    return torch.cat(rows)
+
+
+def turning(G, args, clf, names, z, a, repeats=20, n=10):
+    """dcgan-turn: rank correlation of the position along the turn with the predicted azimuth, the mean over
+    `repeats` vectors of 4 + 4 exemplars and n samples each -> (dict, the picks)."""
+    azimuth = a[:, names.index("azimuth")]
+    left, right = pick_exemplars(-azimuth, repeats, 4), pick_exemplars(azimuth, repeats, 4)
+    rho = []
+    for i, j in zip(left, right):
+        some = z[torch.randperm(len(z), device=z.device)[:n]]
+        path = turn(some, z[i], z[j])
+        a = metrics.logits(clf, (decode(G, path.flatten(0, 1), args) + 1) / 2)
+        found = a[:, names.index("azimuth")].cpu().view(path.shape[:2])
+        rho += [metrics.rank_correlation(torch.arange(len(f)), f) for f in found]
+    return {"value": sum(rho) / len(rho), "unit": "rank correlation with azimuth"}, (left, right)
+
+
+def forget(G, args, z, has, z_new, clf, names, word):
+    """dcgan-window: drop the maps of G's second-highest hidden convolution that have a positive weight in a
+    logistic regression for `word`.
+
+    z (N, dz) with has (N,): the regression tells pictures with it from those without by each map's mean; the
+    paper's has activations inside and outside of boxes drawn by hand.  z_new (n, dz): other pictures with it,
+    on which the result is judged.  -> (dict with the share in % that still has it, 3 rows of pictures: 10
+    with it, the same without those maps, without as many random ones).
+    """
+    k = len(G) - 2                                          # G[:k] ends with that convolution
+    h = decode(G, z, args, lambda z: G[:k](z).mean((2, 3)))
+    h = (h - h.mean(0)) / h.std(0).clamp_min(1e-6)
+    regression = nn.Linear(h.shape[1], 1).to(z.device)
+    opt = torch.optim.Adam(regression.parameters(), 0.02)
+    for _ in range(500):
+        opt.zero_grad()                                     # no descend(): of several ranks one alone is here
+        F.binary_cross_entropy_with_logits(regression(h)[:, 0], has.float()).backward()
+        opt.step()
+    drop = regression.weight.detach()[0] > 0
+    chance = drop[torch.randperm(len(drop), device=drop.device)]
+    rows, still = [decode(G, z_new[:10], args)], []
+    for maps in (drop, chance):
+        x = decode(G, z_new, args, lambda z, maps=maps: G[k:](G[:k](z) * ~maps.view(-1, 1, 1)))
+        rows.append(x[:10])
+        still.append(percent(metrics.logits(clf, (x + 1) / 2), word, names))
+    return {"value": still[0], "as many maps at random": still[1], "maps": int(drop.sum()),
+            "unit": f"% still with {word}"}, torch.cat(rows)
 
 
 # ---------------------------------------------------------------------------------- Sec. 5: D as a classifier
 
 CS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 PROTOCOLS = {    # Tables 1 and 2; any other data: all labels, one fit
-    "cifar10": {"dcgan-cifar": {"paper": 82.8},
-                "dcgan-cifar-400": {"paper": 73.8, "per_class": 400, "draws": 5}},
-    "svhn": {"dcgan-svhn": {"paper": 22.48, "per_class": 100, "draws": 100, "tries": 10,
+    "cifar10": {"dcgan-cifar": {}, "dcgan-cifar-400": {"per_class": 400, "draws": 5}},
+    "svhn": {"dcgan-svhn": {"per_class": 100, "draws": 100, "tries": 10,
                             "Cs": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)}},
 }
+PUBLISHED = {    # (data of the labels, data of the GAN, network, width): % right, % right, % error
+    ("cifar10", "imagenet", "imagenet", 1.0): {"dcgan-cifar": 82.8, "dcgan-cifar-400": 73.8},
+    ("svhn", "svhn", "svhn", 1.0): {"dcgan-svhn": 22.48, "dcgan-svhn-base": 28.87},
+}
+TRIALS = 64      # random settings of the supervised network (Sec. 5.2)
+
+
+def published(args, key):
+    """{"paper": value} where data, network and protocol are the paper's, else {}."""
+    values = PUBLISHED.get((args.features, args.dataset, args.net, args.width), {})
+    return {"paper": values[key]} if key in values else {}
 
 
 def scaled(images, device):
@@ -261,14 +580,14 @@ def scaled(images, device):
     return images.to(device).float() / 127.5 - 1
 
 
-def average(D, images, device):
+def data_statistics(D, images, device):
     """D in eval mode, BatchNorm's statistics the means over minibatches of 128 `images` (authors' code)."""
     calibrate(D[0], ([scaled(x, device)] for x in images.split(128)))
     return D.eval()
 
 
 @torch.no_grad()
-def activations(D, images, device):
+def features(D, images, device):
     """Sec. 5.1: every convolution of D max-pooled to 4x4, (N, 16 * maps) float16, as they are, not rescaled.
 
     28,672 numbers a picture for the ImageNet networks, 7,168 for SVHN's.
@@ -292,6 +611,97 @@ def balanced(y, rows, per_class):
     rows = rows[torch.randperm(len(rows), device=rows.device)]
     return torch.cat([rows[y[rows] == k][:per_class] for k in y.unique()])
 
+
+def svm_errors(X, y, X_test, y_test, per_class=None, draws=1, tries=1, Cs=CS):
+    """Test errors in % of `draws` L2-SVMs, each on `per_class` labels a class (None: on all), and their C.
+
+    C is the best on a sixth of the training pictures, 10,000 at most, held out from `tries` draws of labels,
+    the same for each C.  There 1e-2 above the minimum is near enough, and the C before gives the start.
+    """
+    def error(w, X_eval, y_eval):
+        return 100 * (svm_predict(w, X_eval) != y_eval).double().mean().item()
+
+    order, n, valid = torch.randperm(len(y), device=y.device), min(10000, len(y) // 6), {}
+    held, pool = order[:n], order[n:]
+    trials, w = [balanced(y, pool, per_class) for _ in range(tries)], [None] * tries
+    for C in Cs:
+        w = [l2_svm(X[rows], y[rows], C, 1e-2, start=start) for rows, start in zip(trials, w)]
+        valid[C] = sum(error(v, X[held], y[held]) for v in w) / tries
+        if valid[C] > min(valid.values()) + 0.5:            # larger ones are worse still, and slow to solve
+            break
+    C = min(valid, key=valid.get)
+    draws = [balanced(y, order if per_class is None else pool, per_class) for _ in range(draws)]
+    return torch.tensor([error(l2_svm(X[rows], y[rows], C), X_test, y_test) for rows in draws]), C
+
+
+def supervised(args, channels, X, y, X_test, y_test, per_class=100, epochs=60):
+    """Sec. 5.2: D's architecture, a logit a class, trained on `per_class` labels a class from scratch.
+
+    The paper reports the validation error of the best of 64 random settings, of which it says no more: here
+    Adam's rate, weight decay and dropout before the last layer.  Returns dict: that error in %, on a sixth of
+    the pictures, 10,000 at most, and the same network's test error.
+    """
+    def error(X, y):
+        a = metrics.batched(net, X, scale=args.scale)
+        return 100 * (a.argmax(1).cpu() != y).double().mean().item()
+
+    order, n, best = torch.randperm(len(y)), min(10000, len(y) // 6), None
+    held, rows = order[:n], balanced(y, order[n:], per_class)
+    images, labels = scaled(X[rows], args.device), y[rows].to(args.device)
+    for trial in range(args.supervised):
+        u = torch.rand(3)
+        lr, decay, dropout = 10 ** (-4 + 2 * u[0]).item(), 10 ** (-6 + 4 * u[1]).item(), u[2].item() / 2
+        trunk, flatten, head, _ = networks(args, channels)[1]
+        net = nn.Sequential(trunk, flatten, nn.Dropout(dropout),
+                            nn.Linear(head.in_features, int(y.max()) + 1)).to(args.device)
+        opt = torch.optim.Adam(net.parameters(), lr, weight_decay=decay)
+        for _ in range(epochs):
+            for i in torch.randperm(len(rows), device=args.device).split(100):
+                opt.zero_grad()                             # no descend(): of several ranks one alone is here
+                F.cross_entropy(net(images[i]), labels[i]).backward()
+                opt.step()
+        found = {"value": error(X[held], y[held]), "test": error(X_test, y_test), "rate": lr,
+                 "weight decay": decay, "dropout": dropout}
+        best = found if best is None or found["value"] < best["value"] else best
+        log.say(f"supervised, {trial + 1} of {args.supervised}: {found['value']:.2f} % error on validation, "
+                f"best {best['value']:.2f}")
+    return best | {"trials": args.supervised, "unit": "% validation error"}
+
+
+def report_features(r, D, channels):
+    """Tables 1 and 2: what D's features are worth on --features, or with --supervised its architecture, into
+    a results.json of its own."""
+    args = r.args
+    pictures = data.load(args.features, args.data_dir, args.size, channels)
+    if pictures.labels is None:
+        raise UserError(f"--features {args.features}: this data set has no labels, which the SVM needs")
+    images, y, test, y_test = pictures.images, pictures.labels, pictures.test_images, pictures.test_labels
+    if test is None or y_test is None:                      # every sixth picture is kept for the test
+        kept = torch.arange(len(y)) % 6 == 0
+        images, y, test, y_test = images[~kept], y[~kept], images[kept], y[kept]
+    images, y = (images[y >= 0], y[y >= 0]) if y.min() < 0 else (images, y)
+    r.folder = r.folder / (f"supervised-{pictures.name}" if args.supervised else f"features-{pictures.name}")
+    r.folder.mkdir(exist_ok=True)
+    if args.supervised:
+        with r.aside():
+            found = supervised(args, channels, images, y, test, y_test)
+        key = f"dcgan-{pictures.name}-base"
+        return r.results({key: found | (published(args, key) if args.supervised == TRIALS else {})})
+    data_statistics(D, images, args.device)
+    X, X_test = (precise(features(D, x, args.device)) for x in (images, test))
+    y, y_test = y.to(X.device), y_test.to(X.device)
+    results = {}
+    for key, how in PROTOCOLS.get(pictures.name, {f"features-{pictures.name}": {}}).items():
+        with r.aside():
+            errors, C = svm_errors(X, y, X_test, y_test, **how)
+        value = errors if key == "dcgan-svhn" else 100 - errors
+        spread = {"std": value.std().item(), "draws": len(value)} if len(value) > 1 else {}
+        results[key] = {"value": value.mean().item(), **published(args, key), **spread, "C": C, "features": X.shape[1],
+                        "unit": "% error" if key == "dcgan-svhn" else "% right"}
+    r.results(results)
+
+
+# ------------------------------------------------------------------------------------------------ the L2-SVM
 
 SINGLE = 2 ** 25  # l2_svm works in float32 on more numbers than this
 
@@ -386,323 +796,66 @@ def svm_predict(w, features):
     return torch.cat([(x.to(w) @ w[:-1] + w[-1]).argmax(1) for x in features.split(1000)])
 
 
-def svm(X, y, X_test, y_test, per_class=None, draws=1, tries=1, Cs=CS):
-    """Test errors in % of `draws` L2-SVMs, each on `per_class` labels a class (None: on all), and their C.
+# ----------------------------------------------------------------------------------------------------- report
 
-    C is the best on a sixth of the training pictures, 10,000 at most, held out from `tries` draws of labels,
-    the same for each C.  There 1e-2 above the minimum is near enough, and the C before gives the start.
-    """
-    def error(w, X_eval, y_eval):
-        return 100 * (svm_predict(w, X_eval) != y_eval).double().mean().item()
-
-    order, n, valid = torch.randperm(len(y), device=y.device), min(10000, len(y) // 6), {}
-    held, pool = order[:n], order[n:]
-    trials, w = [balanced(y, pool, per_class) for _ in range(tries)], [None] * tries
-    for C in Cs:
-        w = [l2_svm(X[rows], y[rows], C, 1e-2, start=start) for rows, start in zip(trials, w)]
-        valid[C] = sum(error(v, X[held], y[held]) for v in w) / tries
-        if valid[C] > min(valid.values()) + 0.5:            # larger ones are worse still, and slow to solve
-            break
-    C = min(valid, key=valid.get)
-    draws = [balanced(y, order if per_class is None else pool, per_class) for _ in range(draws)]
-    return torch.tensor([error(l2_svm(X[rows], y[rows], C), X_test, y_test) for rows in draws]), C
-
-
-def features(r, D, net, channels):
-    """Tables 1 and 2: what D's features are worth on --features, into a results.json of its own."""
-    args = r.args
-    pictures = data.load(args.features, args.data_dir, net.size, channels)
-    if pictures.labels is None:
-        raise UserError(f"--features {args.features}: this data set has no labels, which the SVM needs")
-    images, y, test, y_test = pictures.images, pictures.labels, pictures.test_images, pictures.test_labels
-    if test is None or y_test is None:                      # every sixth picture is kept for the test
-        kept = torch.arange(len(y)) % 6 == 0
-        images, y, test, y_test = images[~kept], y[~kept], images[kept], y[kept]
-    images, y = (images[y >= 0], y[y >= 0]) if y.min() < 0 else (images, y)
-    average(D, images, args.device)
-    X, X_test = (precise(activations(D, x, args.device)) for x in (images, test))
-    y, y_test = y.to(X.device), y_test.to(X.device)
-    results = {}
-    for key, how in PROTOCOLS.get(pictures.name, {f"features-{pictures.name}": {}}).items():
-        how = dict(how)
-        paper = {"paper": how.pop("paper")} if "paper" in how else {}
-        with r.aside():
-            errors, C = svm(X, y, X_test, y_test, **how)
-        value = errors if key == "dcgan-svhn" else 100 - errors
-        spread = {"std": value.std().item(), "draws": len(value)} if len(value) > 1 else {}
-        results[key] = {"value": value.mean().item(), **paper, **spread, "C": C, "features": X.shape[1],
-                        "unit": "% error" if key == "dcgan-svhn" else "% right"}
-    r.folder = r.folder / f"features-{pictures.name}"
-    r.folder.mkdir(exist_ok=True)
-    r.results(results)
-
-
-# --------------------------------------------------------------------------------- Sec. 6.2: what D looks for
-
-class Guided(torch.autograd.Function):
-    """Leaky ReLU that takes back only positive gradients, and only to positive inputs."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return F.leaky_relu(x, 0.2)
-
-    @staticmethod
-    def backward(ctx, g):
-        return g.clamp(min=0) * (ctx.saved_tensors[0] > 0)
-
-
-def guided(D, x, feature):
-    """Guided backpropagation to pictures x (n, C, H, W) from the largest response of the map `feature` of D's
-    last convolution in each: the gradient, (n, C, H, W)."""
-    x = h = x.detach().requires_grad_()
-    for convolution in D[0]:
-        h = Guided.apply(convolution[:-1](h))
-    return torch.autograd.grad(h[:, feature].flatten(1).max(1).values.sum(), x)[0]
-
-
-def draw_fig5(D, images, device, n=8):
-    """Fig. 5: a row for each of the first 6 features of D's last convolution, the n pictures that excite it
-    most, by guided backpropagation: (6 n, C, H, W), each scaled to fill [-1, 1]."""
-    D, x = average(copy.deepcopy(D), images, device), scaled(images, device)
-    with torch.no_grad():
-        response = torch.cat([D[0](part)[:, :6].amax((2, 3)) for part in x.split(250)])
-    best = response.topk(min(n, len(x)), 0).indices        # (n, 6)
-    g = torch.cat([guided(D, x[best[:, k]], k) for k in range(6)])
-    return g / g.flatten(1).abs().amax(1).clamp_min(1e-12).view(-1, 1, 1, 1)
-
-
-# ---------------------------------------------------------------- Sec. 6.3: calculating with known attributes
-
-POOL = 2000       # samples among which exemplars are found
-EQUATIONS = (     # Fig. 7: A - B + C = Y; "-beard": without one
-    ("smile long_hair -beard", "-smile long_hair -beard", "-smile -long_hair beard", "smile beard"),
-    ("glasses -long_hair beard", "-glasses -long_hair beard", "-glasses long_hair -beard",
-     "glasses long_hair"),
-    ("Smiling -Male", "-Smiling -Male", "-Smiling Male", "Smiling Male"),                       # CelebA
-    ("Eyeglasses Male", "-Eyeglasses Male", "-Eyeglasses -Male", "Eyeglasses -Male"),
-)
-
-
-def signed(a, concept, names):
-    """Logits (N, k) of each word of a concept such as "smile -beard", a negated one's turned round.
-
-    a (N, A): logits of the attributes `names`.  All positive: the predictor calls the picture that.
-    """
-    words = [(1, w) if w[0] != "-" else (-1, w[1:]) for w in concept.split()]
-    return torch.stack([sign * a[:, names.index(w)] for sign, w in words], 1)
-
-
-def log_p(a, concept, names):
-    """log of the probability that a picture is all that a concept says, (N,).  -k log 2 for k words where
-    a = 0."""
-    return F.logsigmoid(signed(a, concept, names)).sum(1)
-
-
-def share(a, concept, names):
-    """Share in % of the pictures that the predictor calls `concept`."""
-    return 100 * (signed(a, concept, names) > 0).all(1).cpu().double().mean().item()
-
-
-def exemplars(score, repeats, k):
-    """Indices (repeats, k) of samples with high scores (N,): row 0 the k best, the others k at random out of
-    the 10 k best."""
-    best = score.topk(min(10 * k, len(score))).indices
-    rows = torch.rand(repeats, len(best), device=best.device).argsort(1)[:, :k]
-    rows[0] = torch.arange(k, device=best.device)
-    return best[rows]
-
-
-def by_eye(path):
-    """The lists of --exemplars as index tensors (1, k), by name."""
-    sizes = {"A": 3, "B": 3, "C": 3, "left": 4, "right": 4}
-    try:
-        picks = {k: torch.tensor([v]) for k, v in json.loads(Path(path).read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as e:
-        raise UserError(f"--exemplars {path} cannot be read as lists of numbers: {e}") from None
-    fit = all(v.dtype == torch.int64 and v.shape == (1, sizes.get(k)) and 0 <= v.min() and v.max() < POOL
-              for k, v in picks.items())
-    if not fit or sorted(picks) not in (["A", "B", "C"], ["left", "right"], sorted(sizes)):
-        raise UserError(f"--exemplars {path}: expected A, B and C, lists of 3 numbers, or left and right, "
-                        f"lists of 4, or all five; numbers from 0 to {POOL - 1}")
-    return picks
-
-
-def known(extra):
-    """Name -> (N,) in [0, 1]: the data's attributes that are 0 or 1, and azimuth; empty for data without.
-
-    UserError: attributes or factors that are not numbers (N, A).
-    """
-    for key in ("attributes", "factors"):
-        if key in extra and not (torch.is_tensor(extra[key]) and extra[key].ndim == 2):
-            raise UserError(f"{key} of another kind found, numbers (N, A), a row for each picture, expected")
-    none = torch.empty(0, 0)
-    attributes = zip(extra.get("attribute_names", ()), extra.get("attributes", none).float().T)
-    columns = {name: y for name, y in attributes if ((y == 0) | (y == 1)).all()}
-    for name, y in zip(extra.get("factor_names", ()), extra.get("factors", none).float().T):
-        if name == "azimuth":
-            columns[name] = (y - y.min()) / (y.max() - y.min())
-    return columns
-
-
-def predictor(args, pictures, columns):
-    """[dev 2] A classifier of the columns of known(), and the share in % of the attributes that it gets right
-    on the last tenth of the pictures, 2,000 at most, which it has not seen."""
-    y, n = torch.stack([*columns.values()], 1), len(pictures.images) - min(2000, len(pictures.images) // 10)
-    clf = metrics.classifier(pictures.images[:n], y[:n], args.device, args.data_dir)
-    right = (metrics.logits(clf, pictures.images[n:]) > 0).cpu() == (y[n:] > 0.5)
-    return clf, 100 * right[:, [name != "azimuth" for name in columns]].double().mean().item()
-
-
-def arithmetic(G, clf, names, z, x, a, equation, repeats=200):
-    """dcgan-arith: share in % of A - B + C that the predictor calls Y, over `repeats` sets of 3 exemplars.
-
-    z (N, dz), their pictures x and logits a -> (dict with the share in latent and in pixel space, the picks).
-    """
-    *concepts, Y = equation
-    picks = [exemplars(log_p(a, concept, names), repeats, 3) for concept in concepts]
-    results = decode(G, combine(z, picks)), combine(x, picks).clamp(-1, 1)
-    latent, pixels = (share(metrics.logits(clf, (y + 1) / 2), Y, names) for y in results)
-    return {"value": latent, "pixels": pixels, "samples": share(a, Y, names), "unit": f"% called {Y}"}, picks
-
-
-def draw_fig7(G, z, x, picks):
-    """Fig. 7, 3 rows of 10: for A, B and C 3 exemplars and the picture of their mean z; Y with 8 neighbours
-    Y + Unif(-.25, .25) around it; and the same sum of pixels."""
-    picks = [i[:1] for i in picks]
-    means = decode(G, torch.cat([z[i].mean(1) for i in picks]))
-    near = combine(z, picks) + (torch.rand(9, z.shape[1], device=z.device) * 0.5 - 0.25)
-    near[4] = combine(z, picks)[0]
-    near, gap = decode(G, near), torch.ones_like(x[:1])
-    pixels = [gap, combine(x, picks).clamp(-1, 1), gap]
-    rows = [torch.cat([x[i[0]], means[k:k + 1], gap, near[3 * k:3 * k + 3], gap, pixels[k]])
-            for k, i in enumerate(picks)]
-    return torch.cat(rows)
-
-
-def turning(G, clf, names, z, a, repeats=20, n=10):
-    """dcgan-turn: rank correlation of the position along the turn with the predicted azimuth, the mean over
-    `repeats` vectors of 4 + 4 exemplars and n samples each -> (dict, the picks)."""
-    azimuth = a[:, names.index("azimuth")]
-    left, right = exemplars(-azimuth, repeats, 4), exemplars(azimuth, repeats, 4)
-    rho = []
-    for i, j in zip(left, right):
-        some = z[torch.randperm(len(z), device=z.device)[:n]]
-        path = turn(some, z[i], z[j])
-        found = metrics.logits(clf, (decode(G, path.flatten(0, 1)) + 1) / 2)[:, names.index("azimuth")].cpu()
-        rho += [metrics.rank_correlation(torch.arange(len(f)), f) for f in found.view(path.shape[:2])]
-    return {"value": sum(rho) / len(rho), "unit": "rank correlation with azimuth"}, (left, right)
-
-
-def forget(G, z, clf, names, a, word):
-    """dcgan-window [dev 3]: maps of G's second-highest hidden convolution with a positive weight in a
-    logistic regression for `word` are dropped.  -> (dict with the share in % that still has it, 3 rows of
-    pictures: 10 samples with it, the same without those maps, without as many random ones)."""
-    k = len(G) - 2                                          # G[:k] ends with that convolution
-    has = a[:, names.index(word)] > 0
-    with sampling(G):
-        h = torch.cat([G[:k](part).mean((2, 3)) for part in z.split(500)])
-    h = (h - h.mean(0)) / h.std(0).clamp_min(1e-6)
-    regression = nn.Linear(h.shape[1], 1).to(z.device)
-    opt = torch.optim.Adam(regression.parameters(), 0.02)
-    for _ in range(500):
-        opt.zero_grad()                                     # no descend(): of several ranks one alone is here
-        F.binary_cross_entropy_with_logits(regression(h)[:, 0], has.float()).backward()
-        opt.step()
-    drop = regression.weight.detach()[0] > 0
-    chance = drop[torch.randperm(len(drop), device=drop.device)]
-    rows, left = [decode(G, z[has][:10])], []
-    for maps in (drop, chance):
-        with sampling(G):
-            x = torch.cat([G[k:](G[:k](part) * ~maps.view(-1, 1, 1)) for part in z[has].split(500)])
-        rows.append(x[:10])
-        left.append(share(metrics.logits(clf, (x + 1) / 2), word, names))
-    return {"value": left[0], "as many maps at random": left[1], "maps": int(drop.sum()),
-            "unit": f"% still with {word}"}, torch.cat(rows)
-
-
-# ------------------------------------------------------------------------------------------------------- main
-
-def figures(r, G, D, net, images):
-    """Figs. 3, 4 and 5, an untrained D's features beside D's, into the run's folder."""
+def figures(r, G, D, images):
+    """Figs. 3, 4 and 5 (an untrained D's features beside D's) into the run's folder."""
     args = r.args
     with r.aside():
-        r.show("fig3", log.grid(decode(G, sample_z(100, net, args.device)), 10, (-1, 1)))
-        r.show("fig4", log.grid(decode(G, walk(sample_z(9, net, args.device))), 10, (-1, 1)))
-        untrained = networks(net, images.shape[1], args.width)[1].to(args.device)
-        left, right = (log.grid(draw_fig5(net_D, images[:1000], args.device), 8, (-1, 1))
-                       for net_D in (untrained, D))
+        r.show("fig3", log.grid(decode(G, sample_z(100, args, args.device), args), 10, args.scale))
+        r.show("fig4", log.grid(decode(G, walk(sample_z(9, args, args.device)), args), 10, args.scale))
+        untrained = networks(args, images.shape[1])[1].to(args.device)
+        left, right = (log.grid(draw_fig5(net, images[:1000], args.device), 8, args.scale)
+                       for net in (untrained, D))
         r.show("fig5", torch.cat([left, left.new_full((3, left.shape[1], 8), 255), right], 2))
 
 
-def evaluate(r, G, net, pictures):
+def evaluate(r, G, pictures):
     """Figs. 6, 7 and 8 and the numbers that the data's attributes or labels allow, experiment id -> dict."""
-    device, results, picks, clf = r.args.device, {}, {}, None
-    z = torch.cat([sample_z(500, net, device) for _ in range(POOL // 500)])    # drawn as --sample draws
-    x, columns = decode(G, z), known(pictures.extra)
+    args, results, picks, clf = r.args, {}, {}, None
+    x, z = draw(G, args, POOL)                              # the first POOL that --sample draws
+    columns = attributes(pictures.extra)
     if columns:
         names = list(columns)
-        clf, right = predictor(r.args, pictures, columns)
+        clf, right = predictor(args, pictures, columns)
         a = metrics.logits(clf, (x + 1) / 2)
         results["predictor"] = {"value": right, "unit": "% of held-out attributes right"}
         able = [e for e in EQUATIONS if {w.lstrip("-") for w in " ".join(e).split()} <= set(names)]
         for ending, letter, equation in zip(("", "-2"), "ab", able):
-            results[f"dcgan-arith{ending}"], abc = arithmetic(G, clf, names, z, x, a, equation)
-            r.show(f"fig7{letter}", log.grid(draw_fig7(G, z, x, abc), 10, (-1, 1)))
+            results[f"dcgan-arith{ending}"], abc = arithmetic(G, args, clf, names, z, x, a, equation)
+            r.show(f"fig7{letter}", log.grid(draw_fig7(G, args, z, x, abc), 10, args.scale))
         if "azimuth" in names:
-            results["dcgan-turn"], (picks["left"], picks["right"]) = turning(G, clf, names, z, a)
+            results["dcgan-turn"], (picks["left"], picks["right"]) = turning(G, args, clf, names, z, a)
         word = "Eyeglasses" if "Eyeglasses" in names else "glasses"
-        if word in names and 0 < share(a, word, names) < 100:
-            results["dcgan-window"], rows = forget(G, z, clf, names, a, word)
-            r.show("fig6", log.grid(rows, 10, (-1, 1)))
+        if word in names and 0 < percent(a, word, names) < 100:
+            x_new, z_new = draw(G, args, POOL)
+            has, has_new = (b[:, names.index(word)] > 0 for b in (a, metrics.logits(clf, (x_new + 1) / 2)))
+            if has_new.any():
+                results["dcgan-window"], rows = forget(G, args, z, has, z_new[has_new], clf, names, word)
+                r.show("fig6", log.grid(rows, 10, args.scale))
     elif pictures.labels is not None and pictures.labels.min() >= 0:
-        clf = metrics.classifier(pictures.images, pictures.labels, device, r.args.data_dir)
+        clf = metrics.classifier(pictures.images, pictures.labels, args.device, args.data_dir)
     if clf is not None:
         real = pictures.images if pictures.test_images is None else pictures.test_images
         real = real[::-(-len(real) // POOL)]                # strided: a test part may be sorted by class
         results["frechet"] = {"value": metrics.frechet_distance(clf, (x + 1) / 2, real)}
-    if r.args.exemplars:
-        picks |= by_eye(r.args.exemplars)
+    if args.exemplars:
+        picks |= read_exemplars(args.exemplars)
         if "A" in picks:
-            r.show("fig7", log.grid(draw_fig7(G, z, x, [picks[k] for k in "ABC"]), 10, (-1, 1)))
+            r.show("fig7", log.grid(draw_fig7(G, args, z, x, [picks[k] for k in "ABC"]), 10, args.scale))
     if "left" in picks:
-        path = turn(sample_z(8, net, device), *(z[picks[k][0]] for k in ("left", "right")))
-        r.show("fig8", log.grid(decode(G, path.flatten(0, 1)), 9, (-1, 1)))
+        path = turn(sample_z(8, args, args.device), *(z[picks[k][0]] for k in ("left", "right")))
+        r.show("fig8", log.grid(decode(G, path.flatten(0, 1), args), 9, args.scale))
     return results
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    net, r = settle(args), run.Run(args)
-    if args.exemplars:
-        by_eye(args.exemplars)
-    pictures = data.load(args.dataset, args.data_dir, net.size)
-    known(pictures.extra)                                   # refuses what it could not use after training
-    images = pictures.images                                # with any near-duplicates [dev 6]
-    batches = data.Batches(images, batch_size=args.batch_size, device=args.device, seed=args.seed,
-                           scale=(-1.0, 1.0), rank=r.rank, world=r.world)
-    G, D, opt_D, opt_G, train_step = build(args, net, images.shape[1])
-    r.keep(G=G, D=D, opt_D=opt_D, opt_G=opt_G, batches=batches)
-    if args.sample:
-        with r.aside():
-            return r.sample(lambda n: decode(G, sample_z(500, net, args.device)[:n]), (-1.0, 1.0))
-    if args.features:
-        return features(r, D, net, images.shape[1])
-
-    for step in r.loop():
-        r.log(train_step(next(batches)))
-        if r.every(args.save_every):
-            with r.aside():
-                r.show("samples", log.grid(decode(G, sample_z(100, net, args.device)), 10, (-1, 1)))
-        if step == batches.per_epoch:                       # Fig. 2: after D has seen the data once
-            with r.aside():
-                r.show("fig2", log.grid(decode(G, sample_z(100, net, args.device)), 10, (-1, 1)))
-
-    if r.lead:
-        figures(r, G, D, net, images)
-        with r.aside():
-            results = evaluate(r, G, net, pictures)
-        r.results(results, passed=args.dataset != "faces" or results["dcgan-turn"]["value"] >= 0.8)
+def report(r, G, D, pictures):
+    """Figures and results.json."""
+    figures(r, G, D, pictures.images)
+    with r.aside():
+        results = evaluate(r, G, pictures)
+    turned = results.get("dcgan-turn", {}).get("value", 0)
+    r.results(results, passed=r.args.dataset != "faces" or turned >= 0.8)
 
 
 if __name__ == "__main__":
