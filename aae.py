@@ -74,13 +74,12 @@ UNLABELLED = INFER | dict(
     consistency=5.0,
     spread=3.0)                            # std of each logit of y: else six of 16 categories take all digits
 TUNED = dict.fromkeys(PAPER, FAST) | {
-    "prior-gaussian": FAST | dict(rates=(1e-4, 1e-3, 1e-3)),
-    "prior-mixture": FAST | dict(rates=(1e-4, 1e-3, 1e-3)),
-    "prior-swiss-roll": FAST | dict(rates=(1e-4, 1e-3, 1e-3)),
+    **dict.fromkeys(["prior-gaussian", "prior-mixture", "prior-swiss-roll"],
+                    FAST | dict(rates=(1e-4, 1e-3, 1e-3))),
     "likelihood": FAST | dict(noise=0.7, rates=(1e-3, 3e-4, 1e-3)),   # smoother digits: 334 nats, else 318
     "likelihood-faces": FAST | dict(rates=(1e-3, 3e-4, 1e-3)),
-    "style": FAST | dict(D_label=True),    # q(z|y) comes to p(z): else P does not listen to y
-    "style-svhn": FAST | dict(D_label=True),
+    **dict.fromkeys(["style", "style-svhn"],
+                    FAST | dict(D_label=True)),   # q(z|y) comes to p(z): else P does not listen to y
     "semi": INFER, "semi-svhn": INFER, "cluster": UNLABELLED,
     "reduce": INFER | dict(hold=0.1), "reduce-0": UNLABELLED | dict(hold=0.1),
 }
@@ -167,19 +166,6 @@ class Decoder(nn.Module):
         return self.mean + self.std * x if self.linear else x.sigmoid()
 
 
-def spacing(m):
-    """Distance of neighbours among m points evenly on a circle of radius 10: 20 sin(pi / m), 20 for two."""
-    return 20 * math.sin(math.pi / m)
-
-
-def heads(m, k):
-    """W_C (m, k) at the start: evenly on a circle of radius 10 in 2-D, at random on the sphere in more."""
-    if k > 2:
-        return 10 * F.normalize(torch.randn(m, k), dim=1)
-    t = 2 * math.pi * torch.arange(m) / m
-    return 10 * torch.stack([t.cos(), t.sin()], 1)[:, :k]
-
-
 def networks(args, m, mean, std):
     """Q, P and [D_z], where Q infers y [D_z, D_y].  mean, std (C, H, W): what pixels are normalized by."""
     Q, P = Encoder(args, m, mean, std), Decoder(args, m, mean, std)
@@ -194,21 +180,6 @@ def networks(args, m, mean, std):
 
 
 # ------------------------------------------------------------------------------------------ priors and labels
-
-def infers_y(args):
-    return args.task in ("semi", "cluster", "reduce")
-
-
-def label_inputs(args, m):
-    """Inputs of D for a label: ten and one for none (Sec. 2.3), or the m of style; else 0."""
-    if args.task == "prior":
-        return 11 if args.labels else 0
-    return m if args.D_label else 0
-
-
-def one_hot(c, m):
-    return F.one_hot(c, m).float()
-
 
 def mixture(c, u=None, v=None):
     """z (n, 2) from component c (n,) of ten 2-D Gaussians, each along a ray at angle 2 pi c / 10.
@@ -419,7 +390,7 @@ def parse_args(argv=None):
         help="decay of the EMA weights of Q and P that are judged, 0: their last weights [.999]")
     add("--nn-steps", type=run.number(int, 0),
         help="steps of the supervised baseline of --task semi, trained beside [2000]")
-    add("--width", type=positive, default=1.0, help="hidden units, as a fraction of the paper's [%(default)s]")
+    add("--width", type=positive, default=1.0, help="hidden units, as a fraction of the paper's [1]")
     args = run.parse(p, argv, experiment=experiment, paper=PAPER, tuned=TUNED)
     if args.optimizer == "sgd" and "rates" not in args.given:
         args.rates = PAPER[args.experiment]["rates"]
@@ -448,6 +419,11 @@ def experiment(args):
         return name if name in PAPER else "prior-swiss-roll"
     name = f"{args.task}-{args.labels if args.task == 'reduce' else args.dataset}"
     return name if name in PAPER else args.task
+
+
+def infers_y(args):
+    """Whether Q infers y (Secs. 5 to 7)."""
+    return args.task in ("semi", "cluster", "reduce")
 
 
 def labelled(args):
@@ -518,14 +494,25 @@ def draw_labels(labels, n, seed):
 
 
 def normalization(args, images):
-    """mean and std (C, H, W) of each pixel over 10,000 pictures (A.1, A.2.2), or 0 and 1: pixels in [0, 1]."""
+    """mean and std (C, H, W) of each pixel of 10,000 pictures (A.1, A.2.2), or 0 and 1."""
     if not args.standard:
         return torch.zeros(images.shape[1:]), torch.ones(images.shape[1:])
     x = images[:10000].float() / 255
     return x.mean(0), x.std(0).clamp(min=0.01)
 
 
-# ------------------------------------------------------------------------------------- what differs by setting
+# ------------------------------------------------------------------------------------ what differs by setting
+
+def one_hot(c, m):
+    return F.one_hot(c, m).float()
+
+
+def label_inputs(args, m):
+    """Inputs of D for a label: ten and one for none (Sec. 2.3), or the m of style; else 0."""
+    if args.task == "prior":
+        return 11 if args.labels else 0
+    return m if args.D_label else 0
+
 
 def D_sees(z, y, c, args, m):
     """What each discriminator gets: D_z z and D_y y, or D z and a one-hot label (Sec. 2.3).
@@ -552,6 +539,19 @@ def disagreement(Q_bar, x, a, args):
     return args.consistency * (a.softmax(1) - q_bar).square().sum(1).mean()
 
 
+def spacing(m):
+    """Distance of neighbours among m points evenly on a circle of radius 10: 20 sin(pi / m), 20 for two."""
+    return 20 * math.sin(math.pi / m)
+
+
+def heads(m, k):
+    """W_C (m, k) at the start: evenly on a circle of radius 10 in 2-D, at random on the sphere in more."""
+    if k > 2:
+        return 10 * F.normalize(torch.randn(m, k), dim=1)
+    t = 2 * math.pi * torch.arange(m) / m
+    return 10 * torch.stack([t.cos(), t.sin()], 1)[:, :k]
+
+
 def passed(when, step, args, per_epoch):
     """Whether `when` is over at `step`: epochs, or below 1 a fraction of --steps."""
     return (step - 1) / (args.steps if when < 1 else per_epoch) >= when
@@ -566,7 +566,7 @@ def decay_rates(args, parts, step, per_epoch):
     parts["P"].fixed.fill_(float(not passed(args.hold, step, args, per_epoch)))
 
 
-# ---------------------------------------------------------------------------- what the paper compares AAE with
+# --------------------------------------------------------------------------- what the paper compares AAE with
 
 def log_normal(z):
     """log N(z; 0, 1) in nats, summed over z (n, k): (n,).  -0.9189 k at 0."""
@@ -713,7 +713,8 @@ def name_clusters(r, Q, sets):
 
 
 FIGURES = {("aae", "gaussian", False): ("fig2a", "fig2e"), ("aae", "mixture", False): ("fig2b", "manifold"),
-           ("vae", "gaussian", False): ("fig2c", "manifold"), ("vae", "mixture", False): ("fig2d", "manifold"),
+           ("vae", "gaussian", False): ("fig2c", "manifold"),
+           ("vae", "mixture", False): ("fig2d", "manifold"),
            ("aae", "mixture", True): ("fig4a", "fig4b"), ("aae", "swiss-roll", True): ("fig4c", "fig4d")}
 
 
