@@ -24,64 +24,66 @@ An autoencoder, Q from x to a code z and P back, whose codes D and Q bring to a 
 
 import argparse
 import math
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from common import UserError, data, log, metrics, run
-from common.fuse import (SGD, Adam, autocast, average, averaged, descend, frozen, fuse, place, sampling,
-                         set_rate)
+from common.fuse import SGD, Adam, autocast, average, averaged, descend, frozen, fuse, place, set_rate
 
 # --------------------------------------------------------------------------------------------------- settings
-# hidden: units in each of two hidden layers.  z_dim: numbers in z.  std: of z's Gaussian prior.  rates and
-# momenta: of the reconstruction, regularisation and semi-supervised phase; SGD starts from N(0, .01), Adam
-# from PyTorch's own weights.  drops: epochs after which the rates fall to a tenth.  hold: epochs for which
-# the cluster heads stay where they are.  Values of both below 1 are fractions of --steps.  held: training
+# hidden: units in each of two hidden layers.  z_dim: numbers in z.  std: of z's Gaussian prior.
+# bn: BatchNorm in hidden layers of Q and P; where="encoder": in all layers of Q alone, "all": of both.
+# rates, momenta: of the reconstruction, regularisation and semi-supervised phase; SGD starts from N(0, .01),
+# Adam from PyTorch's own weights.  drops: epochs after which the rates fall to a tenth.  hold: epochs for
+# which the cluster heads stay where they are.  Both, if below 1, are fractions of --steps.  held: training
 # pictures kept for validation.  Where the paper is silent (Secs. 2 to 4, A.1), the values of A.2.1 stand.
 
 MLP = dict(batch_size=100, hidden=1000, std=1.0, labels=0, clusters=0, noise=0.0, dropout=0.0, bn=False,
-           standard=False, size=28, channels=1, held=10000, optimizer="sgd", rates=(0.01, 0.1, 0.1),
-           momenta=(0.9, 0.1, 0.9), drops=(50, 1000), hold=0, steps=5000 * 500, average=0.0, D_label=False,
-           consistency=0.0, warp=0.0, spread=0.0, nn_steps=2000)
+           where="hidden", standard=False, size=28, channels=1, held=10000, optimizer="sgd",
+           rates=(0.01, 0.1, 0.1), momenta=(0.9, 0.1, 0.9), drops=(50, 1000), hold=0, steps=5000 * 500,
+           average=0.0, D_label=False, consistency=0.0, warp=0.0, spread=0.0)
 PRIOR = MLP | dict(z_dim=2, std=5.0)                                                # Sec. 2, Figs. 2 and 4
-SVHN = dict(size=32, channels=3, standard=True, bn=True, dropout=0.2, rates=(1e-4, 0.01, 0.1), drops=(250,),
-            steps=1000 * 732)   # A.2.2; here 73,257 training pictures, the paper adds 531,131 extra ones
-CLUSTER = MLP | dict(z_dim=5, clusters=16, hidden=3000, dropout=0.2, bn=True, drops=(50,),
-                     steps=1500 * 500)                                              # A.3
+SVHN = dict(size=32, channels=3, standard=True, bn=True, where="all", dropout=0.2, noise=0.0,   # A.2.2; the
+            rates=(1e-4, 0.01, 0.1), drops=(250,), steps=1000 * 732)    # paper adds 531,131 extra pictures
 SEMI = MLP | dict(z_dim=10, labels=100, noise=0.3, held=0, steps=5000 * 600)        # A.2.1
+CLUSTER = MLP | dict(z_dim=5, clusters=16, hidden=3000, dropout=0.2, bn=True, where="encoder",
+                     drops=(50,), steps=1500 * 500)                                 # A.3
 PAPER = {
     "prior-gaussian": PRIOR, "vae-gaussian": PRIOR, "vae-mixture": PRIOR,
     "prior-mixture": PRIOR | dict(labels=10000), "prior-swiss-roll": PRIOR | dict(labels=10000),   # Sec. 2.3
     "likelihood": MLP | dict(z_dim=8, std=5.0),                                     # A.1, MNIST
-    "likelihood-faces": MLP | dict(z_dim=15, std=10.0, size=48, standard=True),     # A.1, TFD's
+    "likelihood-faces": MLP | dict(z_dim=15, std=10.0, size=48, standard=True),     # A.1, as for TFD
     "style": MLP | dict(z_dim=15, held=0, steps=5000 * 600),                        # Sec. 4
     "style-svhn": MLP | dict(z_dim=15, held=0) | SVHN,
-    "semi": SEMI, "semi-svhn": SEMI | dict(z_dim=20, noise=0.0) | SVHN,
+    "semi": SEMI, "semi-svhn": SEMI | dict(z_dim=20, labels=1000) | SVHN,
     "cluster": CLUSTER,
-    "reduce": SEMI | dict(z_dim=2, hold=50),                                        # Sec. 7
-    "reduce-0": CLUSTER | dict(z_dim=2, clusters=20, hold=50),
+    "reduce": SEMI | dict(z_dim=2, hold=50),                                        # Sec. 7; sizes as A.2.1
+    "reduce-0": CLUSTER | dict(z_dim=2, clusters=20, hold=50),                      # ... and A.3
 }
 FAST = dict(
     steps=30000, drops=(0.5, 0.8),         # minutes in place of days
-    optimizer="adam", rates=(1e-3,) * 3,   # from N(0, .01) SGD's D can tell nothing for epochs
-    average=0.999)                         # judge and draw with EMA weights: the adversary never settles
+    optimizer="adam", rates=(1e-3,) * 3,   # with INFER, semi 2.35 in place of 3.95 % after 20,000 steps
+    average=0.999)                         # EMA weights: the adversary never settles; not measured alone
 INFER = FAST | dict(
-    bn=True,                               # else Adam brings all of y to one category
-    consistency=20.0,                      # q(y|x) of the same picture agrees under other noise
-    warp=1.0)                              # ... and however the digit stands
+    bn=True, where="hidden",               # else Adam brings all of y to one category; not measured
+    consistency=20.0,                      # q(y|x) of the same picture agrees under other noise; not measured
+    warp=1.0)                              # ... and however the digit stands; not measured
 UNLABELLED = INFER | dict(
-    consistency=5.0,
-    spread=3.0)                            # std of each logit of y: else six of 16 categories take all digits
+    consistency=5.0,                       # not measured
+    spread=3.0)                            # std of logits of y: else six of 16 categories take all digits
 TUNED = dict.fromkeys(PAPER, FAST) | {
     **dict.fromkeys(["prior-gaussian", "prior-mixture", "prior-swiss-roll"],
-                    FAST | dict(rates=(1e-4, 1e-3, 1e-3))),
+                    FAST | dict(rates=(1e-4, 1e-3, 1e-3))),           # not measured
     "likelihood": FAST | dict(noise=0.7, rates=(1e-3, 3e-4, 1e-3)),   # smoother digits: 334 nats, else 318
-    "likelihood-faces": FAST | dict(rates=(1e-3, 3e-4, 1e-3)),
+    "likelihood-faces": FAST | dict(rates=(1e-3, 3e-4, 1e-3)),        # not measured
     **dict.fromkeys(["style", "style-svhn"],
-                    FAST | dict(D_label=True)),   # q(z|y) comes to p(z): else P does not listen to y
-    "semi": INFER, "semi-svhn": INFER, "cluster": UNLABELLED,
-    "reduce": INFER | dict(hold=0.1), "reduce-0": UNLABELLED | dict(hold=0.1),
+                    FAST | dict(D_label=True)),   # q(z|y) comes to p(z): else P ignores y; not measured
+    "semi": INFER, "semi-svhn": INFER | dict(where="all"),
+    "cluster": UNLABELLED, "reduce": INFER | dict(hold=0.1), "reduce-0": UNLABELLED | dict(hold=0.1),
 }
 
 
@@ -94,13 +96,13 @@ def units(args):
     return max(8, round(args.hidden * args.width))
 
 
-def mlp(i, o, args, bn=False):
-    """Two hidden layers of ReLUs, with BatchNorm if `bn`, and a linear end (App. A): (n, i) -> (n, o)."""
+def mlp(i, o, args, bn=False, bn_end=False):
+    """Two hidden layers of ReLUs and a linear end (App. A), BatchNorm where asked: (n, i) -> (n, o)."""
     width = units(args)
     return nn.Sequential(
         nn.Linear(i, width), *[nn.BatchNorm1d(width)] * bn, nn.ReLU(),              # 1000, clusters 3000
         nn.Linear(width, width), *[nn.BatchNorm1d(width)] * bn, nn.ReLU(),          # 1000, clusters 3000
-        nn.Linear(width, o))
+        nn.Linear(width, o), *[nn.BatchNorm1d(o)] * bn_end)
 
 
 class Encoder(nn.Module):
@@ -117,9 +119,12 @@ class Encoder(nn.Module):
         self.register_buffer("mean", mean.clone())
         self.register_buffer("std", std.clone())
         self.trunk = mlp(mean.numel() + ETA * (self.kind == "universal"), 1, args, args.bn)[:-1]
-        self.z = nn.Linear(units(args), args.z_dim * (2 if self.kind == "gaussian" else 1))
+        k, bn_end = args.z_dim * (2 if self.kind == "gaussian" else 1), args.bn and args.where != "hidden"
+        self.z = nn.Linear(units(args), k)
+        self.z_norm = nn.BatchNorm1d(k) if bn_end else nn.Identity()
         self.y = nn.Linear(units(args), m) if infers_y(args) else None
-        self.spread = nn.BatchNorm1d(m, affine=False) if args.spread else nn.Identity()
+        self.spread = nn.BatchNorm1d(m, affine=not args.spread) \
+            if args.spread or (bn_end and infers_y(args)) else nn.Identity()
 
     def forward(self, x):
         x = ((x - self.mean) / self.std).flatten(1)
@@ -129,7 +134,7 @@ class Encoder(nn.Module):
         if self.kind == "universal":
             x = torch.cat([x, torch.randn(len(x), ETA, device=x.device)], 1)
         h = self.trunk(x)
-        z, log_q = self.z(h).float(), None
+        z, log_q = self.z_norm(self.z(h).float()), None
         a = None if self.y is None else self.scale * self.spread(self.y(h).float())
         if self.kind == "gaussian":
             mu, log_sigma = z.chunk(2, 1)
@@ -147,7 +152,9 @@ class Decoder(nn.Module):
         for name, t in (("mean", mean), ("std", std), ("fixed", torch.zeros(()))):
             self.register_buffer(name, t.clone())
         self.W_C = nn.Parameter(heads(m, args.z_dim)) if args.task == "reduce" else None
-        self.net = mlp(args.z_dim if args.task == "reduce" else args.z_dim + m, mean.numel(), args, args.bn)
+        k = args.z_dim if args.task == "reduce" else args.z_dim + m
+        self.net = mlp(k, mean.numel(), args, args.bn and args.where != "encoder",
+                       bn_end=args.bn and args.where == "all")
 
     def centres(self):
         """W_C (m, k), with no gradient to it while `fixed` is 1."""
@@ -265,17 +272,22 @@ def build(args, m, mean, std):
     parts = {"Q": Q, "P": P, "Q_bar": Q_bar, "P_bar": P_bar, **{f"D{i}": d for i, d in enumerate(D)},
              "opt_R": opt_R, "opt_D": opt_D, "opt_Q": opt_Q}
     if labelled(args):
-        parts["opt_S"] = opt_S = optimizer(args, 2, Q.trunk, Q.y)
+        parts["opt_S"] = opt_S = optimizer(args, 2, Q.trunk, Q.y, Q.spread)
     amp = autocast(args)
+
+    def decoded(x, z, a, c):
+        """Squared error of P's pictures of the codes, and in Sec. 7 the repulsion of the cluster heads."""
+        y = a.softmax(1) if infers_y(args) else one_hot(c, m) if m else None
+        with amp:
+            x_hat = P(z, y)
+        apart = repulsion(P.centres(), spacing(m)) if args.task == "reduce" else 0.0
+        return reconstruction(x, x_hat, P.std), apart
 
     def reconstruct(x, c):
         """Reconstruction phase: Q and P descend the squared error."""
         with amp:
             z, a, _ = Q(x)
-            y = a.softmax(1) if infers_y(args) else one_hot(c, m) if m else None
-            x_hat = P(z, y)
-        cost = reconstruction(x, x_hat, P.std)
-        apart = repulsion(P.centres(), spacing(m)) if args.task == "reduce" else 0.0
+        cost, apart = decoded(x, z, a, c)
         descend(cost + apart, opt_R)
         return {"reconstruction": cost}
 
@@ -283,16 +295,21 @@ def build(args, m, mean, std):
         """Regularisation phase: each D ascends V, draws of its prior against codes; then Q, their generator,
         ascends log D(Q(x)) through the updated ones."""
         z_real, y_real = sample_z(c, args), sample_y(len(x), m, x.device)
+        x_seen = Q_sees(x, args)
         with amp:
-            z, a, _ = Q(Q_sees(x, args))
+            z, a, _ = Q(x_seen)
             y = a.softmax(1) if infers_y(args) else None
             real, fake = (D_sees(*t, c, args, m) for t in ((z_real, y_real), (z, y)))
             v = [V(d(t), d(t_fake.detach())) for d, t, t_fake in zip(D, real, fake)]
         descend(-sum(v), opt_D)
         with amp, frozen(*D):
             gain = sum(log_D(d(t)) for d, t in zip(D, fake)) - disagreement(Q_bar, x, a, args)
-        descend(-gain, opt_Q)
-        return dict(zip(("V", "V_y"), v))
+        if args.lam is None:
+            descend(-gain, opt_Q)
+            return dict(zip(("V", "V_y"), v))
+        cost, apart = decoded(x_seen, z, a, c)              # --lam: one descent in place of both phases
+        descend(cost + apart - args.lam * gain, opt_R)
+        return {"reconstruction": cost, **dict(zip(("V", "V_y"), v))}
 
     def classify(x, y):
         """Semi-supervised phase: Q descends the cross-entropy of labelled pictures."""
@@ -304,7 +321,8 @@ def build(args, m, mean, std):
 
     @fuse(args)
     def train_step(x, c, *pair):                    # x (n, C, H, W) in [0, 1], c (n,) labels, 10 for none
-        scalars = {**reconstruct(x, c), **regularise(x, c)}
+        scalars = {} if args.lam is not None else reconstruct(x, c)
+        scalars.update(regularise(x, c))
         if labelled(args):
             scalars.update(classify(*pair))         # pair: labelled pictures and their labels
         average(Q_bar, Q, args.average)             # --paper: the last weights
@@ -323,10 +341,9 @@ def main(argv=None):
     batches = data.Batches(images, c, **r.feed)
     make = build_vae if args.model == "vae" else build
     parts, train_step = make(args, categories(args, labels), *normalization(args, images))
-    nn_steps = args.nn_steps if args.task == "semi" else 0
     if labelled(args):
-        size = min(args.batch_size, len(chosen) // r.world)
-        parts["pairs"] = pairs = data.Batches(images[chosen], labels[chosen], **r.feed | {"batch_size": size})
+        parts["pairs"] = pairs = labelled_batches(r, images[chosen], labels[chosen])
+    nn_steps = 0 if args.task != "semi" else args.steps if args.nn_steps is None else args.nn_steps
     if nn_steps:                                    # the same network on the labels alone (Table 2)
         baseline, nn_step = build_nn(args, categories(args, labels), *normalization(args, images))
         parts |= baseline
@@ -377,8 +394,11 @@ def parse_args(argv=None):
     add("--z-dim", type=run.number(int, 1),
         help="numbers in z [prior and reduce 2, likelihood 8, style 15, semi 10, cluster 5]")
     add("--optimizer", choices=("adam", "sgd"), help="of all phases [adam; --paper: sgd]")
-    add("--rates", type=positive, nargs=3, metavar=("R", "A", "S"),
-        help="of the three phases [.001 each, prior .0001 .001, likelihood .001 .0003; SGD's .01 .1 .1]")
+    add("--rates", type=positive, nargs="+", metavar="R",
+        help="of the three phases, a VAE's one [.001 each, prior .0001 .001, likelihood .001 .0003; "
+        "SGD's .01 .1 .1]")
+    add("--lam", type=run.number(float, 0),
+        help="descend -log p(x|z) + lam V at once, weighted so, in place of the two phases")
     add("--bn", action=argparse.BooleanOptionalAction, help="BatchNorm in Q and P [where Q infers y, SVHN]")
     add("--consistency", type=run.number(float, 0),
         help="weight of q(y|x) being alike whatever the noise on x [with labels 20, clusters 5, else 0]")
@@ -388,12 +408,19 @@ def parse_args(argv=None):
         help="std of the Gaussian noise on Q's input in training [with labels .3, likelihood .7, else 0]")
     add("--average", type=run.number(float, 0, 1),
         help="decay of the EMA weights of Q and P that are judged, 0: their last weights [.999]")
+    add("--samples", type=run.number(int, 1), default=10000,
+        help="samples in the Parzen window of --task likelihood, the paper also has 10000000 [%(default)s]")
     add("--nn-steps", type=run.number(int, 0),
-        help="steps of the supervised baseline of --task semi, trained beside [2000]")
+        help="steps of the supervised baseline of --task semi, trained beside [all]")
     add("--width", type=positive, default=1.0, help="hidden units, as a fraction of the paper's [1]")
     args = run.parse(p, argv, experiment=experiment, paper=PAPER, tuned=TUNED)
     if args.optimizer == "sgd" and "rates" not in args.given:
         args.rates = PAPER[args.experiment]["rates"]
+    phases = 1 if args.model == "vae" else 3
+    if "rates" in args.given and not args.resume and len(args.rates) != phases:
+        p.error(f"--rates: {len(args.rates)} found, {phases} expected")
+    if args.lam is not None and args.model == "vae":
+        p.error("--lam is for --model aae: a VAE has no adversary")
     drawn = args.task == "prior" and args.prior != "gaussian" and args.model == "aae"
     if args.labels and not drawn and args.task not in ("semi", "reduce"):
         p.error("--labels is for --task semi and reduce, and for an aae with --prior mixture or swiss-roll")
@@ -456,6 +483,8 @@ def split(pictures, args):
         test = test[0], torch.full((len(test[0]),), -1)
     if (test[1] < 0).all() and not free:
         raise UserError(f"{args.dataset} has test_images without test_labels, by which {args.task} is judged")
+    if not free and len(labels[labels >= 0].unique()) < 2:
+        raise UserError(f"{args.dataset} has one class: --task {args.task} expects two or more")
     return {"train": (images[:cut], labels[:cut]), "valid": valid, "test": test}
 
 
@@ -477,6 +506,15 @@ def known(args, labels):
     if args.task == "prior":
         c[chosen] = labels[chosen]
     return chosen, labels if args.task == "style" else c
+
+
+def labelled_batches(r, images, labels):
+    """Minibatches of the labelled pictures, all of them on small sets; UserError below two on a rank."""
+    size = min(r.args.batch_size, len(images) // r.world)
+    if size < 2:
+        raise UserError(f"--labels {r.args.labels} found: two labelled pictures on each of {r.world} ranks "
+                        "expected, as BatchNorm needs")
+    return data.Batches(images, labels, **r.feed | {"batch_size": size})
 
 
 def draw_labels(labels, n, seed):
@@ -540,16 +578,20 @@ def disagreement(Q_bar, x, a, args):
 
 
 def spacing(m):
-    """Distance of neighbours among m points evenly on a circle of radius 10: 20 sin(pi / m), 20 for two."""
-    return 20 * math.sin(math.pi / m)
+    """Distance of neighbours among m cluster heads at the start: 20 sin(pi / m), 20 for two.
+
+    That of ten, 6.18, for more: under unit noise, heads nearer than that would take each other's pictures.
+    """
+    return 20 * math.sin(math.pi / min(m, 10))
 
 
 def heads(m, k):
-    """W_C (m, k) at the start: evenly on a circle of radius 10 in 2-D, at random on the sphere in more."""
+    """W_C (m, k) at the start (Sec. 7): in 2-D evenly on a circle, of radius 10 for up to ten heads, 19.8 for
+    twenty; 10 I in m dimensions or more; in between at random on the sphere of radius 10."""
     if k > 2:
-        return 10 * F.normalize(torch.randn(m, k), dim=1)
+        return 10 * (torch.eye(m, k) if k >= m else F.normalize(torch.randn(m, k), dim=1))
     t = 2 * math.pi * torch.arange(m) / m
-    return 10 * torch.stack([t.cos(), t.sin()], 1)[:, :k]
+    return spacing(m) / (2 * math.sin(math.pi / m)) * torch.stack([t.cos(), t.sin()], 1)
 
 
 def passed(when, step, args, per_epoch):
@@ -559,10 +601,10 @@ def passed(when, step, args, per_epoch):
 
 def decay_rates(args, parts, step, per_epoch):
     """A tenth of the rates after each of `drops`; the cluster heads are free after `hold`."""
-    fall = 10.0 ** -sum(passed(when, step, args, per_epoch) for when in args.drops)
-    for name, phase in (("opt_R", 0), ("opt_D", 1), ("opt_Q", 1), ("opt_S", 2)):
+    fall = 0.1 ** sum(passed(when, step, args, per_epoch) for when in args.drops)
+    for name, phase in (("opt_R", 0), ("opt_D", 1), ("opt_Q", 1), ("opt_S", 2), ("opt_N", 2)):
         if name in parts:
-            set_rate(parts[name], torch.tensor(args.rates[phase]).item() * fall)
+            set_rate(parts[name], args.rates[phase] * fall)
     parts["P"].fixed.fill_(float(not passed(args.hold, step, args, per_epoch)))
 
 
@@ -598,8 +640,8 @@ def build_vae(args, m, mean, std):
     def vae_step(x, c):                             # x (n, C, H, W) in [0, 1]
         with amp:
             z, _, log_q = Q(x)
-            x_hat = P(z)
-        cost = F.binary_cross_entropy(x_hat, x, reduction="sum") / len(x)
+            a = P.net(z)                                    # logits of the pixels
+        cost = F.binary_cross_entropy_with_logits(a.float(), x.flatten(1), reduction="sum") / len(x)
         log_p = log_mixture(z) if args.prior == "mixture" \
             else log_normal(z / args.std) - args.z_dim * math.log(args.std)
         divergence = kl(log_q, log_p)
@@ -614,13 +656,13 @@ def build_vae(args, m, mean, std):
 def build_nn(args, m, mean, std):
     """Table 2's baseline: a network like Q that has the semi-supervised phase alone."""
     N = place(args, networks(args, m, mean, std)[0])
-    opt_N = optimizer(args, 2, N.trunk, N.y)
+    opt_N = optimizer(args, 2, N.trunk, N.y, N.spread)
     amp = autocast(args)
 
     @fuse(args)
     def nn_step(x, y):
         with amp:
-            _, a, _ = N(x)
+            _, a, _ = N(Q_sees(x, args))
         cost = F.cross_entropy(a, y)
         descend(cost, opt_N)
         return {"NN": cost}
@@ -630,12 +672,9 @@ def build_nn(args, m, mean, std):
 
 # ------------------------------------------------------------------------------------------------ the figures
 
-def encode(Q, images, warp=0.0):
-    """z (N, k) and logits (N, m), None where Q infers no y, of uint8 pictures, all warped if `warp`, on the
-    CPU."""
-    with sampling(Q):
-        z, a, _ = metrics.batched(lambda x: Q(data.warp(x.to(Q.mean.device), warp, share=1.0)), images,
-                                  size=1000, scale=(0, 1))
+def encode(Q, images):
+    """z (N, k) and logits (N, m), None where Q infers no y, of uint8 pictures, on the CPU."""
+    z, a, _ = metrics.batched(Q, images, size=1000, scale=(0, 1))
     return z.cpu(), None if a is None else a.cpu()
 
 
@@ -695,21 +734,21 @@ def error(Q, sets, table=None):
     return 100 * ((k if table is None else table[k]) != labels).float().mean().item()
 
 
-def head_labels(y, labels):
+def head_labels(a, labels):
     """Sec. 6: cluster i has the label of the one validation picture with the largest q(y_i|x).
 
-    y (N, m) are q(y|x), labels (N,) -> (m,).
+    a (N, m): logits, labels (N,), -1 for none -> (m,).  Ranked by log q - log(1 - q) in float64: q itself
+    reaches 1 in float32 where the logit is ahead by 17, and many pictures would tie.
     """
-    return labels[y.argmax(0)]
+    a, labels = a[labels >= 0].double(), labels[labels >= 0]
+    odds = [a[:, i] - a[:, torch.arange(a.shape[1]) != i].logsumexp(1) for i in range(a.shape[1])]
+    return labels[torch.stack(odds, 1).argmax(0)]
 
 
-def name_clusters(r, Q, sets):
-    """head_labels() of the validation pictures, their q(y|x) a mean over 16 warps: as they are, several reach
-    1 in float32, and the surest is often an outlier.  (m,)."""
+def name_clusters(Q, sets):
+    """Cluster -> label (m,), by the validation pictures."""
     images, labels = sets["valid"]
-    with r.aside():
-        views = (encode(Q, images, r.args.warp)[1].softmax(1) for _ in range(16 if r.args.warp else 1))
-        return head_labels(sum(views), labels)
+    return head_labels(encode(Q, images)[1], labels)
 
 
 FIGURES = {("aae", "gaussian", False): ("fig2a", "fig2e"), ("aae", "mixture", False): ("fig2b", "manifold"),
@@ -740,20 +779,52 @@ def prior(r, Q, P, sets):
 
 
 def likelihood(r, Q, P, sets):
-    """Table 1: a Parzen window of 10,000 samples, sigma by validation; nats, mean over the test pictures."""
+    """Table 1: a Parzen window of --samples samples, sigma by validation; nats, mean over the test pictures.
+    Fig. 5: samples, in the last column the training picture nearest to the one beside it."""
+    args = r.args
     with r.aside():
-        x = draw(P, r.args, 10000)
+        x = draw(P, args, min(10000, args.samples))
     valid, test = (sets[key][0].to(x.device).float().flatten(1) / 255 for key in ("valid", "test"))
-    window = metrics.parzen(x.flatten(1), valid[:1000], test)
-    r.show("samples", log.grid(x[:100], 10))
-    name = "aae-tfd-ll" if r.args.dataset == "faces" else "aae-mnist-ll"
+    if args.samples <= 10000:
+        window = metrics.parzen(x.flatten(1), valid[:1000], test)
+    else:
+        window = large_window(r, P, valid[:1000], test)
+    shown = x[:90].unflatten(0, (-1, 9)) if len(x) >= 90 else x[:, None]
+    images, last = sets["train"][0], shown[:, -1].flatten(1)
+    distance = metrics.batched(lambda part: torch.cdist(part.to(x.device).flatten(1), last), images,
+                               scale=(0, 1))
+    nearest = images[distance.argmin(0).cpu()].to(x.device).float() / 255
+    r.show("fig5", log.grid(torch.cat([shown, nearest[:, None]], 1).flatten(0, 1), shown.shape[1] + 1))
+    name = "aae-mnist-ll" + f"-{args.samples}" * (args.samples != 10000)
     return {name: {"value": window["ll"], "se": window["se"], "sigma": window["sigma"], "unit": "nats"}}
 
 
+def large_window(r, P, valid, test, size=10000):
+    """metrics.parzen() for more samples than fit into memory: `size` at a time, drawn once for sigma and once
+    for the test pictures.  A window's density is the mean of its parts'."""
+    n = r.args.samples
+    log.say(f"a Parzen window of {n:,} samples ...")
+
+    def ll(x, sigmas):
+        total = torch.full((len(sigmas), len(x)), -math.inf, dtype=torch.float64)
+        with r.aside():
+            for start in range(0, n, size):
+                part = draw(P, r.args, min(size, n - start)).flatten(1)
+                each = torch.stack([metrics.parzen_ll(part, x, sigma).cpu() for sigma in sigmas])
+                total = torch.logaddexp(total, each + math.log(len(part) / n))
+        return total
+
+    sigmas = np.logspace(-1, 0, 10).tolist()                # as in metrics.parzen
+    sigma = sigmas[int(ll(valid, sigmas).mean(1).argmax())]
+    found = ll(test, [sigma])[0]
+    return {"ll": found.mean().item(), "se": found.std(correction=0).item() / math.sqrt(len(found)),
+            "sigma": sigma}
+
+
 def style(r, Q, P, sets):
-    """Sec. 4, and the share of samples that a classifier takes for the label that P was given."""
+    """Fig. 7, and the share of samples that a classifier takes for the label that P was given."""
     with r.aside():
-        r.show("fig6", log.grid(styles(P, r.args), P.m))
+        r.show("fig7", log.grid(styles(P, r.args), P.m))
         x = styles(P, r.args, 10000 // P.m).clamp(0, 1)
     clf = metrics.classifier(*sets["train"], r.args.device, r.args.data_dir)
     agreement = metrics.label_agreement(clf, x, torch.arange(len(x)) % P.m)
@@ -765,7 +836,7 @@ def semi(r, Q, P, sets):
     args = r.args
     with r.aside():
         r.show("styles", log.grid(styles(P, args), P.m))
-    name = f"aae-{'svhn' if args.dataset == 'svhn' else 'mnist'}{'-' * (args.labels == 'all')}{args.labels}"
+    name = f"aae-mnist{'-' * (args.labels == 'all')}{args.labels}"
     return {name: {"value": error(Q, sets), "unit": "% error"}}
 
 
@@ -779,12 +850,12 @@ def cluster(r, Q, P, sets):
         rows[i, 1:] = 0
         rows[i, 1:len(members) + 1] = members.float() / 255
     r.show("fig9", log.grid(rows.flatten(0, 1), 16))
-    table = name_clusters(r, Q, sets)
+    table = name_clusters(Q, sets)
     return {f"aae-clu{P.m}": {"value": error(Q, sets, table), "unit": "% error", "labels": table.tolist()}}
 
 
 def reduce(r, Q, P, sets):
-    """Sec. 7: W_C y + z of the test pictures with the cluster heads, and their error; more than two numbers
+    """Fig. 11: W_C y + z of the test pictures with the cluster heads, and their error; more than two numbers
     are brought to two by the linear map that puts the heads nearest to a circle."""
     z, a = encode(Q, sets["test"][0])
     W_C, k = P.W_C.detach().cpu(), r.args.z_dim
@@ -792,12 +863,12 @@ def reduce(r, Q, P, sets):
     if k > 2:
         A = torch.linalg.lstsq(W_C, heads(P.m, 2), driver="gelsd").solution
         points, W_C = points @ A, W_C @ A
-    r.show("fig10", scatter(points, sets["test"][1], W_C))
-    table = None if r.args.labels else name_clusters(r, Q, sets)
+    r.show("fig11", scatter(points, sets["test"][1], W_C))
+    table = None if r.args.labels else name_clusters(Q, sets)
     return {f"aae-dim-{k}d-{r.args.labels}": {"value": error(Q, sets, table), "unit": "% error"}}
 
 
-PUBLISHED = {"aae-mnist-ll": 340, "aae-tfd-ll": 2252, "aae-mnist100": 1.90, "aae-mnist1000": 1.60,
+PUBLISHED = {"aae-mnist-ll": 340, "aae-mnist-ll-10000000": 427, "aae-mnist100": 1.90, "aae-mnist1000": 1.60,
              "aae-mnist-all": 0.85, "aae-svhn1000": 17.70, "aae-clu16": 9.55, "aae-clu30": 4.10,
              "aae-dim-2d-1000": 4.20, "aae-dim-2d-100": 6.08, "aae-dim-2d-0": 13.95, "aae-dim-10d-100": 3.90}
 PUBLISHED_NN = {"aae-mnist100": 25.80, "aae-mnist1000": 8.73, "aae-mnist-all": 1.25, "aae-svhn1000": 47.50}
@@ -806,20 +877,23 @@ CHECK = {"prior": (0, 0.2), "likelihood": (200, math.inf), "style": (90, 100), "
 
 
 def report(r, Q, P, N, sets):
-    """Figures and results.json of the task; the published values are those of their own data."""
+    """Figures and results.json of the task.  Published values stand beside the same data and widths alone."""
     args = r.args
     evaluate = {"prior": prior, "likelihood": likelihood, "style": style, "semi": semi, "cluster": cluster,
                 "reduce": reduce}[args.task]
     results = evaluate(r, Q, P, sets)
-    name, (low, high) = next(iter(results)), CHECK[args.task]
+    value, (low, high) = next(iter(results.values()))["value"], CHECK[args.task]
     if N is not None:
         results["aae-semi-base"] = {"value": error(N, sets), "unit": "% error, supervised"}
-    own = "svhn" if "svhn" in name else "faces" if "tfd" in name else "mnist"
-    if args.dataset == own:
-        for line, published in ((name, PUBLISHED), ("aae-semi-base", PUBLISHED_NN)):
-            if line in results and name in published:
-                results[line]["paper"] = published[name]
-    r.results(results, passed=args.dataset != "mnist" or low <= results[name]["value"] <= high)
+    if args.dataset != "mnist":                     # aae-svhn1000, aae-clu16-svhn
+        kind = Path(args.dataset).stem
+        results = {k.replace("mnist", kind) if "mnist" in k else f"{k}-{kind}": v for k, v in results.items()}
+    if args.dataset in ("mnist", "svhn") and args.width == 1:
+        name = next(iter(results))
+        for found, published in zip(results.values(), (PUBLISHED, PUBLISHED_NN)):
+            if name in published:
+                found["paper"] = published[name]
+    r.results(results, passed=args.dataset != "mnist" or low <= value <= high)
 
 
 if __name__ == "__main__":

@@ -79,10 +79,20 @@ def test_weights_start_as_published_for_SGD():
 def test_repulsion_only_between_heads_nearer_than_eta():
     W_C = torch.tensor([[0.0, 0.0], [3.0, 4.0], [50.0, 0.0]])
     assert aae.repulsion(W_C, 6.0).item() == pytest.approx(1.0)
-    for m in (2, 10, 20):
+    for m, radius in ((2, 10), (10, 10), (20, 19.75)):
         W_C = aae.heads(m, 2)
-        assert W_C.norm(dim=1).sub(10).abs().max() < 1e-5
+        assert W_C.norm(dim=1).sub(radius).abs().max() < 0.01
         assert aae.repulsion(W_C, aae.spacing(m)).item() == pytest.approx(0, abs=1e-3)
+
+
+def test_heads_keep_codes_of_unit_noise_apart_and_are_10_I_in_ten_dimensions():
+    torch.manual_seed(0)
+    for m in (10, 20):
+        W_C, c = aae.heads(m, 2), torch.arange(20000) % m
+        lost = torch.cdist(W_C[c] + torch.randn(20000, 2), W_C).argmin(1) != c
+        assert lost.float().mean() < 0.005
+    assert torch.equal(aae.heads(10, 10), 10 * torch.eye(10))
+    assert aae.heads(20, 10).norm(dim=1).sub(10).abs().max() < 1e-5
 
 
 def test_sliced_wasserstein_of_a_shifted_sample():
@@ -166,21 +176,25 @@ def test_label_draws_are_balanced_repeatable_and_differ_between_seeds():
 
 
 def test_a_cluster_takes_the_label_of_its_surest_validation_picture_not_of_the_majority():
-    y = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.9, 0.1], [0.2, 0.8]])
-    labels = torch.tensor([5, 5, 7, 3])
-    assert aae.head_labels(y, labels).tolist() == [7, 3]
+    y = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.9, 0.1], [0.2, 0.8], [0.99, 0.01]])
+    labels = torch.tensor([5, 5, 7, 3, -1])
+    assert aae.head_labels(y.log(), labels).tolist() == [7, 3]
 
 
-def test_views_of_a_picture_name_a_cluster_together(monkeypatch):
-    """The surest on average, not in one view."""
-    views = iter(torch.tensor([[0.9, 0.1], [0.8, 0.2]]) if i else torch.tensor([[0.1, 0.9], [0.8, 0.2]])
-                 for i in range(16))
-    monkeypatch.setattr(aae, "encode", lambda *_: (None, next(views).log()))
-    run = Namespace(aside=contextlib.nullcontext, args=Namespace(warp=1.0))
-    sets = {"valid": (None, torch.tensor([4, 9]))}
-    assert aae.name_clusters(run, None, sets).tolist() == [4, 9]
-    views, run.args.warp = iter([torch.tensor([[0.1, 0.9], [0.8, 0.2]])]), 0.0
-    assert aae.name_clusters(run, None, sets).tolist() == [9, 4]
+def test_clusters_are_ranked_where_a_float32_softmax_is_1():
+    a = torch.tensor([[30.0, 0.0, 0.0], [31.0, 0.0, 0.0], [40.0, 25.0, 0.0], [0.0, 1.0, 60.0],
+                      [0.0, 90.0, 0.0]])
+    assert (a.softmax(1)[[0, 1], 0] == 1).all()
+    assert aae.head_labels(a, torch.arange(5)).tolist() == [1, 4, 3]
+    q = a.double().softmax(1).numpy()
+    assert np.log1p(-q[:2, 0]).argmin() == 1                        # as log(1 - q) in float64 ranks them
+
+
+def test_clusters_are_named_by_pictures_as_they_are(monkeypatch):
+    monkeypatch.setattr(aae.data, "warp", lambda *a, **k: pytest.fail("a warped picture named a cluster"))
+    Q, _, _ = nets("--task", "cluster", "--width", ".01", m=16)
+    images = torch.randint(256, (40, 1, 28, 28), dtype=torch.uint8)
+    assert aae.name_clusters(Q, {"valid": (images, torch.arange(40) % 10)}).shape == (16,)
 
 
 def test_error_counts_categories_or_their_labels():
@@ -238,9 +252,19 @@ def test_svhn_has_its_own_settings():
     mean, std = torch.rand(3, 32, 32), torch.full((3, 32, 32), 0.2)
     Q, P, _ = nets(*words, "--width", ".03", m=10, mean=mean, std=std)
     bn = [m for part in (Q, P) for m in part.modules() if isinstance(m, torch.nn.BatchNorm1d)]
-    assert len(bn) == 4 and {m.eps for m in bn} == {1e-5}
-    z, a, _ = Q(torch.rand(6, 3, 32, 32))
-    assert z.shape == (6, 20) and a.shape == (6, 10) and P(z, a.softmax(1)).shape == (6, 3, 32, 32)
+    assert len(bn) == 7 and {m.eps for m in bn} == {1e-5}
+    z, a, _ = Q(torch.rand(60, 3, 32, 32))
+    assert z.shape == (60, 20) and a.shape == (60, 10) and P(z, a.softmax(1)).shape == (60, 3, 32, 32)
+    for t in (z, a):                                                # codes and softmax are normalized too
+        torch.testing.assert_close(t.mean(0), torch.zeros(t.shape[1]), atol=1e-4, rtol=0)
+
+
+def test_batchnorm_stands_where_the_paper_has_it():
+    norms = lambda net: sum(isinstance(m, torch.nn.BatchNorm1d) for m in net.modules())
+    for words, m, expected in ((("cluster",), 16, (4, 0)), (("semi",), 10, (0, 0)),
+                               (("likelihood",), 0, (0, 0)), (("style", "--dataset", "svhn"), 10, (3, 3))):
+        Q, P, D = nets("--paper", "--width", ".01", "--task", *words, m=m)
+        assert (norms(Q), norms(P)) == expected and not any(map(norms, D)), words
 
 
 def test_the_three_encoders():
@@ -448,8 +472,8 @@ def test_a_row_of_styles_has_one_z_and_every_category():
 
 
 RUNS = [
-    (("--task", "prior"), ("fig4a", "fig4b"), {"aae-prior-4"}),
-    (("--task", "semi", "--nn-steps", "20"), ("styles",), {"aae-mnist100", "aae-semi-base"}),
+    (("--task", "prior"), ("fig4a", "fig4b"), {"aae-prior-4-digits"}),
+    (("--task", "semi", "--nn-steps", "20"), ("styles",), {"aae-digits100", "aae-semi-base-digits"}),
 ]
 TINY = "--batch-size", "16", "--width", ".1", "--device", "cpu"
 
@@ -469,12 +493,14 @@ def test_a_run_on_digits_draws_figures_and_writes_numbers(digits, tmp_path, word
 @pytest.mark.parametrize(
     "words, figure, name",
     [
-        (("--task", "likelihood"), "samples", "aae-mnist-ll"),
-        (("--task", "style"), "fig6", "aae-style"),
-        (("--task", "cluster", "--clusters", "12"), "fig9", "aae-clu12"),
-        (("--task", "reduce"), "fig10", "aae-dim-2d-100"),
-        (("--task", "reduce", "--labels", "0", "--z-dim", "10"), "fig10", "aae-dim-10d-0"),
-        (("--model", "vae", "--prior", "gaussian"), "fig2c", "aae-prior-2"),
+        (("--task", "likelihood"), "fig5", "aae-digits-ll"),
+        (("--task", "likelihood", "--samples", "20010"), "fig5", "aae-digits-ll-20010"),
+        (("--task", "style"), "fig7", "aae-style-digits"),
+        (("--task", "cluster", "--clusters", "12"), "fig9", "aae-clu12-digits"),
+        (("--task", "reduce"), "fig11", "aae-dim-2d-100-digits"),
+        (("--task", "reduce", "--labels", "0", "--z-dim", "10"), "fig11", "aae-dim-10d-0-digits"),
+        (("--model", "vae", "--prior", "gaussian"), "fig2c", "aae-prior-2-digits"),
+        (("--prior", "gaussian", "--lam", ".5"), "fig2a", "aae-prior-2-digits"),
     ],
 )
 def test_the_other_experiments_are_judged_too(digits, tmp_path, words, figure, name, monkeypatch):
@@ -484,7 +510,7 @@ def test_the_other_experiments_are_judged_too(digits, tmp_path, words, figure, n
     folder = tmp_path / "aae-digits"
     assert len(np.unique(np.asarray(Image.open(folder / f"{figure}.png")))) > 2
     assert name in json.loads((folder / "results.json").read_text())["results"]
-    if name == "aae-style":                                         # D sees z and the label
+    if name == "aae-style-digits":                                         # D sees z and the label
         parts = torch.load(folder / "checkpoint.pt", weights_only=True)["parts"]
         assert parts["D0"]["0.weight"].shape[1] == 15 + 10
 
@@ -499,6 +525,9 @@ def test_the_other_experiments_are_judged_too(digits, tmp_path, words, figure, n
         "--task cluster --labels 100",
         "--prior gaussian --labels 100",
         "--z-dim 3",
+        "--prior gaussian --model vae --rates 1 .5 3",
+        "--prior gaussian --model vae --lam 1",
+        "--task semi --rates .1",
         "--task semi --clusters 16",
         "--labels some",
         "--average 2",
@@ -514,3 +543,166 @@ def test_data_without_labels_is_refused_in_one_line(tmp_path):
     np.savez(tmp_path / "plain.npz", images=np.zeros((60, 1, 28, 28), np.uint8))
     with pytest.raises(UserError, match="no labels"):
         aae.main(["--dataset", str(tmp_path / "plain.npz"), "--out", str(tmp_path), "--device", "cpu"])
+
+
+def test_a_vae_that_diverges_says_so_in_one_line(digits, tmp_path):
+    words = "--prior", "gaussian", "--model", "vae", "--rates", "1e4", "--log-every", "1", "--steps", "200"
+    result = script("aae.py", *words, *TINY, "--dataset", digits, "--out", tmp_path)
+    assert result.returncode == 1 and "a finite value expected" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_too_few_labels_and_one_class_are_refused_in_one_line(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, 1, 28, 28), dtype=np.uint8)
+    for labels, words, match in ((np.arange(60) % 2, ("--labels", "1"), "--labels 1 found: a multiple of 2"),
+                                 (np.zeros(60, int), ("--labels", "10"), "one class")):
+        np.savez(tmp_path / "few.npz", images=images, labels=labels)
+        with pytest.raises(UserError, match=match):
+            aae.main(["--task", "semi", *words, *TINY, "--dataset", str(tmp_path / "few.npz"), "--out",
+                      str(tmp_path)])
+    run = Namespace(args=Namespace(batch_size=10, labels=2), world=2)
+    with pytest.raises(UserError, match="two labelled pictures on each of 2 ranks"):
+        aae.labelled_batches(run, torch.zeros(2, 1, 28, 28), torch.arange(2))
+
+
+# ------------------------------------------------------------------------------------- the published settings
+
+
+SGD = {"optimizer": "sgd", "rates": (0.01, 0.1, 0.1), "momenta": (0.9, 0.1, 0.9), "batch_size": 100,  # A.2.1
+       "average": 0, "consistency": 0, "warp": 0, "spread": 0, "D_label": False}        # not in the paper
+PUBLISHED_SETTINGS = {
+    "prior-gaussian": {"z_dim": 2, "std": 5, "hidden": 1000, "labels": 0},                      # Fig. 2
+    "vae-gaussian": {"z_dim": 2, "std": 5, "labels": 0}, "vae-mixture": {"z_dim": 2, "labels": 0},
+    "prior-mixture": {"z_dim": 2, "labels": 10000, "held": 10000},          # Sec. 2.3: 10k labelled, 40k not
+    "prior-swiss-roll": {"z_dim": 2, "labels": 10000, "held": 10000},
+    "likelihood": {"z_dim": 8, "std": 5, "hidden": 1000, "noise": 0, "bn": False, "held": 10000},    # A.1
+    "likelihood-faces": {"z_dim": 15, "std": 10, "standard": True, "size": 48, "channels": 1},       # A.1
+    "style": {"z_dim": 15, "std": 1, "bn": False},                                              # Sec. 4
+    "style-svhn": {"z_dim": 15, "rates": (1e-4, 0.01, 0.1), "bn": True, "where": "all"},
+    "semi": {"z_dim": 10, "std": 1, "labels": 100, "noise": 0.3, "dropout": 0, "bn": False, "hidden": 1000,
+             "drops": (50, 1000), "steps": 5000 * 600},                                         # A.2.1
+    "semi-svhn": {"z_dim": 20, "labels": 1000, "noise": 0, "dropout": 0.2, "bn": True, "where": "all",
+                  "standard": True, "rates": (1e-4, 0.01, 0.1), "drops": (250,), "steps": 1000 * 732,  # A.2.2
+                  "size": 32, "channels": 3},
+    "cluster": {"z_dim": 5, "clusters": 16, "hidden": 3000, "dropout": 0.2, "noise": 0, "bn": True,
+                "where": "encoder", "drops": (50,), "steps": 1500 * 500, "held": 10000},        # A.3
+    "reduce": {"z_dim": 2, "labels": 100, "hold": 50, "drops": (50, 1000), "noise": 0.3},       # Sec. 7
+    "reduce-0": {"z_dim": 2, "clusters": 20, "labels": 0, "hold": 50, "hidden": 3000},          # Sec. 7
+}
+WORDS = {"prior-gaussian": "--prior gaussian", "vae-gaussian": "--prior gaussian --model vae",
+         "vae-mixture": "--model vae", "prior-mixture": "", "prior-swiss-roll": "--prior swiss-roll",
+         "likelihood": "--task likelihood", "likelihood-faces": "--task likelihood --dataset faces",
+         "style": "--task style", "style-svhn": "--task style --dataset svhn", "semi": "--task semi",
+         "semi-svhn": "--task semi --dataset svhn", "cluster": "--task cluster", "reduce": "--task reduce",
+         "reduce-0": "--task reduce --labels 0"}
+
+
+def test_every_experiment_has_its_published_settings():
+    assert set(PUBLISHED_SETTINGS) == set(WORDS) == set(PAPER) == set(aae.TUNED)
+    for name, expected in PUBLISHED_SETTINGS.items():
+        a = args("--paper", *WORDS[name].split())
+        assert (a.experiment, a.settings, a.lam) == (name, "paper", None)
+        for k, v in (SGD | expected).items():
+            assert getattr(a, k) == v, (name, k)
+        tuned = args(*WORDS[name].split())
+        assert (tuned.settings, tuned.optimizer, tuned.average) == ("tuned", "adam", 0.999)
+        assert set(aae.TUNED[name]) <= set(PAPER[name])
+    flagged = args("--paper", "--task", "semi", "--optimizer", "adam", "--rates", *"123", "--noise", "0")
+    assert (flagged.optimizer, flagged.rates, flagged.noise, flagged.bn) == ("adam", [1, 2, 3], 0, False)
+    assert args("--task", "semi", "--optimizer", "sgd").rates == (0.01, 0.1, 0.1)
+
+
+@pytest.mark.parametrize("name", [n for n in WORDS if "svhn" not in n and "faces" not in n])
+def test_the_published_settings_run(digits, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(aae.metrics, "classifier", lambda *a, **k: None)
+    monkeypatch.setattr(aae.metrics, "label_agreement", lambda *a: 0.5)
+    aae.main([*WORDS[name].split(), "--paper", *TINY, "--dataset", str(digits), "--out", str(tmp_path),
+              "--steps", "3"])
+    found = json.loads((tmp_path / "aae-digits" / "results.json").read_text())
+    assert found["settings"] == "paper" and all(math.isfinite(v["value"]) for v in found["results"].values())
+    assert not any("paper" in v for v in found["results"].values())         # other data than the paper's
+    parts = torch.load(tmp_path / "aae-digits" / "checkpoint.pt", weights_only=True)["parts"]
+    assert all(torch.equal(v, parts["Q_bar"][k]) for k, v in parts["Q"].items())        # no EMA
+
+
+@pytest.mark.parametrize("task", ["semi", "style"])
+def test_the_published_settings_of_svhn_run(tmp_path, monkeypatch, task):
+    rng, kind = np.random.default_rng(0), aae.data.Data
+    make = lambda n: (torch.from_numpy(rng.integers(0, 256, (n, 3, 32, 32), np.uint8)), torch.arange(n) % 10)
+    (x, y), (x_test, y_test) = make(300), make(40)
+    monkeypatch.setattr(aae.data, "load", lambda *a, **k: kind(
+        name="svhn", images=x, labels=y, test_images=x_test, test_labels=y_test))
+    monkeypatch.setattr(aae.metrics, "classifier", lambda *a, **k: None)
+    monkeypatch.setattr(aae.metrics, "label_agreement", lambda *a: 0.5)
+    words = ("--labels", "100") if task == "semi" else ()
+    aae.main(["--task", task, "--dataset", "svhn", "--paper", *words, *TINY, "--out", str(tmp_path),
+              "--steps", "3"])
+    found = json.loads((tmp_path / "aae-svhn" / "results.json").read_text())["results"]
+    assert set(found) == ({"aae-svhn100", "aae-semi-base-svhn"} if task == "semi" else {"aae-style-svhn"})
+
+
+def test_published_numbers_stand_beside_the_same_data_and_widths_alone(monkeypatch):
+    monkeypatch.setattr(aae, "semi", lambda r, Q, P, sets: {f"aae-mnist{r.args.labels}": {"value": 2.0}})
+    monkeypatch.setattr(aae, "error", lambda *a: 25.0)
+
+    def found(*words):
+        run, kept = Namespace(args=args("--task", "semi", *words)), {}
+        run.results = lambda results, passed: kept.update(results)
+        aae.report(run, None, None, "N", None)
+        return {k: v.get("paper") for k, v in kept.items()}
+
+    assert found() == {"aae-mnist100": 1.9, "aae-semi-base": 25.8}
+    assert found("--labels", "1000") == {"aae-mnist1000": 1.6, "aae-semi-base": 8.73}
+    assert found("--width", ".5") == {"aae-mnist100": None, "aae-semi-base": None}
+    assert found("--dataset", "svhn") == {"aae-svhn1000": 17.7, "aae-semi-base-svhn": 47.5}
+    assert found("--dataset", "x/mnist.npz") == {"aae-mnist100": None, "aae-semi-base-mnist": None}
+
+
+# --------------------------------------------------------------------------------------- lambda, many samples
+
+
+def test_one_objective_in_place_of_the_two_phases_moves_Q_and_P_together():
+    parts, step = built("--prior", "gaussian", "--lam", ".5")
+    still(parts, "opt_Q", "opt_D")
+    before = [weights(parts[k]) for k in "QP"]
+    scalars = step(*BATCH)
+    assert set(scalars) == {"reconstruction", "V"}
+    assert all(any(moved(b, parts[k])) for b, k in zip(before, "QP"))
+    parts, step = built("--prior", "gaussian", "--lam", "0", "--average", "0")
+    still(parts, "opt_D", "opt_Q")
+    torch.manual_seed(1)
+    step(*BATCH)
+    alone = weights(parts["Q"], parts["P"])
+    parts, step = built("--prior", "gaussian", "--average", "0")    # lam 0: the reconstruction phase alone
+    still(parts, "opt_D", "opt_Q")
+    torch.manual_seed(1)
+    step(*BATCH)
+    for p, q in zip(alone, weights(parts["Q"], parts["P"]), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_window_of_many_samples_is_that_of_all_of_them(monkeypatch):
+    torch.manual_seed(0)
+    samples, valid, test = torch.rand(500, 12), torch.rand(20, 12), torch.rand(30, 12)
+    drawn = []
+
+    def draw(P, a, n):
+        start = sum(drawn) % 500
+        drawn.append(n)
+        return samples[start:start + n].view(n, 1, 3, 4)
+
+    monkeypatch.setattr(aae, "draw", draw)
+    run = Namespace(args=Namespace(samples=500), aside=contextlib.nullcontext)
+    found, whole = aae.large_window(run, None, valid, test, size=64), aae.metrics.parzen(samples, valid, test)
+    assert drawn[:8] == [64] * 7 + [52]
+    assert found == pytest.approx(whole)
+
+
+def test_the_baseline_of_labels_alone_sees_the_same_pictures_for_as_many_steps(monkeypatch, digits, tmp_path):
+    warped = []
+    monkeypatch.setattr(aae, "Q_sees", lambda x, a: warped.append(x.shape) or x)
+    aae.main(["--task", "semi", *TINY, "--dataset", str(digits), "--out", str(tmp_path), "--steps", "3"])
+    assert len(warped) == 3 * 3                             # regularisation, semi-supervised phase, baseline
+    lines = (tmp_path / "aae-digits" / "metrics.jsonl").read_text().splitlines()
+    assert "NN" in json.loads(lines[-1])
