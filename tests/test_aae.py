@@ -5,7 +5,6 @@ import contextlib
 import json
 import math
 from argparse import Namespace
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,17 +13,22 @@ from conftest import script
 from PIL import Image
 
 import aae
-from aae import TASKS, V, kl, log_mixture, log_normal, mixture, networks, reconstruction, swiss_roll
+from aae import PAPER, TASKS, V, kl, log_mixture, log_normal, mixture, networks, reconstruction, swiss_roll
 from common import UserError
 from common.fuse import descend
 
 MEAN, STD = torch.zeros(1, 28, 28), torch.ones(1, 28, 28)
 
 
-def args(*words):
+def args(*words, **changes):
     a = aae.parse_args(["--device", "cpu", *words])
     a.amp = a.compile = a.graph = False
-    return a
+    return Namespace(**{**vars(a), **changes})
+
+
+def nets(*words, m=0, mean=MEAN, std=STD, **changes):
+    """Q, P and the discriminators of the settings args(*words, **changes)."""
+    return networks(args(*words, **changes), m, mean, std)
 
 
 # ---------------------------------------------------------------------------------------------- equations
@@ -49,7 +53,7 @@ def test_reconstruction_is_half_the_squared_error_of_a_picture_not_of_a_pixel():
 def test_kl_of_the_gaussian_encoder_against_its_closed_form():
     assert log_normal(torch.zeros(3, 4)).tolist() == pytest.approx([-0.9189 * 4] * 3, abs=1e-3)
     torch.manual_seed(0)
-    Q, _, _ = networks(replace(TASKS["prior"], width=8, k=1), args("--encoder", "gaussian"), MEAN, STD)
+    Q, _, _ = nets("--encoder", "gaussian", "--width", ".008", z_dim=1)
     Q.z.weight.data.zero_(), Q.z.bias.data.copy_(torch.tensor([0.7, math.log(0.5)]))
     z, _, log_q = Q(torch.zeros(1, 1, 28, 28).expand(50000, -1, -1, -1))
     assert z.mean().item() == pytest.approx(0.7, abs=0.01) and z.std().item() == pytest.approx(0.5, abs=0.01)
@@ -59,23 +63,36 @@ def test_kl_of_the_gaussian_encoder_against_its_closed_form():
 
 def test_disagreement_is_2_between_sure_and_different_answers_and_moves_only_its_first():
     a, b = torch.tensor([[50.0, 0.0]], requires_grad=True), torch.tensor([[0.0, 50.0]], requires_grad=True)
-    assert aae.disagreement(a, b).item() == pytest.approx(2) and aae.disagreement(a, a).item() == 0
-    assert torch.autograd.grad(aae.disagreement(a, b), b, allow_unused=True) == (None,)
+    differ = lambda a, b, weight=1.0: aae.disagreement(lambda x: (None, b), None, a,
+                                                       Namespace(consistency=weight))
+    assert differ(a, b).item() == pytest.approx(2) and differ(a, a).item() == 0 == differ(a, b, 0)
+    assert differ(a, b, 3.0).item() == pytest.approx(6)
+    assert torch.autograd.grad(differ(a, b), b, allow_unused=True) == (None,)
 
 
 def test_weights_start_as_published_for_SGD():
     for optimizer in ("sgd", "adam"):
-        w = networks(TASKS["prior"], args("--optimizer", optimizer), MEAN, STD)[0].trunk[2].weight
+        w = nets("--optimizer", optimizer)[0].trunk[2].weight
         assert (abs(w.std().item() - 0.01) < 1e-3) is (optimizer == "sgd")
 
 
 def test_repulsion_only_between_heads_nearer_than_eta():
     W_C = torch.tensor([[0.0, 0.0], [3.0, 4.0], [50.0, 0.0]])
     assert aae.repulsion(W_C, 6.0).item() == pytest.approx(1.0)
-    for m in (2, 10, 20):
+    for m, radius in ((2, 10), (10, 10), (20, 19.75)):
         W_C = aae.heads(m, 2)
-        assert W_C.norm(dim=1).sub(10).abs().max() < 1e-5
+        assert W_C.norm(dim=1).sub(radius).abs().max() < 0.01
         assert aae.repulsion(W_C, aae.spacing(m)).item() == pytest.approx(0, abs=1e-3)
+
+
+def test_heads_keep_codes_of_unit_noise_apart_and_are_10_I_in_ten_dimensions():
+    torch.manual_seed(0)
+    for m in (10, 20):
+        W_C, c = aae.heads(m, 2), torch.arange(20000) % m
+        lost = torch.cdist(W_C[c] + torch.randn(20000, 2), W_C).argmin(1) != c
+        assert lost.float().mean() < 0.005
+    assert torch.equal(aae.heads(10, 10), 10 * torch.eye(10))
+    assert aae.heads(20, 10).norm(dim=1).sub(10).abs().max() < 1e-5
 
 
 def test_sliced_wasserstein_of_a_shifted_sample():
@@ -125,22 +142,22 @@ def test_without_a_label_z_comes_from_all_of_the_prior():
     torch.manual_seed(0)
     for prior in ("mixture", "swiss-roll"):
         c = torch.cat([torch.full((3000,), 10), torch.full((3000,), 4)])
-        z = aae.sample_z(c, args("--prior", prior), TASKS["prior"])
+        z = aae.sample_z(c, args("--prior", prior))
         centre = mixture(torch.arange(10), torch.zeros(10), torch.zeros(10)) if prior == "mixture" else \
             swiss_roll(torch.arange(10), torch.full((10,), 0.5))
         near = torch.cdist(z, centre).argmin(1)
         assert torch.bincount(near[:3000], minlength=10).min() > 100
         assert (near[3000:] == 4).float().mean() > 0.6
-    z = aae.sample_z(torch.full((5000,), 10), args("--task", "likelihood"), TASKS["likelihood"])
+    z = aae.sample_z(torch.full((5000,), 10), args("--task", "likelihood"))
     assert z.shape == (5000, 8) and abs(z.std().item() - 5) < 0.1
 
 
 def test_y_is_one_hot_and_balanced():
     torch.manual_seed(0)
-    y = aae.sample_y(10000, TASKS["cluster"])
+    y = aae.sample_y(10000, 16)
     assert y.shape == (10000, 16) and y.sum(1).eq(1).all() and y.max() == 1
     assert y.sum(0).sub(625).abs().max() < 120
-    assert aae.sample_y(5, TASKS["prior"]) is None
+    assert aae.sample_y(5, 0) is None
 
 
 # ------------------------------------------------------------------------------------- labels and clusters
@@ -159,34 +176,40 @@ def test_label_draws_are_balanced_repeatable_and_differ_between_seeds():
 
 
 def test_a_cluster_takes_the_label_of_its_surest_validation_picture_not_of_the_majority():
-    y = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.9, 0.1], [0.2, 0.8]])
-    labels = torch.tensor([5, 5, 7, 3])
-    assert aae.head_labels(y, labels).tolist() == [7, 3]
+    y = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.9, 0.1], [0.2, 0.8], [0.99, 0.01]])
+    labels = torch.tensor([5, 5, 7, 3, -1])
+    assert aae.head_labels(y.log(), labels).tolist() == [7, 3]
 
 
-def test_views_of_a_picture_name_a_cluster_together(monkeypatch):
-    """[dev 11]: the surest on average, not in one view."""
-    views = iter(torch.tensor([[0.9, 0.1], [0.8, 0.2]]) if i else torch.tensor([[0.1, 0.9], [0.8, 0.2]])
-                 for i in range(16))
-    monkeypatch.setattr(aae, "encode", lambda *_: (None, next(views)))
-    run = Namespace(aside=contextlib.nullcontext, args=Namespace(device="cpu"))
-    sets = {"valid": (None, torch.tensor([4, 9]))}
-    assert aae.name_clusters(run, Namespace(warp=1.0), None, sets).tolist() == [4, 9]
-    views = iter([torch.tensor([[0.1, 0.9], [0.8, 0.2]])])
-    assert aae.name_clusters(run, Namespace(warp=0.0), None, sets).tolist() == [9, 4]
+def test_clusters_are_ranked_where_a_float32_softmax_is_1():
+    a = torch.tensor([[30.0, 0.0, 0.0], [31.0, 0.0, 0.0], [40.0, 25.0, 0.0], [0.0, 1.0, 60.0],
+                      [0.0, 90.0, 0.0]])
+    assert (a.softmax(1)[[0, 1], 0] == 1).all()
+    assert aae.head_labels(a, torch.arange(5)).tolist() == [1, 4, 3]
+    q = a.double().softmax(1).numpy()
+    assert np.log1p(-q[:2, 0]).argmin() == 1                        # as log(1 - q) in float64 ranks them
+
+
+def test_clusters_are_named_by_pictures_as_they_are(monkeypatch):
+    monkeypatch.setattr(aae.data, "warp", lambda *a, **k: pytest.fail("a warped picture named a cluster"))
+    Q, _, _ = nets("--task", "cluster", "--width", ".01", m=16)
+    images = torch.randint(256, (40, 1, 28, 28), dtype=torch.uint8)
+    assert aae.name_clusters(Q, {"valid": (images, torch.arange(40) % 10)}).shape == (16,)
 
 
 def test_error_counts_categories_or_their_labels():
     class Fixed(torch.nn.Module):
+        mean = MEAN
+
         def forward(self, x):
             return x.flatten(1)[:, :2], torch.eye(3)[x[:, 0, 0, 0].mul(255).round().long()], None
 
     images = torch.zeros(4, 1, 28, 28, dtype=torch.uint8)
     images[:, 0, 0, 0] = torch.tensor([0, 1, 2, 2])
     sets = {"test": (images, torch.tensor([0, 1, 2, 1]))}
-    assert aae.error(Fixed(), sets, "cpu") == 25
-    assert aae.error(Fixed(), sets, "cpu", torch.tensor([0, 1, 1])) == 25
-    assert aae.error(Fixed(), sets, "cpu", torch.tensor([1, 0, 0])) == 100
+    assert aae.error(Fixed(), sets) == 25
+    assert aae.error(Fixed(), sets, torch.tensor([0, 1, 1])) == 25
+    assert aae.error(Fixed(), sets, torch.tensor([1, 0, 0])) == 100
 
 
 # ----------------------------------------------------------------------------------------------- networks
@@ -194,48 +217,61 @@ def test_error_counts_categories_or_their_labels():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_networks_have_the_papers_sizes(task):
-    net = replace(TASKS[task], bn=False)
-    Q, P, D = networks(net, args(), MEAN, STD)
+    a = args("--paper", "--task", task, bn=False)
+    m = {"prior": 0, "likelihood": 0, "cluster": a.clusters}.get(task, 10)
+    Q, P, D = networks(a, m, MEAN, STD)
     count = lambda module: sum(p.numel() for p in module.parameters())
-    w, inferred = net.width, net.m if not net.given else 0
+    w, k, inferred = a.hidden, a.z_dim, m if task != "style" else 0
     into = lambda i, o: i * w + w + w * w + w + w * o + o
-    assert count(Q) == into(784, net.k + inferred)
-    assert count(P) == (into(net.k, 784) + net.m * net.k if net.heads else into(net.k + net.m, 784))
-    assert [count(d) for d in D] == [into(i, 1) for i in ([net.k, inferred] if inferred else [net.k])]
+    assert w == (3000 if task == "cluster" else 1000)
+    assert count(Q) == into(784, k + inferred)
+    assert count(P) == (into(k, 784) + m * k if task == "reduce" else into(k + m, 784))
+    assert [count(d) for d in D] == \
+        [into(i, 1) for i in ([k, inferred] if inferred else [k + 11 * (task == "prior")])]
     z, a, log_q = Q(torch.rand(3, 1, 28, 28))
-    assert z.shape == (3, net.k) and log_q is None
-    assert a is None if not inferred else a.shape == (3, net.m)
-    x = P(z, torch.eye(net.m)[:3] if net.m else None)
+    assert z.shape == (3, k) and log_q is None
+    assert a is None if not inferred else a.shape == (3, m)
+    x = P(z, torch.eye(m)[:3] if m else None)
     assert x.shape == (3, 1, 28, 28) and 0 <= x.min() and x.max() <= 1
 
 
 def test_logits_of_clusters_are_spread_evenly_over_a_minibatch():
-    """[dev 10]"""
-    Q, _, _ = networks(replace(TASKS["cluster"], width=32), args("--task", "cluster"), MEAN, STD)
+    Q, _, _ = nets("--task", "cluster", "--width", ".01", m=16)
     a = Q(torch.rand(200, 1, 28, 28))[1]
     torch.testing.assert_close(a.mean(0), torch.zeros(16), atol=1e-4, rtol=0)
     torch.testing.assert_close(a.std(0, correction=0), torch.full((16,), 3.0), atol=0.05, rtol=0)
-    free = networks(replace(TASKS["semi"], width=32), args("--task", "semi"), MEAN, STD)[0]
+    free = nets("--task", "semi", "--width", ".03", m=10)[0]
     assert free(torch.rand(200, 1, 28, 28))[1].std(0).max() < 2
 
 
 def test_svhn_has_its_own_settings():
-    net = aae.settle(args("--task", "semi", "--dataset", "svhn", "--labels", "1000"))
-    assert net.sgd == (1e-4, 0.01, 0.1) and TASKS["semi"].sgd == (0.01, 0.1, 0.1)
-    assert (net.k, net.dropout, net.bn, net.standard, net.size, net.channels) == (20, 0.2, True, True, 32, 3)
+    words = "--task", "semi", "--dataset", "svhn", "--labels", "1000"
+    a = args("--paper", *words)
+    assert a.rates == (1e-4, 0.01, 0.1) and PAPER["semi"]["rates"] == (0.01, 0.1, 0.1)
+    assert (a.z_dim, a.dropout, a.bn, a.standard, a.size, a.channels) == (20, 0.2, True, True, 32, 3)
     mean, std = torch.rand(3, 32, 32), torch.full((3, 32, 32), 0.2)
-    Q, P, _ = networks(replace(net, width=32), args(), mean, std)
+    Q, P, _ = nets(*words, "--width", ".03", m=10, mean=mean, std=std)
     bn = [m for part in (Q, P) for m in part.modules() if isinstance(m, torch.nn.BatchNorm1d)]
-    assert len(bn) == 4 and {m.eps for m in bn} == {1e-5}
-    z, a, _ = Q(torch.rand(6, 3, 32, 32))
-    assert z.shape == (6, 20) and a.shape == (6, 10) and P(z, a.softmax(1)).shape == (6, 3, 32, 32)
+    assert len(bn) == 7 and {m.eps for m in bn} == {1e-5}
+    z, a, _ = Q(torch.rand(60, 3, 32, 32))
+    assert z.shape == (60, 20) and a.shape == (60, 10) and P(z, a.softmax(1)).shape == (60, 3, 32, 32)
+    for t in (z, a):                                                # codes and softmax are normalized too
+        torch.testing.assert_close(t.mean(0), torch.zeros(t.shape[1]), atol=1e-4, rtol=0)
+
+
+def test_batchnorm_stands_where_the_paper_has_it():
+    norms = lambda net: sum(isinstance(m, torch.nn.BatchNorm1d) for m in net.modules())
+    for words, m, expected in ((("cluster",), 16, (4, 0)), (("semi",), 10, (0, 0)),
+                               (("likelihood",), 0, (0, 0)), (("style", "--dataset", "svhn"), 10, (3, 3))):
+        Q, P, D = nets("--paper", "--width", ".01", "--task", *words, m=m)
+        assert (norms(Q), norms(P)) == expected and not any(map(norms, D)), words
 
 
 def test_the_three_encoders():
     x = torch.rand(4, 1, 28, 28)
     for kind in ("deterministic", "gaussian", "universal"):
         torch.manual_seed(0)
-        Q, _, _ = networks(replace(TASKS["prior"], width=32), args("--encoder", kind), MEAN, STD)
+        Q, _, _ = nets("--encoder", kind, "--width", ".032")
         for p in Q.parameters():
             p.data.mul_(20)
         Q.eval()
@@ -245,7 +281,7 @@ def test_the_three_encoders():
 
 
 def test_inputs_are_corrupted_in_training_only():
-    Q, _, _ = networks(replace(TASKS["semi"], width=32), args(), MEAN, STD)
+    Q, _, _ = nets("--task", "semi", "--width", ".032", m=10)
     x = torch.rand(4, 1, 28, 28)
     assert not torch.equal(Q(x)[0], Q(x)[0])
     Q.eval()
@@ -254,13 +290,17 @@ def test_inputs_are_corrupted_in_training_only():
 
 def test_what_the_discriminators_see():
     z, y, c = torch.randn(3, 2), torch.eye(10)[:3], torch.tensor([4, 10, 0])
-    assert aae.seen(z, y, c, TASKS["semi"]) == [z, y] and aae.seen(z, y, c, TASKS["style"]) == [z]
-    (joined,) = aae.seen(z, None, c, replace(TASKS["prior"], one_hot=11))
+    assert aae.D_sees(z, y, c, args("--task", "semi"), 10) == [z, y]
+    assert aae.D_sees(z, y, c, args("--task", "style", "--paper"), 10) == [z]
+    assert aae.D_sees(z, None, c, args("--labels", "0"), 0) == [z]
+    (joined,) = aae.D_sees(z, None, c, args(), 0)
     assert joined.shape == (3, 13) and joined[:, 2:].argmax(1).tolist() == [4, 10, 0]
+    (joined,) = aae.D_sees(z, y, c % 10, args("--task", "style"), 10)
+    assert joined.shape == (3, 12) and joined[:, 2:].argmax(1).tolist() == [4, 0, 0]
 
 
 def test_the_code_of_dimensionality_reduction_is_the_head_plus_z():
-    _, P, _ = networks(replace(TASKS["reduce"], width=32), args(), MEAN, STD)
+    _, P, _ = nets("--task", "reduce", "--width", ".032", m=10)
     z, y = torch.randn(3, 2), torch.eye(10)[[2, 2, 7]]
     torch.testing.assert_close(P.code(z, y), P.W_C[[2, 2, 7]] + z)
     for held in (0.0, 1.0):
@@ -272,11 +312,11 @@ def test_the_code_of_dimensionality_reduction_is_the_head_plus_z():
 # ---------------------------------------------------------------------------------------- who moves, where to
 
 
-def built(*words, labelled=False, **changes):
+def built(*words):
+    """What build() returns for ten classes, or as many clusters as the task has."""
     torch.manual_seed(0)
     a = args(*words, "--width", ".05")
-    net = replace(aae.settle(a), **changes)
-    return (net, *aae.build(a, net, MEAN, STD, labelled))
+    return aae.build(a, aae.categories(a, torch.arange(10)), MEAN, STD)
 
 
 def weights(*nets):
@@ -300,7 +340,7 @@ PAIR = torch.rand(20, 1, 28, 28, generator=torch.Generator().manual_seed(1)), to
 def test_each_phase_moves_its_own_networks():
     who = {"opt_R": "QP", "opt_D": "D", "opt_Q": "Q", "opt_S": "Q"}
     for phase, names in who.items():
-        _, parts, step = built("--task", "semi", labelled=True)
+        parts, step = built("--task", "semi")
         nets = {"Q": [parts["Q"]], "P": [parts["P"]], "D": [parts["D0"], parts["D1"]]}
         still(parts, *who.keys() - {phase})
         before = {k: weights(*v) for k, v in nets.items()}
@@ -310,7 +350,7 @@ def test_each_phase_moves_its_own_networks():
 
 
 def test_the_semi_supervised_phase_leaves_z_alone():
-    _, parts, step = built("--task", "semi", labelled=True)
+    parts, step = built("--task", "semi")
     still(parts, "opt_R", "opt_D", "opt_Q")
     before = weights(parts["Q"].z), weights(parts["Q"].y)
     step(*BATCH, *PAIR)
@@ -319,12 +359,11 @@ def test_the_semi_supervised_phase_leaves_z_alone():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_step_of_every_task_moves_everything(task):
-    labelled = task in ("semi", "reduce")
-    _, parts, step = built("--task", task, labelled=labelled, **({"one_hot": 11} if task == "prior" else {}))
+    parts, step = built("--task", task)
     parts["P"].fixed.fill_(0.0)
     nets = [parts[k] for k in ("Q", "P", "D0", "Q_bar", "P_bar")]
     before = [weights(net) for net in nets]
-    scalars = step(BATCH[0], PAIR[1], *(PAIR if labelled else ()))
+    scalars = step(BATCH[0], PAIR[1], *(PAIR if task in ("semi", "reduce") else ()))
     assert all(any(moved(b, net)) for b, net in zip(before, nets))
     assert {"reconstruction", "V"} <= set(scalars)
     assert all(v.ndim == 0 and v.isfinite() for v in scalars.values())
@@ -333,7 +372,7 @@ def test_a_step_of_every_task_moves_everything(task):
 def test_regularisation_brings_the_codes_to_the_prior():
     """Direction: Q, through a D that knows where p(z) is, moves its codes there."""
     torch.manual_seed(0)
-    Q, _, _ = networks(replace(TASKS["prior"], width=64), args(), MEAN, STD)
+    Q, _, _ = nets("--width", ".064")
     x = torch.rand(50, 1, 28, 28)
     D = lambda z: -(z - 3).square().sum(1, keepdim=True)
     log_D = lambda: torch.nn.functional.logsigmoid(D(Q(x)[0])).mean()
@@ -343,30 +382,40 @@ def test_regularisation_brings_the_codes_to_the_prior():
 
 
 def test_the_average_follows_the_weights():
-    _, parts, step = built("--task", "prior", "--average", "0")
+    parts, step = built("--task", "prior", "--average", "0")
     step(*BATCH)
     assert all(torch.equal(p, q) for p, q in zip(parts["Q"].parameters(), parts["Q_bar"].parameters()))
-    _, parts, step = built("--task", "prior")
+    parts, step = built("--task", "prior")
     first = weights(parts["Q"])
     step(*BATCH)
     for p, q, bar in zip(first, parts["Q"].parameters(), parts["Q_bar"].parameters()):
         torch.testing.assert_close(bar, 0.1 * p + 0.9 * q, atol=1e-6, rtol=1e-4)
 
 
-def test_rates_fall_at_one_half_and_four_fifths():
-    _, parts, _ = built("--task", "prior")
-    found = []
-    for done in (0.0, 0.49, 0.5, 0.79, 0.8, 0.99):
-        aae.anneal([parts["opt_R"]], [0.01], done)
-        found.append(parts["opt_R"].param_groups[0]["lr"].item())
-    assert found == pytest.approx([0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001])
+def test_rates_fall_and_heads_are_freed_when_the_settings_say():
+    found, held = {}, {}
+    for kind, words in (("tuned", ()), ("paper", ("--paper",))):
+        parts, _ = built("--task", "reduce", *words)
+        found[kind], held[kind] = [], []
+        epochs = 0, 49, 50, 999, 1000, 4999
+        shares = 0.0, 0.09, 0.1, 0.49, 0.5, 0.79, 0.8, 0.99
+        a = args("--task", "reduce", *words, "--steps", "50000")
+        for step in [10 * e + 1 for e in epochs] if words else [int(50000 * share) + 1 for share in shares]:
+            aae.decay_rates(a, parts, step, per_epoch=10)
+            found[kind].append([parts[k].param_groups[0]["lr"].item() for k in ("opt_R", "opt_D", "opt_S")])
+            held[kind].append(parts["P"].fixed.item())
+    falls = torch.tensor([1, 1, 0.1, 0.1, 0.01, 0.01])[:, None]
+    torch.testing.assert_close(torch.tensor(found["paper"]), falls * torch.tensor([0.01, 0.1, 0.1]))
+    falls = torch.tensor([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])[:, None]
+    torch.testing.assert_close(torch.tensor(found["tuned"]), falls * torch.full((1, 3), 1e-3))
+    assert held == {"paper": [1, 1, 0, 0, 0, 0], "tuned": [1, 1, 0, 0, 0, 0, 0, 0]}
 
 
 def test_a_vae_step_descends_the_bound():
     torch.manual_seed(0)
     for prior in ("gaussian", "mixture"):
         a = args("--model", "vae", "--prior", prior, "--width", ".05")
-        _, step = aae.build_vae(a, aae.settle(a), MEAN, STD)
+        _, step = aae.build_vae(a, 0, MEAN, STD)
         bounds = [sum(step(*BATCH).values()).item() for _ in range(40)]
         assert bounds[-1] < bounds[0] - 3
 
@@ -378,14 +427,14 @@ def test_a_checkpoint_goes_on_to_the_bit(optimizer):
             step(*BATCH, *PAIR)
         return weights(*(parts[k] for k in ("Q", "P", "D0", "D1", "Q_bar")))
 
-    _, parts, step = built("--task", "semi", "--optimizer", optimizer, labelled=True)
+    parts, step = built("--task", "semi", "--optimizer", optimizer)
     torch.manual_seed(1)
     whole = run(parts, step, 4)
-    _, parts, step = built("--task", "semi", "--optimizer", optimizer, labelled=True)
+    parts, step = built("--task", "semi", "--optimizer", optimizer)
     torch.manual_seed(1)
     run(parts, step, 2)
     state, random = {k: part.state_dict() for k, part in parts.items()}, torch.get_rng_state()
-    _, parts, step = built("--task", "semi", "--optimizer", optimizer, "--rates", *"111", labelled=True)
+    parts, step = built("--task", "semi", "--optimizer", optimizer, "--rates", *"111")
     for k, part in parts.items():
         part.load_state_dict(state[k])
     torch.set_rng_state(random)
@@ -396,25 +445,25 @@ def test_a_checkpoint_goes_on_to_the_bit(optimizer):
 
 
 def test_manifolds_cover_the_priors():
-    u = aae.manifold(args("--prior", "gaussian"), TASKS["prior"])
+    u = aae.manifold(args("--prior", "gaussian"))
     assert u.shape == (400, 2) and torch.equal(u[:20, 0], u[20:40, 0]) and (u[:20, 1] == u[0, 1]).all()
     assert u[0, 0] < 0 < u[0, 1] and u.std().item() == pytest.approx(5, rel=0.1)
     c = torch.arange(10).repeat_interleave(20)
-    z = aae.manifold(args(), TASKS["prior"])
+    z = aae.manifold(args())
     centres = mixture(torch.arange(10), torch.full((10,), 0.5), torch.zeros(10))
     assert z.shape == (200, 2) and (torch.cdist(z[10::20], centres).argmin(1) == torch.arange(10)).all()
-    z = aae.manifold(args("--prior", "swiss-roll"), TASKS["prior"])
+    z = aae.manifold(args("--prior", "swiss-roll"))
     assert (((z.norm(dim=1) / 3) ** 2 * 10).floor().long() == c).all()
 
 
 def test_a_row_of_styles_has_one_z_and_every_category():
     class Recorder(torch.nn.Module):
-        mean = MEAN
+        m = 10
 
         def forward(self, z, y):
             return torch.cat([z, y], 1)
 
-    s = aae.styles(Recorder(), TASKS["style"], rows=3).view(3, 10, 25)
+    s = aae.styles(Recorder(), args("--task", "style"), rows=3).view(3, 10, 25)
     assert (s[:, :, :15] == s[:, :1, :15]).all() and torch.equal(s[1, :, 15:], torch.eye(10))
     assert not torch.equal(s[0, 0, :15], s[1, 0, :15])
 
@@ -423,8 +472,8 @@ def test_a_row_of_styles_has_one_z_and_every_category():
 
 
 RUNS = [
-    (("--task", "prior"), ("fig4a", "fig4b"), {"aae-prior-4"}),
-    (("--task", "semi", "--nn-steps", "20"), ("styles",), {"aae-mnist100", "aae-semi-base"}),
+    (("--task", "prior"), ("fig4a", "fig4b"), {"aae-prior-4-digits"}),
+    (("--task", "semi", "--nn-steps", "20"), ("styles",), {"aae-digits100", "aae-semi-base-digits"}),
 ]
 TINY = "--batch-size", "16", "--width", ".1", "--device", "cpu"
 
@@ -444,12 +493,14 @@ def test_a_run_on_digits_draws_figures_and_writes_numbers(digits, tmp_path, word
 @pytest.mark.parametrize(
     "words, figure, name",
     [
-        (("--task", "likelihood"), "samples", "aae-mnist-ll"),
-        (("--task", "style"), "fig6", "aae-style"),
-        (("--task", "cluster", "--clusters", "12"), "fig9", "aae-clu12"),
-        (("--task", "reduce"), "fig10", "aae-dim-2d-100"),
-        (("--task", "reduce", "--labels", "0", "--z-dim", "10"), "fig10", "aae-dim-10d-0"),
-        (("--model", "vae", "--prior", "gaussian"), "fig2c", "aae-prior-2"),
+        (("--task", "likelihood"), "fig5", "aae-digits-ll"),
+        (("--task", "likelihood", "--samples", "20010"), "fig5", "aae-digits-ll-20010"),
+        (("--task", "style"), "fig7", "aae-style-digits"),
+        (("--task", "cluster", "--clusters", "12"), "fig9", "aae-clu12-digits"),
+        (("--task", "reduce"), "fig11", "aae-dim-2d-100-digits"),
+        (("--task", "reduce", "--labels", "0", "--z-dim", "10"), "fig11", "aae-dim-10d-0-digits"),
+        (("--model", "vae", "--prior", "gaussian"), "fig2c", "aae-prior-2-digits"),
+        (("--prior", "gaussian", "--lam", ".5"), "fig2a", "aae-prior-2-digits"),
     ],
 )
 def test_the_other_experiments_are_judged_too(digits, tmp_path, words, figure, name, monkeypatch):
@@ -459,7 +510,7 @@ def test_the_other_experiments_are_judged_too(digits, tmp_path, words, figure, n
     folder = tmp_path / "aae-digits"
     assert len(np.unique(np.asarray(Image.open(folder / f"{figure}.png")))) > 2
     assert name in json.loads((folder / "results.json").read_text())["results"]
-    if name == "aae-style":                                         # [dev 9]: D sees z and the label
+    if name == "aae-style-digits":                                         # D sees z and the label
         parts = torch.load(folder / "checkpoint.pt", weights_only=True)["parts"]
         assert parts["D0"]["0.weight"].shape[1] == 15 + 10
 
@@ -474,6 +525,9 @@ def test_the_other_experiments_are_judged_too(digits, tmp_path, words, figure, n
         "--task cluster --labels 100",
         "--prior gaussian --labels 100",
         "--z-dim 3",
+        "--prior gaussian --model vae --rates 1 .5 3",
+        "--prior gaussian --model vae --lam 1",
+        "--task semi --rates .1",
         "--task semi --clusters 16",
         "--labels some",
         "--average 2",
@@ -489,3 +543,166 @@ def test_data_without_labels_is_refused_in_one_line(tmp_path):
     np.savez(tmp_path / "plain.npz", images=np.zeros((60, 1, 28, 28), np.uint8))
     with pytest.raises(UserError, match="no labels"):
         aae.main(["--dataset", str(tmp_path / "plain.npz"), "--out", str(tmp_path), "--device", "cpu"])
+
+
+def test_a_vae_that_diverges_says_so_in_one_line(digits, tmp_path):
+    words = "--prior", "gaussian", "--model", "vae", "--rates", "1e4", "--log-every", "1", "--steps", "200"
+    result = script("aae.py", *words, *TINY, "--dataset", digits, "--out", tmp_path)
+    assert result.returncode == 1 and "a finite value expected" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_too_few_labels_and_one_class_are_refused_in_one_line(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, 1, 28, 28), dtype=np.uint8)
+    for labels, words, match in ((np.arange(60) % 2, ("--labels", "1"), "--labels 1 found: a multiple of 2"),
+                                 (np.zeros(60, int), ("--labels", "10"), "one class")):
+        np.savez(tmp_path / "few.npz", images=images, labels=labels)
+        with pytest.raises(UserError, match=match):
+            aae.main(["--task", "semi", *words, *TINY, "--dataset", str(tmp_path / "few.npz"), "--out",
+                      str(tmp_path)])
+    run = Namespace(args=Namespace(batch_size=10, labels=2), world=2)
+    with pytest.raises(UserError, match="two labelled pictures on each of 2 ranks"):
+        aae.labelled_batches(run, torch.zeros(2, 1, 28, 28), torch.arange(2))
+
+
+# ------------------------------------------------------------------------------------- the published settings
+
+
+SGD = {"optimizer": "sgd", "rates": (0.01, 0.1, 0.1), "momenta": (0.9, 0.1, 0.9), "batch_size": 100,  # A.2.1
+       "average": 0, "consistency": 0, "warp": 0, "spread": 0, "D_label": False}        # not in the paper
+PUBLISHED_SETTINGS = {
+    "prior-gaussian": {"z_dim": 2, "std": 5, "hidden": 1000, "labels": 0},                      # Fig. 2
+    "vae-gaussian": {"z_dim": 2, "std": 5, "labels": 0}, "vae-mixture": {"z_dim": 2, "labels": 0},
+    "prior-mixture": {"z_dim": 2, "labels": 10000, "held": 10000},          # Sec. 2.3: 10k labelled, 40k not
+    "prior-swiss-roll": {"z_dim": 2, "labels": 10000, "held": 10000},
+    "likelihood": {"z_dim": 8, "std": 5, "hidden": 1000, "noise": 0, "bn": False, "held": 10000},    # A.1
+    "likelihood-faces": {"z_dim": 15, "std": 10, "standard": True, "size": 48, "channels": 1},       # A.1
+    "style": {"z_dim": 15, "std": 1, "bn": False},                                              # Sec. 4
+    "style-svhn": {"z_dim": 15, "rates": (1e-4, 0.01, 0.1), "bn": True, "where": "all"},
+    "semi": {"z_dim": 10, "std": 1, "labels": 100, "noise": 0.3, "dropout": 0, "bn": False, "hidden": 1000,
+             "drops": (50, 1000), "steps": 5000 * 600},                                         # A.2.1
+    "semi-svhn": {"z_dim": 20, "labels": 1000, "noise": 0, "dropout": 0.2, "bn": True, "where": "all",
+                  "standard": True, "rates": (1e-4, 0.01, 0.1), "drops": (250,), "steps": 1000 * 732,  # A.2.2
+                  "size": 32, "channels": 3},
+    "cluster": {"z_dim": 5, "clusters": 16, "hidden": 3000, "dropout": 0.2, "noise": 0, "bn": True,
+                "where": "encoder", "drops": (50,), "steps": 1500 * 500, "held": 10000},        # A.3
+    "reduce": {"z_dim": 2, "labels": 100, "hold": 50, "drops": (50, 1000), "noise": 0.3},       # Sec. 7
+    "reduce-0": {"z_dim": 2, "clusters": 20, "labels": 0, "hold": 50, "hidden": 3000},          # Sec. 7
+}
+WORDS = {"prior-gaussian": "--prior gaussian", "vae-gaussian": "--prior gaussian --model vae",
+         "vae-mixture": "--model vae", "prior-mixture": "", "prior-swiss-roll": "--prior swiss-roll",
+         "likelihood": "--task likelihood", "likelihood-faces": "--task likelihood --dataset faces",
+         "style": "--task style", "style-svhn": "--task style --dataset svhn", "semi": "--task semi",
+         "semi-svhn": "--task semi --dataset svhn", "cluster": "--task cluster", "reduce": "--task reduce",
+         "reduce-0": "--task reduce --labels 0"}
+
+
+def test_every_experiment_has_its_published_settings():
+    assert set(PUBLISHED_SETTINGS) == set(WORDS) == set(PAPER) == set(aae.TUNED)
+    for name, expected in PUBLISHED_SETTINGS.items():
+        a = args("--paper", *WORDS[name].split())
+        assert (a.experiment, a.settings, a.lam) == (name, "paper", None)
+        for k, v in (SGD | expected).items():
+            assert getattr(a, k) == v, (name, k)
+        tuned = args(*WORDS[name].split())
+        assert (tuned.settings, tuned.optimizer, tuned.average) == ("tuned", "adam", 0.999)
+        assert set(aae.TUNED[name]) <= set(PAPER[name])
+    flagged = args("--paper", "--task", "semi", "--optimizer", "adam", "--rates", *"123", "--noise", "0")
+    assert (flagged.optimizer, flagged.rates, flagged.noise, flagged.bn) == ("adam", [1, 2, 3], 0, False)
+    assert args("--task", "semi", "--optimizer", "sgd").rates == (0.01, 0.1, 0.1)
+
+
+@pytest.mark.parametrize("name", [n for n in WORDS if "svhn" not in n and "faces" not in n])
+def test_the_published_settings_run(digits, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(aae.metrics, "classifier", lambda *a, **k: None)
+    monkeypatch.setattr(aae.metrics, "label_agreement", lambda *a: 0.5)
+    aae.main([*WORDS[name].split(), "--paper", *TINY, "--dataset", str(digits), "--out", str(tmp_path),
+              "--steps", "3"])
+    found = json.loads((tmp_path / "aae-digits" / "results.json").read_text())
+    assert found["settings"] == "paper" and all(math.isfinite(v["value"]) for v in found["results"].values())
+    assert not any("paper" in v for v in found["results"].values())         # other data than the paper's
+    parts = torch.load(tmp_path / "aae-digits" / "checkpoint.pt", weights_only=True)["parts"]
+    assert all(torch.equal(v, parts["Q_bar"][k]) for k, v in parts["Q"].items())        # no EMA
+
+
+@pytest.mark.parametrize("task", ["semi", "style"])
+def test_the_published_settings_of_svhn_run(tmp_path, monkeypatch, task):
+    rng, kind = np.random.default_rng(0), aae.data.Data
+    make = lambda n: (torch.from_numpy(rng.integers(0, 256, (n, 3, 32, 32), np.uint8)), torch.arange(n) % 10)
+    (x, y), (x_test, y_test) = make(300), make(40)
+    monkeypatch.setattr(aae.data, "load", lambda *a, **k: kind(
+        name="svhn", images=x, labels=y, test_images=x_test, test_labels=y_test))
+    monkeypatch.setattr(aae.metrics, "classifier", lambda *a, **k: None)
+    monkeypatch.setattr(aae.metrics, "label_agreement", lambda *a: 0.5)
+    words = ("--labels", "100") if task == "semi" else ()
+    aae.main(["--task", task, "--dataset", "svhn", "--paper", *words, *TINY, "--out", str(tmp_path),
+              "--steps", "3"])
+    found = json.loads((tmp_path / "aae-svhn" / "results.json").read_text())["results"]
+    assert set(found) == ({"aae-svhn100", "aae-semi-base-svhn"} if task == "semi" else {"aae-style-svhn"})
+
+
+def test_published_numbers_stand_beside_the_same_data_and_widths_alone(monkeypatch):
+    monkeypatch.setattr(aae, "semi", lambda r, Q, P, sets: {f"aae-mnist{r.args.labels}": {"value": 2.0}})
+    monkeypatch.setattr(aae, "error", lambda *a: 25.0)
+
+    def found(*words):
+        run, kept = Namespace(args=args("--task", "semi", *words)), {}
+        run.results = lambda results, passed: kept.update(results)
+        aae.report(run, None, None, "N", None)
+        return {k: v.get("paper") for k, v in kept.items()}
+
+    assert found() == {"aae-mnist100": 1.9, "aae-semi-base": 25.8}
+    assert found("--labels", "1000") == {"aae-mnist1000": 1.6, "aae-semi-base": 8.73}
+    assert found("--width", ".5") == {"aae-mnist100": None, "aae-semi-base": None}
+    assert found("--dataset", "svhn") == {"aae-svhn1000": 17.7, "aae-semi-base-svhn": 47.5}
+    assert found("--dataset", "x/mnist.npz") == {"aae-mnist100": None, "aae-semi-base-mnist": None}
+
+
+# --------------------------------------------------------------------------------------- lambda, many samples
+
+
+def test_one_objective_in_place_of_the_two_phases_moves_Q_and_P_together():
+    parts, step = built("--prior", "gaussian", "--lam", ".5")
+    still(parts, "opt_Q", "opt_D")
+    before = [weights(parts[k]) for k in "QP"]
+    scalars = step(*BATCH)
+    assert set(scalars) == {"reconstruction", "V"}
+    assert all(any(moved(b, parts[k])) for b, k in zip(before, "QP"))
+    parts, step = built("--prior", "gaussian", "--lam", "0", "--average", "0")
+    still(parts, "opt_D", "opt_Q")
+    torch.manual_seed(1)
+    step(*BATCH)
+    alone = weights(parts["Q"], parts["P"])
+    parts, step = built("--prior", "gaussian", "--average", "0")    # lam 0: the reconstruction phase alone
+    still(parts, "opt_D", "opt_Q")
+    torch.manual_seed(1)
+    step(*BATCH)
+    for p, q in zip(alone, weights(parts["Q"], parts["P"]), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_window_of_many_samples_is_that_of_all_of_them(monkeypatch):
+    torch.manual_seed(0)
+    samples, valid, test = torch.rand(500, 12), torch.rand(20, 12), torch.rand(30, 12)
+    drawn = []
+
+    def draw(P, a, n):
+        start = sum(drawn) % 500
+        drawn.append(n)
+        return samples[start:start + n].view(n, 1, 3, 4)
+
+    monkeypatch.setattr(aae, "draw", draw)
+    run = Namespace(args=Namespace(samples=500), aside=contextlib.nullcontext)
+    found, whole = aae.large_window(run, None, valid, test, size=64), aae.metrics.parzen(samples, valid, test)
+    assert drawn[:8] == [64] * 7 + [52]
+    assert found == pytest.approx(whole)
+
+
+def test_the_baseline_of_labels_alone_sees_the_same_pictures_for_as_many_steps(monkeypatch, digits, tmp_path):
+    warped = []
+    monkeypatch.setattr(aae, "Q_sees", lambda x, a: warped.append(x.shape) or x)
+    aae.main(["--task", "semi", *TINY, "--dataset", str(digits), "--out", str(tmp_path), "--steps", "3"])
+    assert len(warped) == 3 * 3                             # regularisation, semi-supervised phase, baseline
+    lines = (tmp_path / "aae-digits" / "metrics.jsonl").read_text().splitlines()
+    assert "NN" in json.loads(lines[-1])

@@ -1,4 +1,4 @@
-"""Documents are tests: commands parse, names that headers point to exist."""
+"""Documents are tests: commands parse, names that headers point to exist, lines are short."""
 
 import ast
 import importlib
