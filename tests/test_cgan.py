@@ -8,33 +8,43 @@ import pytest
 import torch
 from conftest import ROOT, script
 from PIL import Image
-from torch.nn import functional as F
 
 import cgan
-from cgan import NETS, V, beside, networks, nn_error, objective_G
+from cgan import PAPER, TUNED, V, beside, log_D, networks, nn_error, one_hot
 from common import data
-from common.fuse import averaged, descend
+from common.fuse import descend
+
+MEAN = torch.full((1, 28, 28), 0.1)
 
 
-def args(*words):
-    a = cgan.parse_args(["--device", "cpu", *words])
+def args(name="mlp", *words):
+    """The settings of network `name`, narrow unless --width is among the flags `words`."""
+    width = () if "--width" in words else ("--width", "0.1")
+    a = cgan.parse_args(["--device", "cpu", "--net", name, *width, *words])
     a.amp = a.compile = a.graph = False
-    a.steps = a.steps or 10
     return a
 
 
-def nets(name, K=10, width=0.1, **more):
+def nets(name, *words, K=10, **more):
     torch.manual_seed(0)
-    mean = torch.full((1, 28, 28), 0.1)
-    return networks(name, K, mean if name == "mlp" else None, width, **more)
+    return networks(args(name, *words), K, MEAN, **more)
 
 
 def batch(name, K=10, n=16, d=200):
     """x and y of one minibatch, of random numbers."""
-    net = NETS[name]
-    x = torch.randn(n, d) if name == "tags" else torch.rand(n, net["channels"], net["size"], net["size"])
-    y = torch.randn(n, K) if name == "tags" else F.one_hot(torch.arange(n) % K, K).float()
+    a = PAPER[name]
+    x = torch.randn(n, d) if name == "tags" else torch.rand(n, a["channels"], a["size"], a["size"])
+    y = torch.randn(n, K) if name == "tags" else one_hot(torch.arange(n) % K, K)
     return x, y
+
+
+def build(a, K=10, d=200, pair=None):
+    """What cgan.build() returns, from seed 0; `pair`: networks in place of its own."""
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        if pair:
+            patch.setattr(cgan, "networks", lambda *_: pair)
+        return cgan.build(a, K, MEAN, d)
 
 
 def sigmoid(a):
@@ -46,41 +56,77 @@ def sigmoid(a):
 
 def test_V_and_the_objective_of_G_against_numpy():
     assert V(torch.zeros(5), torch.zeros(5)).item() == pytest.approx(-math.log(4))
-    assert objective_G(torch.zeros(5)).item() == pytest.approx(-math.log(2))
+    assert log_D(torch.zeros(5)).item() == pytest.approx(-math.log(2))
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=50) * 3, rng.normal(size=50) * 3
     expected = np.log(sigmoid(a)).mean() + np.log(1 - sigmoid(b)).mean()
     assert V(torch.tensor(a), torch.tensor(b)).item() == pytest.approx(expected, abs=1e-5)
-    assert objective_G(torch.tensor(b)).item() == pytest.approx(np.log(sigmoid(b)).mean(), abs=1e-5)
+    assert log_D(torch.tensor(b)).item() == pytest.approx(np.log(sigmoid(b)).mean(), abs=1e-5)
 
 
-def test_the_rate_and_the_momentum_follow_the_papers():
-    assert cgan.rate("mlp", 0.1, 0, 9) == 0.1
-    assert cgan.rate("mlp", 0.1, 1000, 9) == pytest.approx(0.1 * math.exp(-1000 * math.log(1.00004)))
-    assert cgan.rate("tags", 0.1, 10**6, 9) == 1e-6
-    assert [cgan.rate("dcgan28", 2e-4, step, 100) for step in (0, 50, 75, 100)] == pytest.approx(
-        [2e-4, 2e-4, 1e-4, 0]
-    )
-    assert cgan.momentum(0, 500) == 0.5 and cgan.momentum(249 * 500, 500) == pytest.approx(0.7)
-    assert cgan.momentum(10**6, 500) == 0.7
-
-
-def build(a, name, G, D, minibatch):
-    return cgan.build(a, name, G, D, averaged(G), minibatch)
-
-
-@pytest.mark.parametrize("name", ["mlp", "dcgan28"])
-def test_annealing_reaches_the_optimizers(name):
-    a = args("--steps", "100")
-    opts = build(a, name, *nets(name), lambda x, y: (x, y))[:2]
-    cgan.anneal(a, name, opts, 76, steps_per_epoch=1)
+@pytest.mark.parametrize("name, step, lr, momentum", [
+    ("mlp", 1, 0.1, 0.5), ("mlp", 1001, 0.1 * math.exp(-1000 * math.log(1.00004)), 0.5 + 0.2 * 1000 / 1245),
+    ("mlp", 1246, 0.1 / 1.00004 ** 1245, 0.7), ("tags", 10**6, 1e-6, 0.7),
+    ("dcgan28", 1, 2e-4, None), ("dcgan28", 51, 2e-4, None), ("dcgan28", 76, 1e-4, None),
+    ("dcgan32", 101, 0, None)])
+def test_rate_and_momentum_follow_the_papers(name, step, lr, momentum):
+    """Momentum reaches .7 in epoch 250; an epoch has 5 steps here."""
+    a = args(name, "--steps", "100")
+    opts = build(a)[3:5]
+    cgan.anneal(a, opts, step, per_epoch=5)
     for opt in opts:
-        group = opt.param_groups[0]
-        expected = cgan.rate(name, NETS[name]["lr"], 75, 100)
-        assert group["lr"].item() == pytest.approx(expected, rel=1e-6)
-        if name == "mlp":
-            assert group["momentum"].item() == pytest.approx(0.5 + 0.2 * 75 / 249, rel=1e-6)
+        group, = opt.param_groups
+        assert group["lr"].item() == pytest.approx(lr, rel=1e-6)
+        assert momentum is None or group["momentum"].item() == pytest.approx(momentum, rel=1e-6)
     assert opts[0].param_groups[0]["lr"] is not opts[1].param_groups[0]["lr"]
+
+
+# ------------------------------------------------------------------------------------------------- settings
+
+DCGAN_CODE = {                                      # Newmu/dcgan_code, mnist/train_cond_dcgan.py
+    "batch_size": 128, "lr": 0.0002, "weight_decay": 2.5e-5, "z": (-1, 1), "init_G": "normal",
+    "init_D": "normal",
+    "steps": 200 * math.ceil(50000 / 128),          # niter + niter_decay epochs
+    "turns": True,                                  # if n_updates % (k+1) == 0: _train_g, else: _train_d
+    "batch_stats": True,                            # _gen() has the batchnorm() of training
+    "average": 0, "noise": 0, "dropout": 0, "drop_samples": False}
+SEC_4 = {                                           # CGAN Sec. 4.1, and for tags Sec. 4.2
+    "batch_size": 100, "lr": 0.1, "lr_factor": 1.00004, "lr_min": 1e-6, "momentum": (0.5, 0.7),
+    "dropout": 0.5, "average": 0, "noise": 0, "drop_samples": False, "turns": False, "batch_stats": False,
+    "momentum_epochs": 250, "init_G": 0.05, "init_D": 0.005, "alternate": False,   # GAN's mnist.yaml, sgd.py
+    "steps": 288000}                                # not published
+PUBLISHED = {
+    "mlp": SEC_4 | {"net": "mlp", "size": 28, "channels": 1, "scale": (0, 1),
+                    "z": (0, 1)},                   # Sec. 4.1: "uniform within the unit hypercube"
+    "tags": SEC_4 | {"net": "tags", "size": 64, "channels": 3, "scale": (0, 1), "z": "normal",
+                     "near": 20, "standardize": False},                                         # Sec. 4.2
+    "dcgan28": DCGAN_CODE | {"net": "dcgan28", "size": 28, "channels": 1, "scale": (0, 1)},     # transform()
+    "dcgan32": DCGAN_CODE | {"net": "dcgan32", "size": 32, "channels": 3, "scale": (-1, 1)}}    # no paper
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_every_value_of_PAPER(name):
+    assert PAPER[name] == PUBLISHED[name]
+    a, tuned = args(name, "--paper"), args(name)
+    assert {k: getattr(a, k) for k in PAPER[name]} == PAPER[name] and a.settings == "paper"
+    assert {k: getattr(tuned, k) for k in PAPER[name]} == PAPER[name] | TUNED[name]
+    assert all(PAPER[name][k] != v for k, v in TUNED[name].items()), "an entry of TUNED is PAPER's own"
+
+
+def test_a_rate_of_PAPERs_length_ends_at_its_least():
+    assert 0.1 / 1.00004 ** 287828 > 1e-6 > 0.1 / 1.00004 ** 287829
+
+
+def test_a_flag_wins_over_both_tables():
+    a = args("mlp", "--paper", "--average", "0.5", "--drop-samples", "--lr", "0.3")
+    assert (a.average, a.drop_samples, a.lr, a.z) == (0.5, True, 0.3, (0, 1))
+
+
+@pytest.mark.parametrize("dataset, name", [("mnist", "mlp"), ("kmnist", "mlp"), ("shapes", "tags"),
+                                           ("cifar100", "dcgan32"), ("x.npz", "dcgan32")])
+def test_a_data_set_chooses_its_network(dataset, name):
+    assert cgan.parse_args(["--dataset", dataset]).net == name
+    assert cgan.parse_args(["--dataset", dataset, "--net", "dcgan28"]).net == "dcgan28"
 
 
 # ----------------------------------------------------------------------------------------------- networks
@@ -89,28 +135,28 @@ def test_annealing_reaches_the_optimizers(name):
 def test_parameter_counts_of_both_papers():
     count = lambda net: sum(p.numel() for p in net.parameters())
     full = lambda i, o: i * o + o
-    G, D = nets("mlp", width=1.0)
+    G, D = nets("mlp", "--width", "1")
     assert count(G) == full(100, 200) + full(10, 1000) + full(1200, 1200) + full(1200, 784)
     assert count(D) == full(784, 240 * 5) + full(10, 50 * 5) + full(290, 240 * 4) + full(240, 1)
-    G, D = nets("tags", K=4096, width=1.0)
+    G, D = nets("tags", "--width", "1", K=4096)
     assert count(G) == full(100, 500) + full(4096, 2000) + full(2500, 200)
     assert count(D) == full(200, 500) + full(4096, 1200) + full(1700, 3000) + full(1000, 1)
-    G, D = nets("dcgan28", width=1.0)    # no biases, BatchNorm without parameters, labels at every layer
+    G, D = nets("dcgan28", "--width", "1")    # no biases, BatchNorm without parameters, labels at every layer
     assert count(G) == 110 * 1024 + 1034 * 6272 + 138 * 64 * 25 + 74 * 25
     assert count(D) == 11 * 64 * 25 + 74 * 128 * 25 + 6282 * 1024 + 1034
-    G, D = nets("dcgan32", K=100, width=1.0)
+    G, D = nets("dcgan32", "--width", "1", K=100)
     assert count(G) == 200 * 4096 + 356 * 128 * 25 + 228 * 64 * 25 + 164 * 3 * 25
     assert count(D) == 103 * 64 * 25 + 164 * 128 * 25 + 228 * 256 * 25 + 4196
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", PAPER)
 def test_shapes_and_ranges(name):
     G, D = nets(name, d=12)
     x, y = batch(name, d=12)
     with torch.no_grad():
-        x_fake = G(cgan.sample_z(16, name), y)
+        x_fake = G(cgan.sample_z(16, args(name)), y)
         assert x_fake.shape == x.shape and D(x, y).shape == D(x_fake, y).shape == (16,)
-    low, high = NETS[name]["scale"]
+    low, high = PAPER[name]["scale"]
     assert name == "tags" or low <= x_fake.min() and x_fake.max() <= high
 
 
@@ -125,7 +171,7 @@ def test_labels_become_constant_maps_beside_the_layers_own():
 @pytest.mark.parametrize("name", ["dcgan28", "dcgan32"])
 def test_every_layer_sees_the_label(name):
     """Where every other layer's label weights are 0, the label still changes what the network gives."""
-    for net, u in zip(nets(name), (cgan.sample_z(16, name), batch(name)[0])):
+    for net, u in zip(nets(name), (cgan.sample_z(16, args(name)), batch(name)[0])):
         net.eval()
         weights = [next(layer.parameters()) for layer in net]
         upward = [isinstance(m, torch.nn.ConvTranspose2d) for layer in net for m in layer.modules()
@@ -136,7 +182,7 @@ def test_every_layer_sees_the_label(name):
             for i, w in enumerate(weights):
                 labels = w.data[-10:] if upward[i] else w.data[:, -10:]
                 labels.mul_(10.0 if i == k else 0.0)
-            y = F.one_hot(torch.arange(16) % 10, 10).float()
+            y = one_hot(torch.arange(16) % 10, 10)
             with torch.no_grad():
                 changed = (net(u, y) - net(u, y.roll(1, 0))).abs().max()
             for w, o in zip(weights, old):
@@ -144,69 +190,124 @@ def test_every_layer_sees_the_label(name):
             assert changed > 1e-6, (name, k)
 
 
-def test_noise_is_as_the_papers_have_it():
+@pytest.mark.parametrize("name, words, low, high, var", [
+    ("mlp", ("--paper",), 0, 1, 1 / 12), ("mlp", (), -math.sqrt(3), math.sqrt(3), 1),
+    ("dcgan28", ("--paper",), -1, 1, 1 / 3), ("tags", ("--paper",), -math.inf, math.inf, 1)])
+def test_noise_is_as_the_papers_have_it(name, words, low, high, var):
     torch.manual_seed(0)
-    cube, ball, tags = (cgan.sample_z(5000, name) for name in ("mlp", "dcgan28", "tags"))
-    assert cube.shape == (5000, 100) and abs(cube.var().item() - 1) < 0.02
-    assert 1.73 < cube.abs().max() <= math.sqrt(3)
-    assert -1 <= ball.min() < -0.99 and 0.99 < ball.max() <= 1
-    assert abs(tags.var().item() - 1) < 0.02 and tags.abs().max() > 3
+    z = cgan.sample_z(5000, args(name, *words))
+    assert z.shape == (5000, 100) and z.var().item() == pytest.approx(var, rel=0.02)
+    assert low <= z.min() < (max(low, -3) + 0.01) and min(high, 3) - 0.01 < z.max() <= high
 
 
 def test_the_digits_G_starts_at_the_training_mean():
     mean = torch.linspace(0, 1, 784).view(1, 28, 28)
-    G, _ = networks("mlp", 10, mean, 0.1)
+    G, _ = networks(args("mlp"), 10, mean)
     expected = mean.flatten().clamp(1e-7, 1 - 1e-7)
     torch.testing.assert_close(G.both[4].bias.sigmoid(), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_initial_weights():
+    """GAN's mnist.yaml: Unif(-.05, .05), Unif(-.005, .005); He et al.: N(0, 2 / inputs); DCGAN: N(0, .02)."""
+    G, D = nets("mlp", "--paper", "--width", "1")
+    assert 0.0499 < G.both[1].weight.abs().max() <= 0.05 and 0.00499 < D.y.linear.weight.abs().max() <= 0.005
+    assert (G.u[0].bias == 0).all() and (D.y.linear.bias == 0).all()
+    G, _ = nets("mlp", "--width", "1")
+    assert G.both[1].weight.std().item() == pytest.approx(math.sqrt(2 / 1200), rel=0.01)
+    for net in nets("dcgan28", "--width", "1"):
+        assert all(p.std().item() == pytest.approx(0.02, rel=0.1) for p in net.parameters())
 
 
 # ---------------------------------------------------------------------------------------- who moves, where to
 
 
-@pytest.mark.parametrize("name", NETS)
+def moved(before, net):
+    """Which weights of `net` differ from `before`."""
+    return [not torch.equal(p, q) for p, q in zip(before, net.parameters(), strict=True) if p.ndim > 1]
+
+
+def state(net):
+    return [p.detach().clone() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("name", PAPER)
 def test_a_step_moves_both_networks(name):
-    G, D = nets(name, d=12)
-    x, y = batch(name, d=12)
-    _, _, step = build(args(), name, G, D, lambda: (x, y))
-    before = [p.detach().clone() for net in (G, D) for p in net.parameters() if p.ndim > 1]
-    scalars = step()
-    after = [p for net in (G, D) for p in net.parameters() if p.ndim > 1]
-    assert all(not torch.equal(p, q) for p, q in zip(before, after, strict=True))
+    G, D, G_bar, _, _, step, _ = build(args(name), d=12)
+    before = state(G), state(D)
+    scalars = step(*batch(name, d=12))
+    assert all(moved(before[0], G)) and all(moved(before[1], D))
     assert set(scalars) == {"V", "D(x)", "D(G(z))"} and all(v.ndim == 0 for v in scalars.values())
+    assert not any(p.requires_grad for p in G_bar.parameters())
+
+
+def test_labels_and_label_vectors_are_one_condition():
+    x, y = batch("dcgan28")
+    after = []
+    for condition in (y, y.argmax(1)):
+        G, *_, step, _ = build(args("dcgan28"))
+        torch.manual_seed(1)
+        step(x, condition)
+        after.append(state(G))
+    assert all(torch.equal(p, q) for p, q in zip(*after))
 
 
 @pytest.mark.parametrize("name, flags, new", [("mlp", (), False), ("mlp", ("--alternate",), True),
                                               ("dcgan28", (), True)])
 def test_which_D_teaches_G(name, flags, new):
-    """[dev 1], [dev 3]: G's step goes through the D from before D's own step, or through the new one."""
-    moved, pair = [], batch(name)
+    """G's step goes through the D from before D's own step (GAN's code), or through the new one."""
+    after, pair = [], batch(name)
     for lr in (0.0, 0.5):
-        G, D = nets(name)
-        opt_D, _, step = build(args(*flags), name, G, D, lambda: pair)
+        G, _, _, opt_D, _, step, _ = build(args(name, *flags))
         opt_D.param_groups[0]["lr"].fill_(lr)
         torch.manual_seed(1)
-        step()
-        moved.append([p.detach().clone() for p in G.parameters()])
-    assert new is not all(torch.equal(p, q) for p, q in zip(*moved))
+        step(*pair)
+        after.append(state(G))
+    assert new is not all(torch.equal(p, q) for p, q in zip(*after))
+
+
+def test_networks_that_take_turns():
+    """Authors' code: a minibatch trains G or D alone, and G first."""
+    G, D, _, _, _, step, G_step = build(args("dcgan28", "--paper"))
+    x, y = batch("dcgan28")
+    before = state(G), state(D)
+    assert set(G_step(x, y)) == {"D(G(z))"}
+    assert all(moved(before[0], G)) and not any(moved(before[1], D))
+    before = state(G), state(D)
+    step(x, y)
+    assert not any(moved(before[0], G)) and all(moved(before[1], D))
+
+
+def test_a_run_that_takes_turns_begins_with_G(digits, tmp_path, monkeypatch):
+    turns, built = [], cgan.build
+
+    def watched(*words):
+        *nets, step, G_step = built(*words)
+        return (*nets, lambda *pair: turns.append("D") or step(*pair),
+                lambda *pair: turns.append("G") or G_step(*pair))
+
+    monkeypatch.setattr(cgan, "build", watched)
+    monkeypatch.setattr(cgan, "report", lambda *_: None)
+    cgan.main(["--dataset", str(digits), "--net", "dcgan28", "--paper", "--steps", "5", "--width", "0.1",
+               "--batch-size", "16", "--out", str(tmp_path), "--device", "cpu"])
+    assert turns == ["G", "D", "G", "D", "G"]
 
 
 @pytest.mark.parametrize("name, lr", [("mlp", 0.1), ("dcgan28", 30.0)])
 def test_one_step_of_G_raises_log_D(name, lr):
     G, D = nets(name)
     G.eval(), D.eval()
-    y, z = batch(name, n=64)[1], cgan.sample_z(64, name)
+    y, z = batch(name, n=64)[1], cgan.sample_z(64, args(name))
     if name == "mlp":
-        cgan.uniform(D, 0.2)
-    before = objective_G(D(G(z, y), y))
+        cgan.initialise(D, 0.2)
+    before = log_D(D(G(z, y), y))
     still = [p.detach().clone() for p in D.parameters()]
     descend(-before, torch.optim.SGD(G.parameters(), lr=lr))
-    assert objective_G(D(G(z, y), y)) > before
+    assert log_D(D(G(z, y), y)) > before
     assert all(torch.equal(p, q) for p, q in zip(D.parameters(), still))
 
 
 def test_weight_decay_and_rates_of_dcgan():
-    opt_D, opt_G, _ = build(args(), "dcgan28", *nets("dcgan28"), None)
-    for opt in (opt_D, opt_G):
+    for opt in build(args("dcgan28"))[3:5]:
         group = opt.param_groups[0]
         assert group["weight_decay"] == 2.5e-5 and group["betas"] == (0.5, 0.999)
         assert group["lr"].item() == pytest.approx(2e-4)
@@ -215,7 +316,7 @@ def test_weight_decay_and_rates_of_dcgan():
 def test_it_learns_which_mode_a_label_asks_for():
     """Eq. 2 on two Gaussians: with label k, samples lie at the k-th mean."""
     torch.manual_seed(0)
-    a, means = args("--lr", "2e-3"), torch.tensor([[-2.0, 0.0], [2.0, 1.0]])
+    a, means = args("dcgan28", "--lr", "2e-3"), torch.tensor([[-2.0, 0.0], [2.0, 1.0]])
     layer = torch.nn.Linear
     G = cgan.Joint(layer(100, 16), layer(2, 16), torch.nn.Sequential(torch.nn.Tanh(), layer(32, 2)))
     D = cgan.Joint(layer(2, 32), layer(2, 32), torch.nn.Sequential(
@@ -223,14 +324,14 @@ def test_it_learns_which_mode_a_label_asks_for():
 
     def minibatch():
         k = torch.randint(2, (128,))
-        return means[k] + 0.3 * torch.randn(128, 2), F.one_hot(k, 2).float()
+        return means[k] + 0.3 * torch.randn(128, 2), k
 
-    _, _, step = build(a, "dcgan28", G, D, minibatch)
+    *_, step, _ = build(a, 2, pair=(G, D))
     for _ in range(600):
-        step()
+        step(*minibatch())
     with torch.no_grad():
         for k in range(2):
-            x = G(cgan.sample_z(500, "dcgan28"), F.one_hot(torch.full((500,), k), 2).float())
+            x = G(cgan.sample_z(500, a), one_hot(torch.full((500,), k), 2))
             assert (x.mean(0) - means[k]).norm() < 0.7, x.mean(0)
 
 
@@ -247,32 +348,53 @@ class Echo(torch.nn.Module):
 
 
 def test_rows_have_one_label_and_shared_columns_one_z():
-    x = cgan.rows(Echo(), "dcgan28", 10, 7, "cpu", shared=True)[:, 0, 0].unflatten(0, (10, 7))
+    a = args("dcgan28")
+    x = cgan.rows(Echo(), a, 10, 7, shared=True)[:, 0, 0].unflatten(0, (10, 7))
     assert (x[:, :, 1] == torch.arange(1.0, 11)[:, None]).all()
     assert (x[:, :, 0] == x[:1, :, 0]).all() and len(x[0, :, 0].unique()) == 7
-    x = cgan.rows(Echo(), "dcgan28", 10, 7, "cpu")[:, 0, 0].unflatten(0, (10, 7))
+    x = cgan.rows(Echo(), a, 10, 7)[:, 0, 0].unflatten(0, (10, 7))
     assert len(x[:, :, 0].unique()) == 70
-    x = cgan.rows(Echo(), "dcgan28", 100, 2, "cpu")[:, 0, 0].unflatten(0, (10, 2))
+    x = cgan.rows(Echo(), a, 100, 2)[:, 0, 0].unflatten(0, (10, 2))
     assert x[0, 0, 1] == 1 and x[-1, 0, 1] == 100 and len(x[:, 0, 1].unique()) == 10
 
 
-def test_draw_takes_labels_or_vectors_and_maps_to_the_unit_interval():
+def test_draw_maps_to_the_unit_interval():
     z = torch.zeros(3, 100)
-    x = cgan.draw(Echo(), "dcgan32", torch.tensor([0, 4, 9]), 10, z)
+    x = cgan.draw(Echo(), args("dcgan32"), one_hot(torch.tensor([0, 4, 9]), 10), z)
     assert x[:, 0, 0, 1].tolist() == [1.0, 3.0, 5.5] and (x[:, 0, 0, 0] == 0.5).all()
-    assert (cgan.draw(Echo(), "mlp", torch.zeros(3, 10), 10, z) == 0).all()
+    assert (cgan.draw(Echo(), args("mlp"), torch.zeros(3, 10), z) == 0).all()
 
 
-def test_sampling_drops_units_as_in_training_and_leaves_batchnorm_alone():
-    y, z = torch.arange(8), cgan.sample_z(8, "mlp")
+def test_dropout_stays_on_in_samples_unless_the_paper_draws():
+    a, paper = args("mlp"), args("mlp", "--paper")
+    y, z = one_hot(torch.arange(8), 10), cgan.sample_z(8, a)
     G, _ = nets("mlp")
-    assert not torch.equal(cgan.draw(G, "mlp", y, 10, z), cgan.draw(G, "mlp", y, 10, z)) and G.training
-    G, _ = nets("mlp", dropout=0.0)
-    assert torch.equal(cgan.draw(G, "mlp", y, 10, z), cgan.draw(G, "mlp", y, 10, z))
+    assert not torch.equal(cgan.draw(G, a, y, z), cgan.draw(G, a, y, z)) and G.training
+    assert torch.equal(cgan.draw(G, paper, y, z), cgan.draw(G, paper, y, z))
+    assert all(m.training for m in G.modules())
+    G, _ = nets("mlp", "--dropout", "0")
+    assert torch.equal(cgan.draw(G, a, y, z), cgan.draw(G, a, y, z))
+
+
+@pytest.mark.parametrize("words", [(), ("--paper",)])
+def test_samples_leave_batchnorm_alone(words):
+    a = args("dcgan28", *words)
     G, _ = nets("dcgan28")
     before = [b.clone() for b in G.buffers()]
-    cgan.draw(G, "dcgan28", y, 10)
+    cgan.draw(G, a, one_hot(torch.arange(8), 10))
     assert all(torch.equal(b, c) for b, c in zip(G.buffers(), before))
+    assert all(m.training for m in G.modules())
+    assert all(m.track_running_stats for m in G.modules() if isinstance(m, torch.nn.BatchNorm2d))
+
+
+def test_the_paper_draws_with_the_statistics_of_each_batch():
+    """Authors' code: batches of 128 through the batchnorm() of training; none has a single picture."""
+    a, (G, _) = args("dcgan28", "--paper", "--batch-size", "8"), nets("dcgan28")
+    y, z = one_hot(torch.arange(17) % 10, 10), cgan.sample_z(17, a)
+    with torch.no_grad():
+        expected = torch.cat([G(*part) for part in zip(z.split(6), y.split(6))])    # in training mode
+    torch.testing.assert_close(cgan.draw(G, a, y, z), expected)
+    assert not torch.allclose(cgan.draw(G, args("dcgan28"), y, z), expected, atol=1e-3)
 
 
 def test_nn_error_against_numpy_and_the_real_digits_own():
@@ -292,12 +414,12 @@ def test_labels_from_binary_attributes():
     x = torch.zeros(3, 1, 28, 28, dtype=torch.uint8)
     extra = {"attributes": a, "attribute_names": ["smile", "hat", "skin"]}
     pictures = data.Data("heads", x, extra=extra)
-    assert cgan.combine(pictures, "hat,smile").tolist() == [1, 3, 2]
-    assert cgan.combine(pictures, "hat,smile", "test_") is None
+    assert cgan.attribute_labels(pictures, "hat,smile").tolist() == [1, 3, 2]
+    assert cgan.attribute_labels(pictures, "hat,smile", "test_") is None
     with pytest.raises(cgan.UserError, match="out of smile, hat, skin: beard found"):
-        cgan.combine(pictures, "beard")
+        cgan.attribute_labels(pictures, "beard")
     with pytest.raises(cgan.UserError, match="out of none: nothing found"):
-        cgan.combine(data.Data("bare", x), "")
+        cgan.attribute_labels(data.Data("bare", x), "")
 
 
 # ------------------------------------------------------------------------------------------------------- tags
@@ -336,7 +458,7 @@ def test_the_ten_words_most_often_among_the_nearest():
             return 3 * words[k] + 1e-3 * torch.arange(24.0) / 24
 
     torch.manual_seed(0)
-    found = cgan.tag(Two(), torch.tensor([[3.0], [10.0]]), words)
+    found = cgan.tag(Two(), args("tags"), torch.tensor([[3.0], [10.0]]), words)
     assert found.shape == (2, 10)
     assert found[0, 0] == 23 or found[0, 0] == 3
     assert {3, 4} <= set(found[0].tolist()) and {10, 11} <= set(found[1].tolist())
@@ -404,7 +526,7 @@ def test_the_papers_values_stand_beside_ours_on_its_own_data(digits, tmp_path, m
 def test_what_draws_is_the_average(digits, tmp_path, monkeypatch, net):
     drawn, draw = [], cgan.draw
     monkeypatch.setattr(cgan, "draw", lambda G, *rest: drawn.append(G) or draw(G, *rest))
-    monkeypatch.setattr(cgan, "evaluate", lambda args, best, *rest: drawn.append(best) or {})
+    monkeypatch.setattr(cgan, "evaluate", lambda args, best, *_: drawn.append(best) or {})
     cgan.main(["--dataset", str(digits), "--out", str(tmp_path), "--batch-size", "16", "--width", "0.1",
                "--net", net, "--steps", "3", "--data-dir", str(tmp_path / "data"), "--device", "cpu"])
     parts = torch.load(tmp_path / "cgan-digits" / "checkpoint.pt", weights_only=True)["parts"]
