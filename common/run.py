@@ -187,6 +187,7 @@ class Run:
             if isinstance(value, str) and not named and Path(value).expanduser().exists():
                 self.kept[key] = str(Path(value).expanduser().resolve())
         self.args, self.parts, self.step, self.stopped = args, {}, 0, False
+        self.start, self.end = 0, args.steps  # of the loop at hand
         self.logger = self.board = None
         self.drawn = False
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -282,27 +283,30 @@ class Run:
             # The networks are alike by now; latents must not be.
             torch.manual_seed(self.args.seed + 7919 * self.rank)
 
-    def loop(self):
-        """The steps from where the run stands to --steps, with logging, checkpoints and a clean stop between
-        them."""
+    def loop(self, end=None):
+        """The steps from where the run stands to `end` (None: --steps), with logging, checkpoints and a clean
+        stop between them.  A run of several phases calls it once for each."""
         args = self.args
-        if self.step >= args.steps:
+        if end is not None:
+            self.start, self.end = self.step, end
+        if self.step >= self.end:
             return
-        self._lead_alone(self._train_alone)
-        if self.lead:
-            say(f"{describe(args)} | {args.steps:,} steps | {self.folder}")
+        if self.logger is None:
+            self._lead_alone(self._train_alone)
+            if self.lead:
+                say(f"{describe(args)} | {args.steps:,} steps | {self.folder}")
         folder = self.folder if self.lead else None
         hint = "; --quick is a short version" if args.device == "cpu" and not args.quick else ""
         images = args.batch_size * self.world
-        self.logger = log.Logger(folder, args.steps, images, self.step, args.script, hint)
+        self.logger = log.Logger(folder, self.end, images, self.step, args.script, hint)
         old = {s: signal.signal(s, self._stop) for s in stops()}
         try:
-            for step in range(self.step + 1, args.steps + 1):
+            for step in range(self.step + 1, self.end + 1):
                 yield step
                 self.step = step
                 self.logger.progress(step)
                 stop = self._all_stop(step)
-                save = step % args.save_every == 0 or step == args.steps or stop
+                save = step % args.save_every == 0 or step == self.end or stop
                 if save or step % args.log_every == 0:
                     self._finite(self.logger.write(step))
                 if save:
@@ -337,13 +341,13 @@ class Run:
         self.logger.add(scalars)
 
     def every(self, n):
-        """Whether the step at hand is a multiple of `n` or the last one."""
-        return (self.step + 1) % n == 0 or self.step + 1 == self.args.steps
+        """Whether the step at hand is a multiple of `n` or the last one of its loop."""
+        return (self.step + 1) % n == 0 or self.step + 1 == self.end
 
     def draws(self):
         """Whether to draw samples in the step at hand: after 2 % of the run or a minute, soon again, and then
         every --save-every steps."""
-        step, steps = self.step + 1, self.args.steps
+        step, steps = self.step + 1 - self.start, self.end - self.start
         early = {math.ceil(steps * part) for part in (0.02, 0.05, 0.1, 0.2)}
         late = not self.drawn and time.perf_counter() - self.logger.start > 60
         return late or step in early or self.every(self.args.save_every)

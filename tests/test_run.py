@@ -305,6 +305,18 @@ def test_a_resumed_run_does_not_repeat_lines(tmp_path):
     assert [line["step"] for line in log.history(r.folder)] == [1, 2, 3, 4]
 
 
+def test_phases_are_loops_one_after_the_other(tmp_path):
+    r, steps = started(tmp_path, "--log-every", 3), []
+    for end in (2, 2, 5):
+        for step in r.loop(end):
+            r.log({f"until {end}": torch.tensor(float(step))})
+            steps.append((step, r.every(4)))
+        assert checkpoint(r.folder)["step"] == end
+    assert steps == [(1, False), (2, True), (3, False), (4, True), (5, True)]
+    assert [(line["step"], set(line) & {"until 2", "until 5"}) for line in log.history(r.folder)] == [
+        (2, {"until 2"}), (3, {"until 5"}), (5, {"until 5"})]
+
+
 def test_check_exits_with_1_when_the_metric_is_missed(tmp_path):
     r = started(tmp_path, "--check")
     with pytest.raises(SystemExit) as e:
