@@ -3,7 +3,7 @@ Scott Reed, Zeynep Akata, Xinchen Yan, Lajanugen Logeswaran, Bernt Schiele, Hong
 arXiv:1605.05396
 
 A network phi_t reads a sentence letter by letter; G draws what it says, and D judges picture and sentence
-together.  Three phases, one run: the encoders phi_t and phi_v, then G and D, then the style encoder S.
+together.  One run trains the encoders phi_t and phi_v, then G and D, then the style encoder S.
 
     Eq. 1    V(D, G) = E_x[log D(x, h)] + E_z[log(1 - D(G(z, h), h))], h = phi_t(t)      -> V()
     Eq. 2    f_v and f_t should classify: min (1/N) sum_n Delta(y_n, f_v(v_n)) + Delta(y_n, f_t(t_n)),
@@ -16,68 +16,20 @@ together.  Three phases, one run: the encoders phi_t and phi_v, then G and D, th
     Eq. 5    GAN-INT: G also draws beta h_1 + (1 - beta) h_2                             -> interpolate()
     Eq. 6    L_style = E_{t, z} |z - S(G(z, phi_t(t)))|^2                                -> L_style()
     Figs. 3, 4, 7  captions never trained on: the true picture, then samples             -> draw_captions()
-    Fig. 5   does S tell pictures of one style from others: ROC                 -> verify(), draw_fig5()
+    Fig. 5   does S tell pictures of one style from others: ROC                          -> draw_fig5()
     Fig. 6   style transfer: s = S(x), then G(s, phi_t(t))                               -> transfer()
     Fig. 8   between two sentences, and between two z                                    -> between()
 
-Run
     python text2image.py                    (built-in shapes; full width wants a GPU)
     python text2image.py --width .25        (narrow networks, for a CPU)
-    python text2image.py --dataset data/birds --captions 4
+    python text2image.py --dataset data/birds --paper
     python text2image.py --resume runs/text2image-shapes --prompt "a large red circle above a blue box" --n 8
-
-Expect
-    t2i-agreement  91.3 % of attributes of unseen captions: background, relation and texture 100, size 99,
-                   colour 74, shape 75 (by chance 25, 33, 33, 50, 17, 20); of captions trained on 99.6, shape
-                   98; t2i-pose-roc .79 (birds in the paper .52, INT-CLS .66), t2i-bg-roc .61 (.82, .915):
-                   --width .25 --steps 8000 --style-steps 1000, 30 minutes on one core of an AMD EPYC with
-                   AVX512-BF16, torch 2.14.1, bfloat16, seed 0 alone
-
-Deviations
-    [dev 1] phi_v is D's convolutions and one linear layer, trained with phi_t (paper: features of GoogLeNet,
-            which --image-features googlenet takes from torchvision).  Where the data have attributes and
-            --image-features is not own, a linear layer each on v and on h names them beside.
-    [dev 2] The encoders train with AdamW on the GAN's minibatches, in which a picture and another one's text
-            of the same class or content are no pair (authors' code: RMSprop, a batch of 40 classes).
-    [dev 3] L_D and L_G are ascended: Algorithm 1 prints a descent, a slip of the sign.
-    [dev 4] For the interpolated texts too G ascends log D in place of descending log(1 - D) of Eq. 5; they
-            are a third of G's batch.  Both as in the authors' code.
-    [dev 5] One pass of G serves both updates, and G climbs D as just updated.
-    [dev 6] Rates of G and D fall to 0 in a straight line over the second half of their steps (the authors'
-            code halves them every 100 epochs; the paper has them constant).
-    [dev 7] S, of which the paper says only that it is a convolutional network, is D's convolutions and one
-            linear layer.
-    [dev 8] Shapes are neither cropped nor mirrored: captions tell left from right, and place is style.
-    [dev 9] D sees data, mismatches and samples as one batch (authors' code: three).  With statistics of their
-            own, BatchNorm hides from D how bright and how contrasty samples are.
-    [dev 10] The surrogate of Eq. 2 has, beside all mismatches, the hardest of each row, as the argmax of Eqs.
-            3 and 4 would have it.  The rate falls to 0 over the second half (authors' code: by .98 an epoch),
-            and weights decay: else phi_v and phi_t read two attributes as one, and take a pair that they
-            never saw for one that they know.  With attributes to name it is 2e-3; birds, which have none, ask
-            for 3e-4 (39.3 % right by Eq. 3, 24.5 from 2e-3).
-    [dev 11] What draws, and teaches S, is a running average of G's weights.  --average 0: G as it is.
-    [dev 12] D's inputs carry Gaussian noise, of std .1 and falling with the rate, and the rate of G is six
-            times D's, which is the paper's for both: without, D wins by the finest texture and G heeds no z.
-            With D's at 4e-4 G draws many captions never trained on as noise.
-    [dev 13] h is scaled to a deviation of .05 over the training texts.  As phi_t gives it, G's projection of
-            it begins far below z and is heeded late; at .2 G draws nearly one picture a text, whatever z.
-    [dev 14] Half of the texts that mismatch in Alg. 1 line 4 are neighbours of the pictures' own, of which
-            phi_t makes much the same: texts at random differ in so much that textures and shapes need not be
-            looked at.
-    [dev 15] A projection of D's convolutions, times h, is added to D's logit, and both begin as phi_v (with
-            GoogLeNet as phi_v: at random).  By the paper's head alone D hardly learns to tell the text of
-            the right shape from that of a wrong one, and G draws all shapes alike.
-    [dev 16] --width narrows phi_t by its root alone: at a quarter of the width a quarter of the units hardly
-            tell which of two objects is what.
-    [dev 17] GAN-CLS is the default.  Of shapes, INT draws some interpolated texts as noise, and some unseen
-            ones with them, as D sees no samples of them; with --int-D it does.
 """
 
 import argparse
 from dataclasses import dataclass
-from functools import partial
-from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -85,88 +37,84 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import UserError, data, log, metrics, run
-from common.fuse import Adam, autocast, average, averaged, descend, frozen, fuse, place, sampling
+from common.fuse import Adam, autocast, average, averaged, descend, frozen, fuse, place, sampling, set_rate
 
+# --------------------------------------------------------------------------------------------------- settings
+# Sec. 5; where it is silent, the authors' code: icml2016 for the GAN, cvpr2016 for the encoders of birds and
+# flowers.  600 epochs of 139 (birds, 150 classes) and 110 (flowers, 82) minibatches; 200 encoder epochs of as
+# many steps as there are classes.  Nothing is published for S: its rate is D's.
+
+GAN = dict(
+    variant="int-cls", batch_size=64, lr_D=2e-4, lr_G=2e-4, beta=0.5, captions=1, views=True, ngf=128, ndf=64,
+    together=False, noise=0.0, h_std=0.0, near=False, project=False, average=0.0, decay_lr=False,
+    image_features="googlenet", opt_phi="rmsprop", lr_phi=7e-4, drops=(0.98, 200), decay=(0.0, 0.0),
+    hardest=False, style_steps=2000)
+PAPER = {
+    "birds": GAN | dict(phi_t="gru", encoder_steps=200 * 150, steps=600 * 139),
+    "flowers": GAN | dict(phi_t="rnn", encoder_steps=200 * 82, steps=600 * 110),
+    # The print has COCO share architecture and settings; these are of the authors' code, which drew Fig. 7.
+    "coco": GAN | dict(variant="cls", ngf=196, ndf=196, phi_t="gru", opt_phi="adam", lr_phi=2e-4,
+                       drops=(0.5, 4), encoder_steps=200 * 1294, steps=200 * 1294),
+    # Not a data set of the paper: its settings, with a phi_v that learns shapes.  Captions tell left from
+    # right, and place is style: no crops, no mirroring.
+    "shapes": GAN | dict(phi_t="rnn", image_features="own", views=False, encoder_steps=200 * 150,
+                         steps=600 * 139),
+}
+STABLE = dict(
+    variant="cls",               # INT draws some interpolated texts as noise, and unseen ones with them
+    steps=20000, encoder_steps=5000,
+    ngf=128, ndf=64, phi_t="rnn",
+    lr_G=1.2e-3,                 # with `noise`: else D wins by the finest texture and G ignores z
+    noise=0.1,                   # std of Gaussian noise on what D sees, falling with the rate
+    together=True,               # one batch: BatchNorm else hides brightness and contrast from D
+    h_std=0.05,                  # as phi_t gives it, h is far below z and G ignores it for long; at .2, z
+    near=True,                   # half of the wrong texts are neighbours of the right one
+    project=True,                # a projection of D's features, times h, beside D's head, begun as phi_v's
+    average=0.999,               # EMA of G's weights draws and teaches S
+    decay_lr=True,               # rates fall to 0, linearly over the second half of each phase
+    image_features=None,         # phi_v is trained with phi_t, to name attributes as well if there are any
+    opt_phi="adam", lr_phi=None, drops=None,
+    decay=(0.1, 0.3),            # weight decay of phi_t and phi_v: else they take unseen pairs for known ones
+    hardest=True)                # the hardest mismatch of each row counts by itself
+TUNED = dict.fromkeys(PAPER, STABLE)
+
+VARIANTS = ("gan", "cls", "int", "int-cls")
+NZ, NT, NH = 100, 128, 1024      # sizes of z, of the projected text and of h = phi_t(t)
+LENGTH = 201                     # symbols of a sentence
 # Authors' code: 70 symbols, "-" twice, of which the last counts.
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "
 SYMBOLS = {s: i for i, s in enumerate(ALPHABET, 1)}
-LENGTH = 201                 # symbols of a sentence
-LR_PHI = 3e-4, 2e-3          # first rate of phi_t and phi_v, without and with attributes [dev 10]
-DECAY = 0.1, 0.3             # of their weights
-NZ, NT, NH = 100, 128, 1024  # sizes of z, of the projected text and of h = phi_t(t)
-VARIANTS = ("gan", "cls", "int", "int-cls")
-MATCH = 0.3                  # of v . h, the part in D's logit that it begins with [dev 15]
-OTHER = "a text2image run with the --width and --image-features of this one"
-# Fig. 5's areas under the curve, read off the plot, +- .02: style verification on birds.
-PAPER = {"t2i-pose-roc": dict(zip((*VARIANTS, "text"), (0.54, 0.52, 0.61, 0.66, 0.54))),
-         "t2i-bg-roc": dict(zip((*VARIANTS, "text"), (0.79, 0.82, 0.95, 0.915, 0.545)))}
 
 
 # --------------------------------------------------------------------------------------------------- networks
 
 class Text(nn.Module):
-    """phi_t, the char-CNN-RNN: symbols (n, 201), 0 for a blank, -> h (n, 1024)."""
+    """phi_t, the char-CNN-RNN of the authors' flowers: symbols (n, 201), 0 for a blank, -> h (n, 1024)."""
 
-    def __init__(self, ch):
+    def __init__(self, ch, units=256, pool=True):
         super().__init__()
-        c1, c2, c3, self.units = ch(384), ch(512), ch(256), ch(256)
+        c1, c2, self.units = ch(384), ch(512), ch(units)
         self.convs = nn.Sequential(
-            nn.Conv1d(len(ALPHABET), c1, 4), nn.ReLU(), nn.MaxPool1d(3, 3),     # 384 x 66
-            nn.Conv1d(c1, c2, 4), nn.ReLU(), nn.MaxPool1d(3, 3),                # 512 x 21
-            nn.Conv1d(c2, c3, 4), nn.ReLU(), nn.MaxPool1d(3, 2))                # 256 x 8
-        self.into, self.on = nn.Linear(c3, self.units), nn.Linear(self.units, self.units)
+            nn.Conv1d(len(ALPHABET), c1, 4), nn.ReLU(), nn.MaxPool1d(3, 3),             # 384 x 66
+            nn.Conv1d(c1, c2, 4), nn.ReLU(), nn.MaxPool1d(3, 3),                        # 512 x 21
+            nn.Conv1d(c2, self.units, 4), nn.ReLU(),                                    # 256 x 18
+            nn.MaxPool1d(3, 2) if pool else nn.Identity())                              # 256 x 8
+        self.into, self.on = nn.Linear(self.units, self.units), nn.Linear(self.units, self.units)
         self.out = nn.Linear(self.units, NH)
-        self.register_buffer("scale", torch.ones(()))       # of the h that G and D get [dev 13]
-        for name, p in self.named_parameters():                                 # sums keep their spread
-            bound = 0.08 if name.startswith("convs.0") else 0.08 * (384 / c1) ** 0.5
-            nn.init.uniform_(p, -bound, bound)
+        self.register_buffer("scale", torch.ones(()))               # of the h that G and D get: h_std
 
     def forward(self, t):
         one_hot = F.one_hot(t.long(), len(ALPHABET) + 1)[..., 1:].float()
-        steps = self.into(self.convs(one_hot.transpose(1, 2)).transpose(1, 2)).unbind(1)
+        states = self.recur(self.convs(one_hot.transpose(1, 2)).transpose(1, 2))
+        return self.out(torch.stack(states).mean(0))                # 1024
+
+    def recur(self, x):
+        """The states (n, units) after each of the steps x (n, 8, units)."""
+        steps = self.into(x).unbind(1)
         states = [F.relu(steps[0])]
         for step in steps[1:]:
             states.append(F.relu(step + self.on(states[-1])))
-        return self.out(torch.stack(states).mean(0))
-
-
-class GoogLeNet(nn.Module):
-    """phi_v of the paper: torchvision's GoogLeNet, frozen, x (n, 3, 64, 64) in [-1, 1] -> (n, 1024)."""
-
-    def __init__(self):
-        super().__init__()
-        from torchvision import models  # not at the top: it takes seconds, and most runs need none of it
-        try:
-            self.net = models.googlenet(weights=models.GoogLeNet_Weights.IMAGENET1K_V1, transform_input=False)
-        except OSError as e:
-            raise UserError(f"GoogLeNet's weights are not there ({data.brief(e)}): put them in "
-                            f"{torch.hub.get_dir()}/checkpoints/, or leave out --image-features") from None
-        self.net.fc = nn.Identity()
-        self.requires_grad_(False)
-
-    def train(self, mode=True):
-        return super().train(False)
-
-    def forward(self, x):
-        return self.net(F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True))
-
-
-class FromPoint(nn.ConvTranspose2d):
-    """A transposed convolution of a 1x1 picture, as the matrix product that it is: (n, i, 1, 1) -> (n, o, k, k).
-
-    Compiled as a convolution, its weight gradient comes in another layout than expected: PyTorch issue 171622.
-    """
-
-    def forward(self, x):
-        w = self.weight.permute(2, 3, 1, 0)                                     # k, k, o, i
-        return F.linear(x.flatten(1), w.flatten(0, 2)).unflatten(1, w.shape[:3]).permute(0, 3, 1, 2)
-
-
-class ToPoint(nn.Conv2d):
-    """A convolution of a k x k picture to one number, as the inner product that it is: (n, i, k, k) -> (n,)."""
-
-    def forward(self, x):
-        return (x * self.weight).sum((1, 2, 3))
+        return states
 
 
 class Residual(nn.Module):
@@ -191,9 +139,9 @@ class Generator(nn.Module):
         super().__init__()
         relu = nn.ReLU()
         c0, c1, c2, c3 = ch(1024), ch(512), ch(256), ch(128)
-        self.text = nn.Sequential(nn.Linear(NH, NT), nn.LeakyReLU(0.2))
+        self.text = nn.Sequential(nn.Linear(NH, NT), nn.LeakyReLU(0.2))                 # 128
         self.net = nn.Sequential(
-            nn.Unflatten(1, (NZ + NT, 1, 1)),
+            nn.Unflatten(1, (NZ + NT, 1, 1)),                                           # 228 x 1 x 1
             FromPoint(NZ + NT, c0, 4, bias=False), nn.BatchNorm2d(c0),                  # 1024 x 4 x 4
             Residual(c0, ch(256), relu),
             up(c0, c1), nn.BatchNorm2d(c1),                                             # 512 x 8 x 8
@@ -212,71 +160,67 @@ class Discriminator(nn.Module):
     With texts `wrong` (m, 1024) for the first m pictures, their logits follow: (n + m,).
     """
 
-    def __init__(self, ch):
+    def __init__(self, ch, project):
         super().__init__()
         lrelu = nn.LeakyReLU(0.2)
         c4 = ch(512)
-        self.trunk = trunk(ch)
-        self.text = nn.Sequential(nn.Linear(NH, NT), nn.BatchNorm1d(NT), lrelu)
+        self.trunk = trunk(ch)                                                          # 512 x 4 x 4
+        self.text = nn.Sequential(nn.Linear(NH, NT), nn.BatchNorm1d(NT), lrelu)         # 128
         self.head = nn.Sequential(
             nn.Conv2d(c4 + NT, c4, 1, bias=False), nn.BatchNorm2d(c4), lrelu,           # 512 x 4 x 4
             ToPoint(c4, 1, 4, bias=False), nn.Flatten(0))                               # 1
-        self.project = nn.Sequential(nn.Flatten(), nn.Linear(16 * c4, NH))
-
-    def begin(self, phi_v, scale):
-        """Take the convolutions of phi_v, and its v . h as part of a, given that h is scaled by `scale`."""
-        convs, _, last = phi_v
-        self.trunk.load_state_dict(convs.state_dict())
-        for mine, its in zip(self.project[1].parameters(), last.parameters()):
-            mine.data.copy_(MATCH / scale * its)
+        self.project = nn.Sequential(nn.Flatten(), nn.Linear(16 * c4, NH)) if project else None
 
     def forward(self, x, h, wrong=None):
         f = self.trunk(x)
         if wrong is not None:
             f, h = torch.cat([f, f[:len(wrong)]]), torch.cat([h, wrong])
         a = self.head(torch.cat([f, self.text(h)[:, :, None, None].expand(-1, -1, 4, 4)], 1))
-        return a + (self.project(f) * h).sum(1)                                         # [dev 15]
-
-
-def up(i, o):
-    return nn.ConvTranspose2d(i, o, 4, 2, 1, bias=False)
-
-
-def down(i, o, bn=True):
-    return nn.Conv2d(i, o, 4, 2, 1, bias=False), *([nn.BatchNorm2d(o)] if bn else [])
+        return a if self.project is None else a + (self.project(f) * h).sum(1)
 
 
 def trunk(ch):
     """D's convolutions, x (n, 3, 64, 64) -> (n, 512, 4, 4)."""
     lrelu = nn.LeakyReLU(0.2)
     return nn.Sequential(
-        *down(3, ch(64), bn=False), lrelu,                                              # 64 x 32 x 32
-        *down(ch(64), ch(128)), lrelu,                                                  # 128 x 16 x 16
+        down(3, ch(64)), lrelu,                                                         # 64 x 32 x 32
+        down(ch(64), ch(128)), nn.BatchNorm2d(ch(128)), lrelu,                          # 128 x 16 x 16
         # Nothing between the third BatchNorm and the fourth convolution, as in the authors' code.
-        *down(ch(128), ch(256)),                                                        # 256 x 8 x 8
-        *down(ch(256), ch(512)),                                                        # 512 x 4 x 4
+        down(ch(128), ch(256)), nn.BatchNorm2d(ch(256)),                                # 256 x 8 x 8
+        down(ch(256), ch(512)), nn.BatchNorm2d(ch(512)),                                # 512 x 4 x 4
         Residual(ch(512), ch(128), lrelu))
 
 
+def down(i, o):
+    return nn.Conv2d(i, o, 4, 2, 1, bias=False)
+
+
+def up(i, o):
+    return nn.ConvTranspose2d(i, o, 4, 2, 1, bias=False)
+
+
 def convolutions(ch, o):
-    """S and phi_v: D's convolutions and one linear layer, x (n, 3, 64, 64) -> (n, o) [dev 1], [dev 7]."""
+    """S, of which the paper says only that it is convolutional, and our phi_v: (n, 3, 64, 64) -> (n, o)."""
     return nn.Sequential(trunk(ch), nn.Flatten(), nn.Linear(16 * ch(512), o))
 
 
-def networks(width=1.0, image_features="own"):
-    """{"phi_t", "phi_v", "G", "D", "S"} of the authors' code with `width` times its feature maps, phi_t with
-    the root of `width` times [dev 16]."""
-    def ch(n, width=width):
-        return max(8, round(n * width))
+def networks(args):
+    """(phi_t, phi_v, G, D, S).  phi_t is narrowed by the root of --width alone: at a quarter of its units it
+    hardly tells which of two objects is what."""
+    def ch(width):
+        return lambda n: max(8, round(n * width))
 
-    phi_v = GoogLeNet() if image_features == "googlenet" else convolutions(ch, NH).apply(init)
-    nets = {"phi_t": Text(partial(ch, width=width ** 0.5)), "phi_v": phi_v, "G": Generator(ch).apply(init),
-            "D": Discriminator(ch).apply(init), "S": convolutions(ch, NZ).apply(init)}
-    for name in ("phi_t", "G", "S"):
-        nets[name].register_buffer("t", torch.zeros((), dtype=torch.long))      # updates so far
-    for last in (nets["G"].net[-2], nets["D"].head[-2]):    # no BatchNorm follows: as spread as the full ones
-        last.weight.data.div_(width ** 0.5)
-    return nets
+    ch_G, ch_D = ch(args.width * args.ngf / 128), ch(args.width * args.ndf / 64)
+    googlenet = args.image_features == "googlenet"
+    phi_v = GoogLeNet() if googlenet else convolutions(ch(args.width), NH).apply(init)
+    phi_t = init_text({"rnn": Text, "gru": TextGRU}[args.phi_t](ch(args.width ** 0.5)))
+    G, D = Generator(ch_G).apply(init), Discriminator(ch_D, args.project).apply(init)
+    S = convolutions(ch(args.width), NZ).apply(init)
+    for net in (phi_t, G, S):
+        net.register_buffer("t", torch.zeros((), dtype=torch.long))                     # updates so far
+    for last in (G.net[-2], D.head[-2]):        # no BatchNorm follows: sums keep their spread at any width
+        last.weight.data.div_(args.width ** 0.5)
+    return phi_t, phi_v, G, D, S
 
 
 def init(module):
@@ -287,6 +231,441 @@ def init(module):
         nn.init.normal_(module.weight, 1.0, 0.02)
     if getattr(module, "bias", None) is not None:
         nn.init.zeros_(module.bias)
+
+
+# ----------------------------------------------------------------------------------------- texts and pictures
+
+def mismatched(content):
+    """For each row of content (n,) a random row with other content, (n,); a batch of one content: any row."""
+    other = content[:, None] != content
+    return (torch.rand(other.shape, device=content.device) * other).argmax(1)
+
+
+def interpolate(h, beta=0.5):
+    """Eq. 5: beta h_1 + (1 - beta) h_2 (n / 2, 1024) of the first and the second half of h (n, 1024)."""
+    h_1, h_2 = h[:2 * (len(h) // 2)].chunk(2)
+    return beta * h_1 + (1 - beta) * h_2
+
+
+# -------------------------------------------------------------------------------------------------- objective
+
+def L_joint(v, h, content, hardest=False):
+    """Eq. 2's surrogate, the mean over mismatching pairs i, j of max(0, 1 + v_i.h_j - v_i.h_i) and
+    max(0, 1 + v_j.h_i - v_i.h_i).  `hardest` adds the mean over i of the largest of each.
+
+    v, h (n, 1024), content (n,).  2 where all v = 0; with `hardest` 4.
+    """
+    s = v.float() @ h.float().T
+    matching, other = s.diagonal()[:, None], (content[:, None] != content).float()
+    hinges = other * torch.stack([1 + s - matching, 1 + s.T - matching]).clamp(min=0)
+    loss = hinges.sum() / other.sum().clamp(min=1)
+    return loss + hinges.amax(2).sum() / len(v) if hardest else loss
+
+
+def V(a_r, a_f):
+    """Eq. 1: E[log s_r] + E[log(1 - s_f)], s = sigmoid(a), a (n,).  -log 4 where D = 1/2 everywhere."""
+    return F.logsigmoid(a_r.float()).mean() + F.logsigmoid(-a_f.float()).mean()
+
+
+def L_D(a_r, a_w, a_f):
+    """Alg. 1 line 10: E[log s_r] + (E[log(1 - s_w)] + E[log(1 - s_f)]) / 2.  -log 4 where D = 1/2
+    everywhere."""
+    wrong = F.logsigmoid(-a_w.float()).mean() + F.logsigmoid(-a_f.float()).mean()
+    return F.logsigmoid(a_r.float()).mean() + wrong / 2
+
+
+def L_G(a_f):
+    """Alg. 1 line 12: E[log s_f].  -log 2 where D = 1/2 everywhere."""
+    return F.logsigmoid(a_f.float()).mean()
+
+
+def L_style(z, z_hat):
+    """Eq. 6: E|z - z_hat|^2, both (n, 100).  100 for z ~ N(0, I) and z_hat = 0."""
+    return (z - z_hat.float()).square().sum(1).mean()
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+def build(args, train):
+    """The networks, with G_bar, the EMA of G; their optimizers; the fused steps of the three phases."""
+    counts = named_attributes(args, train)
+    phi_t, phi_v, G, D, S = networks(args)
+    G_bar, names = averaged(G), nn.ModuleList(nn.Linear(NH, sum(counts)) for _ in range(2 * bool(counts)))
+    phi_t, phi_v, G, D, S, G_bar, names = place(args, phi_t, phi_v, G, D, S, G_bar, names)
+    nets = SimpleNamespace(phi_t=phi_t, phi_v=phi_v, G=G, D=D, S=S, G_bar=G_bar, names=names)
+    opts = SimpleNamespace(opt_phi=optimizer_of_phi(args, nets), opt_G=adam(args.lr_G, G),
+                           opt_D=adam(args.lr_D, D), opt_S=adam(args.lr_D, S))
+    amp, cls = autocast(args), "cls" in args.variant
+    t, content = train.t.to(args.device), train.content.to(args.device)
+    h_all = torch.zeros(*t.shape[:2], NH, device=args.device)       # phi_t of all texts, by embed()
+    near = torch.zeros(len(t), min(8, len(t)), dtype=torch.long, device=args.device)
+    attributes = train.attributes.to(args.device) if counts else None
+
+    @fuse(args)
+    def encoder_step(x, i):                                 # x (n, 3, H, W) in [-1, 1], i (n,): their rows
+        k = torch.randint(t.shape[1], i.shape, device=x.device)
+        with amp:
+            v, h = phi_v(view(x)), phi_t(t[i, k])
+            logits = [name(f) for name, f in zip(names, (v, h))]
+        joint = L_joint(v, h, content[i], args.hardest)
+        descend(sum([L_names(a, attributes[i], counts) for a in logits], joint), opts.opt_phi)
+        phi_t.t.add_(1)
+        return {"L_joint": joint}
+
+    @fuse(args)
+    def gan_step(x, i):                                     # Alg. 1
+        x, h = view(x), mean_text(h_all[i], args.captions)                              # line 3
+        h_fake = torch.cat([h, interpolate(h, args.beta)]) if "int" in args.variant else h  # Eq. 5
+        z = torch.randn(len(h_fake), NZ, device=x.device)                               # line 5
+        h_wrong = wrong_texts(h, i) if cls else None                                    # line 4
+        m = len(h_fake) if args.int_D else len(x)           # D sees no samples of interpolated texts
+        std = args.noise * opts.opt_D.param_groups[0]["lr"] / args.lr_D
+        with amp:
+            x_fake = G(z, h_fake)                                                       # line 6
+            a_r, a_w, a_f = D_sees(D, x, h, x_fake[:m].detach(), h_fake[:m], args, std, h_wrong)   # 7-9
+        value = L_D(a_r, a_w, a_f) if cls else V(a_r, a_f)                              # line 10
+        descend(-value, opts.opt_D)                         # line 11: ascends; the printed minus is a slip
+        with amp, frozen(D):                                # through the updated D (authors' code)
+            _, _, a_f = D_sees(D, x if args.together else None, h, x_fake, h_fake, args, std)
+        log_s = L_G(a_f)                                                                # line 12
+        descend(-log_s, opts.opt_G)                                                     # line 13: ascends
+        average(G_bar, G, args.average)
+        G.t.add_(1)
+        scores = {"s_r": a_r, "s_f": a_f} | ({"s_w": a_w} if cls else {})
+        return {"L_D" if cls else "V": value, "L_G": log_s,
+                **{k: a.float().sigmoid().mean() for k, a in scores.items()}}
+
+    def wrong_texts(h, i):
+        """Texts (n, 1024) of other content than the pictures i: any of the batch, or half of them near."""
+        if not args.near:
+            return h[mismatched(content[i])]
+        half = i[:len(i) // 2]
+        j = near[half, torch.randint(near.shape[1], half.shape, device=i.device)]
+        return torch.cat([mean_text(h_all[j], args.captions), h[mismatched(content[i])][len(j):]])
+
+    @fuse(args)
+    def style_step(x, i):                                   # Eq. 6
+        h = mean_text(h_all[i], args.captions)
+        z = torch.randn(len(h), NZ, device=h.device)
+        with amp:
+            with sampling(G_bar):
+                x_fake = G_bar(z, h)
+            z_hat = S(x_fake)
+        loss = L_style(z, z_hat)
+        descend(loss, opts.opt_S)
+        S.t.add_(1)
+        return {"L_style": loss}
+
+    def embed():
+        """Put phi_t of every training text where the steps of G, D and S read it."""
+        phi_t.scale.fill_(1.0)
+        h = texts_of(phi_t, train.t, args.device)
+        if args.h_std:
+            phi_t.scale.copy_(args.h_std / h.std((0, 1)).mean().clamp_min(1e-6))
+        h_all.copy_(phi_t.scale * h)
+        if args.near:
+            near.copy_(neighbours(h[:, 0], content))
+        if args.project and args.image_features != "googlenet" and not G.t:
+            begin_as(phi_v, D, phi_t.scale)
+
+    steps = SimpleNamespace(encoder=encoder_step, gan=gan_step, style=style_step, embed=embed)
+    return nets, opts, steps
+
+
+def train_encoder(r, nets, opts, steps, batches):
+    """phi_t and phi_v, unless --encoder has brought them."""
+    args = r.args
+    end = r.step + (0 if args.encoder else max(0, args.encoder_steps - int(nets.phi_t.t)))
+    for step in r.loop(end):
+        set_rate(opts.opt_phi, phi_rate(args, bool(len(nets.names)), (end - step + 1) / args.encoder_steps))
+        r.log(steps.encoder(*next(batches)))
+
+
+def train_gan(r, nets, opts, steps, batches, test):
+    """G and D, on the texts as phi_t now reads them.  After more of their steps S begins anew."""
+    args = r.args
+    end = r.step + max(0, args.steps - int(nets.G.t))
+    if end > r.step:
+        nets.S.t.zero_()
+    for step in r.loop(end):
+        for opt, lr in ((opts.opt_G, args.lr_G), (opts.opt_D, args.lr_D)):
+            set_rate(opt, rate(args, lr, (end - step + 1) / args.steps))
+        r.log(steps.gan(*next(batches)))
+        if r.every(args.save_every):
+            with r.aside():
+                r.show("samples", draw_captions(test, [(nets.G_bar, nets.phi_t)], args.device))
+
+
+def train_style(r, nets, steps, batches):
+    """S, on samples of the finished G."""
+    for _ in r.loop(r.step + max(0, r.args.style_steps - int(nets.S.t))):
+        r.log(steps.style(*next(batches)))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    sentences = sentences_of(args)
+    r = run.Run(args)
+    if sentences:
+        return draw_prompts(r, sentences)
+    pictures, train, test = parts_of(args)
+    batches = data.Batches(train.images, torch.arange(len(train.images)), scale=(-1.0, 1.0), **r.feed)
+    nets, opts, steps = build(args, train)
+    if args.encoder and not args.resume:
+        run.fetch(args.encoder, OTHER, args.device, phi_t=nets.phi_t, phi_v=nets.phi_v)
+    r.keep(**vars(nets), **vars(opts), batches=batches)
+    if args.sample:
+        return sample(r, nets, test)
+    if args.beside:
+        return draw_beside(r, nets, test)
+
+    train_encoder(r, nets, opts, steps, batches)
+    steps.embed()
+    train_gan(r, nets, opts, steps, batches, test)
+    train_style(r, nets, steps, batches)
+    if r.lead:
+        report(r, nets, pictures, train, test)
+
+
+# =========================================================================== Figures and numbers of the paper
+
+LR_PHI = 3e-4, 2e-3              # of phi_t and phi_v, without and with attributes to name
+MATCH = 0.3                      # of v . h, the part in D's logit that it begins with
+OTHER = "a text2image run with the --width and --image-features of this one"
+# Fig. 5's areas under the curve, read off the plot, +- .02: style verification on birds.
+FIG5 = {"t2i-pose-roc": dict(zip((*VARIANTS, "text"), (0.54, 0.52, 0.61, 0.66, 0.54))),
+        "t2i-bg-roc": dict(zip((*VARIANTS, "text"), (0.79, 0.82, 0.95, 0.915, 0.545)))}
+
+
+
+def parse_args(argv=None):
+    p = run.parser(__file__, __doc__, dataset="shapes")
+    add = p.add_argument_group("text to image; --steps are the GAN's").add_argument
+    positive, weight = run.number(float, 0, open_low=True), run.number(float, 0)
+    add("--variant", choices=VARIANTS,
+        help="matching-aware D (cls, Alg. 1), interpolated texts (int, Eq. 5), or both "
+        "[cls; --paper: int-cls]")
+    add("--width", type=positive, default=1.0,
+        help="feature maps, as a fraction of the paper's; of phi_t the root of it [%(default)s]")
+    add("--beta", type=run.number(float, 0, 1), help="beta of Eq. 5 [.5]")
+    add("--int-D", action="store_true",
+        help="int, int-cls: D too learns from samples of interpolated texts, which the paper's never sees")
+    add("--captions", type=run.number(int, 1), help="texts whose mean is h; authors' code: 4 [1]")
+    add("--views", action=argparse.BooleanOptionalAction, help="random crops and mirroring [all but shapes]")
+    add("--lr-D", type=positive, help="Adam's rate for D and S (Sec. 5) [2e-4]")
+    add("--lr-G", type=positive, help="Adam's rate for G [1.2e-3; --paper: 2e-4]")
+    add("--noise", type=weight, help="first std of the Gaussian noise on what D sees [.1; --paper: 0]")
+    add("--average", type=run.number(float, 0, 1), help="decay of the EMA of G [.999; --paper: 0]")
+    add("--phi-t", choices=("rnn", "gru"), help="recurrence of phi_t [the experiment's]")
+    add("--image-features", choices=("own", "attributes", "googlenet"),
+        help="phi_v: a network trained with phi_t, both to name the pictures' attributes too or not; or "
+        "torchvision's GoogLeNet [attributes where the data have them, else own; --paper: googlenet]")
+    add("--encoder-steps", type=run.number(int, 0), help="steps of phi_t and phi_v, before the GAN's [5000]")
+    add("--encoder", metavar="RUN", help="take phi_t and phi_v from this run in place of training them")
+    add("--style-steps", type=run.number(int, 0), help="steps of S, after the GAN's [2000]")
+    add("--prompt", action="append", metavar="TEXT", help="with --resume: draw this; can be repeated")
+    add("--prompts", metavar="FILE", help="with --resume: draw each line of this file")
+    add("--n", type=run.number(int, 1, 1000), default=8, help="pictures of each prompt [%(default)s]")
+    add("--beside", metavar="RUN", nargs="+",
+        help="with --resume: Fig. 3 with two samples each of this run and of these")
+    args = run.parse(p, argv, ("prompt", "prompts", "n", "beside"), experiment, PAPER, TUNED)
+    if (args.prompt or args.prompts or args.beside) and not args.resume:
+        p.error("--prompt, --prompts and --beside need --resume RUN: the run whose G draws")
+    return args
+
+
+def experiment(args):
+    """The row of PAPER and TUNED: the data set's own, birds for captioned pictures of any other."""
+    if args.dataset in PAPER:
+        return args.dataset
+    return "flowers" if "flowers" in Path(args.dataset).name else "birds"
+
+
+def sentences_of(args):
+    """The sentences of --prompt and --prompts."""
+    sentences = list(args.prompt or ())
+    if args.prompts:
+        try:
+            sentences += [s.strip() for s in Path(args.prompts).read_text().splitlines() if s.strip()]
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"--prompts {args.prompts} cannot be read ({data.brief(e)})") from None
+        if not sentences:
+            raise UserError(f"--prompts {args.prompts} is empty: a sentence a line expected")
+    return sentences
+
+
+# ------------------------------------------------------------------------ what TUNED adds to the paper's step
+
+def D_sees(D, x, h, x_fake, h_fake, args, std, h_wrong=None):
+    """(a_r, a_w, a_f): D's logits of (x, h), (x, h_wrong) and (x_fake, h_fake), under noise of `std`.
+
+    BatchNorm normalizes the three batches separately (authors' code), or jointly with `args.together` so that
+    D sees differences in brightness and contrast.  x None: the samples alone.  h_wrong None: a_w is None.
+    """
+    def noisy(x):
+        return x + std * torch.randn_like(x)
+
+    if args.together:
+        a = D(noisy(torch.cat([x, x_fake])), torch.cat([h, h_fake]), h_wrong)
+        a_r, a_f, a_w = a.split([len(x), len(x_fake), len(a) - len(x) - len(x_fake)])
+        return a_r, None if h_wrong is None else a_w, a_f
+    a_r = a_w = None
+    if x is not None:
+        x = noisy(x)
+        a_r, a_w = D(x, h), None if h_wrong is None else D(x, h_wrong)
+    return a_r, a_w, D(noisy(x_fake), h_fake)
+
+
+def rate(args, lr, left):
+    """A rate with the fraction `left` of its phase to go: constant, or linear to 0 over the second half."""
+    return lr * min(1.0, 2 * left) if args.decay_lr else lr
+
+
+def phi_rate(args, named, left):
+    """The encoders' rate: as rate(), or times the first of `drops` after each of as many equal parts."""
+    if not args.drops:
+        return rate(args, args.lr_phi or LR_PHI[named], left)
+    factor, parts = args.drops
+    return args.lr_phi * factor ** int(parts * (1 - left) + 1e-6)
+
+
+def neighbours(h, content, k=8):
+    """For each of h (N, d) the k nearest with other content (N,), by the cosine about the mean: (N, k)."""
+    f, k = F.normalize(h - h.mean(0), dim=1), min(k, len(h))
+    near = [(f[i] @ f.T).masked_fill(content[i, None] == content, -2.0).topk(k, 1).indices
+            for i in torch.arange(len(h), device=h.device).split(1000)]
+    return torch.cat(near)
+
+
+def begin_as(phi_v, D, scale):
+    """Give D the convolutions of phi_v, and its v . h as part of a, given that h is scaled by `scale`."""
+    convs, _, last = phi_v
+    D.trunk.load_state_dict(convs.state_dict())
+    for mine, its in zip(D.project[1].parameters(), last.parameters()):
+        mine.data.copy_(MATCH / scale * its)
+
+
+def named_attributes(args, train):
+    """Numbers of values of the attributes that phi_t and phi_v learn to name; settles --image-features."""
+    if args.image_features is None:
+        args.image_features = "own" if train.attributes is None else "attributes"
+    if args.image_features != "attributes":
+        return []
+    if train.attributes is None:
+        raise UserError(f"{args.dataset} has no attributes: --image-features own does without")
+    return (train.attributes.amax(0) + 1).tolist()
+
+
+def L_names(a, attributes, counts):
+    """Cross-entropy of logits a (n, sum of counts) for attributes (n, k) of `counts` values, summed over the
+    k, in nats."""
+    pairs = zip(a.float().split(counts, 1), attributes.T)
+    return sum(F.cross_entropy(a_i, y) for a_i, y in pairs)
+
+
+class RMSprop(torch.optim.Optimizer):
+    """s <- .99 s + .01 g^2, theta <- theta - lr g / (sqrt s + 1e-8): Torch's, with a rate on the device."""
+
+    def __init__(self, params, lr):
+        params = list(params)
+        super().__init__(params, {"lr": torch.tensor(lr, device=params[0].device)})
+        for p in params:
+            self.state[p]["s"] = torch.zeros_like(p)
+
+    def update(self, grads):
+        group, = self.param_groups
+        s = [self.state[p]["s"] for p in group["params"]]
+        torch._foreach_mul_(s, 0.99)
+        torch._foreach_addcmul_(s, grads, grads, 0.01)
+        root = torch._foreach_sqrt(s)
+        torch._foreach_add_(root, 1e-8)
+        change = torch._foreach_mul(torch._foreach_div(grads, root), group["lr"])
+        torch._foreach_sub_(group["params"], change)
+
+
+def optimizer_of_phi(args, nets):
+    if args.opt_phi == "rmsprop":
+        return RMSprop([p for net in (nets.phi_t, nets.phi_v) for p in net.parameters() if p.requires_grad],
+                       args.lr_phi)
+    lr = args.lr_phi or LR_PHI[bool(len(nets.names))]
+    return adam(lr, nn.ModuleList([nets.phi_t, nets.names]), nets.phi_v, decay=args.decay)
+
+
+def adam(lr, *nets, decay=(0.0,)):
+    """AdamW, beta_1 .5.  `decay`, of each net's weights, not of its biases and BatchNorm's: at 0 it is
+    Adam."""
+    groups = [{"params": [p for p in net.parameters() if p.requires_grad and (p.ndim > 1) == matrices],
+               "weight_decay": d * matrices} for net, d in zip(nets, decay) for matrices in (True, False)]
+    return Adam(groups, lr, decoupled=True)
+
+
+# ------------------------------------------------------------------------ networks of other data sets, layers
+
+class TextGRU(Text):
+    """phi_t of the authors' birds and COCO: 18 steps of 512 units, with gates."""
+
+    def __init__(self, ch):
+        super().__init__(ch, units=512, pool=False)
+        n = self.units
+        self.update_into, self.update_on = nn.Linear(n, n), nn.Linear(n, n)
+        self.reset_into, self.reset_on = nn.Linear(n, n), nn.Linear(n, n)
+
+    def recur(self, x):
+        """The states after each of the steps x (n, 18, units).  nn.GRU resets after a product, this before."""
+        new, update, reset = (f(x).unbind(1) for f in (self.into, self.update_into, self.reset_into))
+        states = [new[0].tanh()]
+        for n, u, r in zip(new[1:], update[1:], reset[1:]):
+            h = states[-1]
+            u, r = (u + self.update_on(h)).sigmoid(), (r + self.reset_on(h)).sigmoid()
+            states.append(u * (n + self.on(r * h)).tanh() + (1 - u) * h)
+        return states
+
+
+class GoogLeNet(nn.Module):
+    """phi_v of the paper: torchvision's GoogLeNet, frozen, x (n, 3, 64, 64) in [-1, 1] -> (n, 1024)."""
+
+    def __init__(self):
+        super().__init__()
+        from torchvision import models  # not at the top: it takes seconds, and most runs need none of it
+        try:
+            self.net = models.googlenet(weights=models.GoogLeNet_Weights.IMAGENET1K_V1, transform_input=False)
+        except OSError as e:
+            raise UserError(f"GoogLeNet's weights are not there ({data.brief(e)}): put them in "
+                            f"{torch.hub.get_dir()}/checkpoints/, or leave out --image-features") from None
+        self.net.fc = nn.Identity()
+        self.requires_grad_(False)
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def forward(self, x):
+        return self.net(F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True))
+
+
+class FromPoint(nn.ConvTranspose2d):
+    """A transposed convolution of a 1x1 picture as a matrix product: (n, i, 1, 1) -> (n, o, k, k).
+
+    Compiled as a convolution, its weight gradient comes in an unexpected layout: PyTorch issue 171622.
+    """
+
+    def forward(self, x):
+        w = self.weight.permute(2, 3, 1, 0)                                     # k, k, o, i
+        return F.linear(x.flatten(1), w.flatten(0, 2)).unflatten(1, w.shape[:3]).permute(0, 3, 1, 2)
+
+
+class ToPoint(nn.Conv2d):
+    """A convolution of a k x k picture to one number as an inner product: (n, i, k, k) -> (n,)."""
+
+    def forward(self, x):
+        return (x * self.weight).sum((1, 2, 3))
+
+
+def init_text(phi_t):
+    """Everything Unif(-.08, .08) (authors' code); where --width narrows the input, sums keep their spread."""
+    for name, p in phi_t.named_parameters():
+        bound = 0.08 if name.startswith("convs.0") else 0.08 * (384 / phi_t.convs[0].out_channels) ** 0.5
+        nn.init.uniform_(p, -bound, bound)
+    return phi_t
 
 
 # --------------------------------------------------------------------------------- sentences, texts, pictures
@@ -303,28 +682,9 @@ class Part:
     style: torch.Tensor | None
 
 
-def encode(sentences):
-    """Symbols uint8 (n, 201): 1 to 70, and 0, a blank, for what is not in the alphabet and to fill the end.
-
-    Capitals are read as small letters.  ["ab"]: 1, 2, 0, 0, ...
-    """
-    rows = (bytes(SYMBOLS.get(s, 0) for s in sentence.lower()[:LENGTH]) for sentence in sentences)
-    return torch.frombuffer(bytearray(b"".join(row.ljust(LENGTH, b"\0") for row in rows)),
-                            dtype=torch.uint8).view(-1, LENGTH)
-
-
-def remark(sentence):
-    """What encode() cannot keep of a sentence, as one line; empty if all of it."""
-    strange = "".join(sorted(set(sentence.lower()[:LENGTH]) - set(ALPHABET)))
-    blank = f"read with blanks in place of {strange} (not in the alphabet)" * bool(strange)
-    cut = f"cut before {sentence[LENGTH:][:20]!r}, after {LENGTH} characters" * (len(sentence) > LENGTH)
-    return " and ".join(filter(None, (blank, cut)))
-
-
 def parts_of(args):
     """The data set as loaded, what is trained on, and what is held out: other combinations or classes."""
-    views = args.dataset != "shapes" if args.views is None else args.views               # [dev 8]
-    pictures = data.load(args.dataset, args.data_dir, 76 if views else 64, 3)
+    pictures = data.load(args.dataset, args.data_dir, 76 if args.views else 64, 3)
     extra, n, keys = pictures.extra, len(pictures.images), ("captions", "attributes", "style")
     if "captions" not in extra:
         raise UserError(f"{args.dataset} has no captions: expected shapes, coco, an .npz file with captions, "
@@ -355,6 +715,30 @@ def parts_of(args):
     return pictures, part(*train), part(*test)
 
 
+def encode(sentences):
+    """Symbols uint8 (n, 201): 1 to 70, and 0, a blank, for what is not in the alphabet and to fill the end.
+
+    Capitals are read as small letters.  ["ab"]: 1, 2, 0, 0, ...
+    """
+    rows = (bytes(SYMBOLS.get(s, 0) for s in sentence.lower()[:LENGTH]) for sentence in sentences)
+    return torch.frombuffer(bytearray(b"".join(row.ljust(LENGTH, b"\0") for row in rows)),
+                            dtype=torch.uint8).view(-1, LENGTH)
+
+
+def remark(sentence):
+    """What encode() cannot keep of a sentence, as one line; empty if all of it."""
+    strange = "".join(sorted(set(sentence.lower()[:LENGTH]) - set(ALPHABET)))
+    blank = f"read with blanks in place of {strange} (not in the alphabet)" * bool(strange)
+    cut = f"cut before {sentence[LENGTH:][:20]!r}, after {LENGTH} characters" * (len(sentence) > LENGTH)
+    return " and ".join(filter(None, (blank, cut)))
+
+
+def mean_text(h, m):
+    """The mean of m of each picture's K texts, drawn at random: h (n, K, d) -> (n, d)."""
+    which = torch.rand(h.shape[:2], device=h.device).topk(min(m, h.shape[1]), 1).indices
+    return h.gather(1, which[..., None].expand(-1, -1, h.shape[2])).mean(1)
+
+
 def view(x):
     """A random 64 x 64 part of each picture (n, 3, H, H), mirrored half the time (Sec. 5); 64 x 64 stays."""
     n, _, size, _ = x.shape
@@ -377,246 +761,27 @@ def middle(images):
     return crop(images).float() / 127.5 - 1
 
 
-def mismatched(content):
-    """For each row of content (n,) a random row with other content, (n,); a batch of one content: any row."""
-    other = content[:, None] != content
-    return (torch.rand(other.shape, device=content.device) * other).argmax(1)
-
-
-def neighbours(h, content, k=8):
-    """For each of h (N, d) the k nearest with other content (N,), by the cosine about the mean: (N, k)."""
-    f, k = F.normalize(h - h.mean(0), dim=1), min(k, len(h))
-    near = [(f[i] @ f.T).masked_fill(content[i, None] == content, -2.0).topk(k, 1).indices
-            for i in torch.arange(len(h), device=h.device).split(1000)]
-    return torch.cat(near)
-
-
-def interpolate(h, beta=0.5):
-    """Eq. 5: beta h_1 + (1 - beta) h_2 (n / 2, 1024) of the first and the second half of h (n, 1024)."""
-    h_1, h_2 = h[:2 * (len(h) // 2)].chunk(2)
-    return beta * h_1 + (1 - beta) * h_2
-
-
-def some(h, m):
-    """The mean of m of each picture's K texts, drawn at random: h (n, K, d) -> (n, d)."""
-    which = torch.rand(h.shape[:2], device=h.device).topk(min(m, h.shape[1]), 1).indices
-    return h.gather(1, which[..., None].expand(-1, -1, h.shape[2])).mean(1)
-
-
-# -------------------------------------------------------------------------------------------------- objective
-
-def L_joint(v, h, content):
-    """Eq. 2's surrogate, of the hinges max(0, 1 + v_i.h_j - v_i.h_i) and max(0, 1 + v_j.h_i - v_i.h_i) of
-    mismatching pairs i, j: their mean over pairs plus the mean over i of the largest of each [dev 10].
-
-    v, h (n, 1024), content (n,).  4 where all v = 0.
-    """
-    s = v.float() @ h.float().T
-    matching, other = s.diagonal()[:, None], (content[:, None] != content).float()
-    hinges = other * torch.stack([1 + s - matching, 1 + s.T - matching]).clamp(min=0)
-    return hinges.sum() / other.sum().clamp(min=1) + hinges.amax(2).sum() / len(v)
-
-
-def L_names(a, attributes, counts):
-    """Cross-entropy of logits a (n, sum of counts) for attributes (n, k) of `counts` values, summed over the
-    k, in nats."""
-    pairs = zip(a.float().split(counts, 1), attributes.T)
-    return sum(F.cross_entropy(a_i, y) for a_i, y in pairs)
-
-
-def V(a_r, a_f):
-    """Eq. 1: E[log s_r] + E[log(1 - s_f)], s = sigmoid(a), a (n,).  -log 4 where D = 1/2 everywhere."""
-    return F.logsigmoid(a_r.float()).mean() + F.logsigmoid(-a_f.float()).mean()
-
-
-def L_D(a_r, a_w, a_f):
-    """Alg. 1 line 10: E[log s_r] + (E[log(1 - s_w)] + E[log(1 - s_f)]) / 2.  -log 4 where D = 1/2
-    everywhere."""
-    wrong = F.logsigmoid(-a_w.float()).mean() + F.logsigmoid(-a_f.float()).mean()
-    return F.logsigmoid(a_r.float()).mean() + wrong / 2
-
-
-def L_G(a_f):
-    """Alg. 1 line 12: E[log s_f].  -log 2 where D = 1/2 everywhere."""
-    return F.logsigmoid(a_f.float()).mean()
-
-
-def L_style(z, z_hat):
-    """Eq. 6: E|z - z_hat|^2, both (n, 100).  100 for z ~ N(0, I) and z_hat = 0."""
-    return (z - z_hat.float()).square().sum(1).mean()
-
-
-# ------------------------------------------------------------------------------------------------------ flags
-
-def parse_args(argv=None):
-    p = run.parser(__file__, __doc__, dataset="shapes", steps=20000, batch_size=64)
-    add = p.add_argument_group("text to image; --steps are the GAN's").add_argument
-    positive = run.number(float, 0, open_low=True)
-    add("--variant", choices=VARIANTS, default="cls",                        # [dev 17]
-        help="matching-aware D (cls, Alg. 1), interpolated texts (int, Eq. 5), or both [%(default)s]")
-    add("--width", type=positive, default=1.0,
-        help="feature maps as a share of the paper's, of phi_t the root of it [%(default)s]")
-    add("--beta", type=run.number(float, 0, 1), default=0.5, help="beta of Eq. 5 [%(default)s]")
-    add("--int-D", action="store_true",
-        help="int, int-cls: D too learns from samples of interpolated texts, which the paper's never sees")
-    add("--captions", type=run.number(int, 1), default=1,
-        help="texts of a picture whose mean is h, the authors' code: 4 [%(default)s]")
-    add("--views", action=argparse.BooleanOptionalAction, help="random crops and mirroring [all but shapes]")
-    add("--lr-D", type=positive, default=2e-4, help="Adam's rate for D and S (Sec. 5) [%(default)s]")
-    add("--lr-G", type=positive, default=1.2e-3, help="Adam's rate for G [%(default)s; Sec. 5: 2e-4]")
-    add("--noise", type=run.number(float, 0), default=0.1,
-        help="first std of the Gaussian noise on what D sees [%(default)s]")
-    add("--average", type=run.number(float, 0, 1), default=0.999,
-        help="decay of the running average of G that draws, 0: G as it is [%(default)s]")
-    add("--image-features", choices=("own", "attributes", "googlenet"),
-        help="phi_v: a network trained with phi_t, both to name the pictures' attributes too or not; or "
-        "torchvision's GoogLeNet [attributes where the data have them, else own]")
-    add("--encoder-steps", type=run.number(int, 1), default=5000,
-        help="steps of phi_t and phi_v, before the GAN's [%(default)s]")
-    add("--encoder", metavar="RUN", help="take phi_t and phi_v from this run in place of training them")
-    add("--style-steps", type=run.number(int, 0), default=2000,
-        help="steps of S, after the GAN's [%(default)s]")
-    add("--prompt", action="append", metavar="TEXT", help="with --resume: draw this; can be repeated")
-    add("--prompts", metavar="FILE", help="with --resume: draw each line of this file")
-    add("--n", type=run.number(int, 1, 1000), default=8, help="pictures of each prompt [%(default)s]")
-    add("--beside", metavar="RUN", nargs="+",
-        help="with --resume: Fig. 3 with two samples each of this run and of these")
-    args = run.parse(p, argv, free=("prompt", "prompts", "n", "beside"))
-    if (args.prompt or args.prompts or args.beside) and not args.resume:
-        p.error("--prompt, --prompts and --beside need --resume RUN: the run whose G draws")
-    return args
-
-
-# --------------------------------------------------------------------------------------------------- training
-
-def adam(args, lr, *nets, decay=(0.0,)):
-    """AdamW, beta_1 .5.  `decay`, of each net's weights, not of its biases
-    and BatchNorm's: at 0 it is Adam."""
-    groups = [{"params": [p for p in net.parameters() if p.requires_grad and (p.ndim > 1) == matrices],
-               "weight_decay": d * matrices} for net, d in zip(nets, decay) for matrices in (True, False)]
-    return Adam(groups, lr, decoupled=True)
-
-
-def anneal(opt, lr, left):
-    """The rate with the share `left` of a phase to go, in place, so that a captured step follows: lr, over
-    the second half falling to 0 in a straight line [dev 6], [dev 10]."""
-    for group in opt.param_groups:
-        group["lr"].fill_(lr * min(1.0, 2 * left))
-
-
-def build(args, train):
-    """The networks, G_bar, the average of G, among them; optimizers; the fused iterations of the three
-    phases; and learn(), which makes the texts h of the second and third phase from the phi_t of the first."""
-    kind = args.image_features or ("own" if train.attributes is None else "attributes")
-    counts = []
-    if kind == "attributes":                                # [dev 1]
-        if train.attributes is None:
-            raise UserError(f"{args.dataset} has no attributes: --image-features own does without")
-        counts = (train.attributes.amax(0) + 1).tolist()
-        attributes = train.attributes.to(args.device)
-    nets = networks(args.width, kind)
-    nets["G_bar"] = averaged(nets["G"])
-    nets["names"] = nn.ModuleList(nn.Linear(NH, sum(counts)) for _ in range(2 * bool(counts)))
-    nets = dict(zip(nets, place(args, *nets.values())))
-    phi_t, phi_v, G, D, S, G_bar, names = nets.values()
-    opts = {"opt_phi": adam(args, LR_PHI[bool(counts)], nn.ModuleList([phi_t, names]), phi_v, decay=DECAY),
-            "opt_G": adam(args, args.lr_G, G), "opt_D": adam(args, args.lr_D, D),
-            "opt_S": adam(args, args.lr_D, S)}
-    amp, beta, cls, int_ = autocast(args), args.beta, "cls" in args.variant, "int" in args.variant
-    t, content = train.t.to(args.device), train.content.to(args.device)
-    h_all = torch.zeros(*t.shape[:2], NH, device=args.device)
-    near = torch.zeros(len(t), min(8, len(t)), dtype=torch.long, device=args.device)     # [dev 14]
-
-    @fuse(args)
-    def encoder_step(x, i):                                 # x (n, 3, H, W) in [-1, 1], i (n,) their numbers
-        k = torch.randint(t.shape[1], i.shape, device=x.device)
-        with amp:
-            v, h = phi_v(view(x)), phi_t(t[i, k])
-            logits = [name(f) for name, f in zip(names, (v, h))]
-        joint = L_joint(v, h, content[i])                   # [dev 2]
-        named = [L_names(a, attributes[i], counts) for a in logits]
-        descend(sum(named, joint), opts["opt_phi"])         # [dev 1]
-        phi_t.t.add_(1)
-        return {"L_joint": joint}
-
-    def noisy(x):                                           # [dev 12]
-        return x + args.noise * opts["opt_D"].param_groups[0]["lr"] / args.lr_D * torch.randn_like(x)
-
-    @fuse(args)
-    def gan_step(x, i):
-        x, h = view(x), some(h_all[i], args.captions)       # Alg. 1 line 3
-        h_fake = torch.cat([h, interpolate(h, beta)]) if int_ else h
-        z = torch.randn(len(h_fake), NZ, device=x.device)   # line 5
-        h_wrong = None
-        if cls:                                             # line 4, [dev 14]
-            half = i[:len(i) // 2]
-            j = near[half, torch.randint(near.shape[1], half.shape, device=x.device)]
-            h_wrong = torch.cat([some(h_all[j], args.captions), h[mismatched(content[i])][len(j):]])
-        m = len(h_fake) if args.int_D else len(x)           # samples that D learns from
-        with amp:
-            x_fake = G(z, h_fake)                           # line 6
-            both = noisy(torch.cat([x, x_fake[:m].detach()]))
-            a = D(both, torch.cat([h, h_fake[:m]]), h_wrong)                    # lines 7-9 [dev 9]
-            a_r, a_f, *a_w = a.split([len(x), m] + [len(x)] * cls)
-        value = L_D(a_r, *a_w, a_f) if cls else V(a_r, a_f)
-        descend(-value, opts["opt_D"])                      # lines 10, 11 [dev 3]
-        with amp, frozen(D):
-            both = noisy(torch.cat([x, x_fake]))
-            a_f = D(both, torch.cat([h, h_fake]))[len(x):]  # [dev 5], [dev 9]
-        log_s = L_G(a_f)                                    # of interpolated texts too: [dev 4]
-        descend(-log_s, opts["opt_G"])                      # lines 12, 13 [dev 3]
-        average(G_bar, G, args.average)                     # [dev 11]
-        G.t.add_(1)
-        scores = {"s_r": a_r, "s_f": a_f} | ({"s_w": a_w[0]} if cls else {})
-        return {"L_D" if cls else "V": value, "L_G": log_s,
-                **{k: a.float().sigmoid().mean() for k, a in scores.items()}}
-
-    @fuse(args)
-    def style_step(x, i):
-        h = some(h_all[i], args.captions)
-        z = torch.randn(len(h), NZ, device=h.device)
-        with amp:
-            with sampling(G_bar):
-                x_fake = G_bar(z, h)
-            z_hat = S(x_fake)
-        loss = L_style(z, z_hat)
-        descend(loss, opts["opt_S"])
-        S.t.add_(1)
-        return {"L_style": loss}
-
-    def learn():
-        phi_t.scale.fill_(1.0)
-        h = texts_of(phi_t, train.t, args.device)
-        phi_t.scale.copy_(0.05 / h.std((0, 1)).mean().clamp_min(1e-6))            # [dev 13]
-        h_all.copy_(phi_t.scale * h)
-        near.copy_(neighbours(h[:, 0], content))
-        if kind != "googlenet" and not G.t:
-            D.begin(phi_v, phi_t.scale)                     # [dev 15]
-
-    return nets, opts, (encoder_step, gan_step, style_step), learn
-
-
 def texts_of(phi_t, t, device):
-    """h = phi_t(t), scaled [dev 13], for symbols t (..., 201): (..., 1024) float32 on the device."""
-    with sampling(phi_t):
-        h = torch.cat([phi_t(part.to(device)) for part in t.flatten(0, -2).split(500)])
-    return phi_t.scale * h.unflatten(0, t.shape[:-1])
+    """h = phi_t(t), scaled, for symbols t (..., 201): (..., 1024) float32 on the device."""
+    return phi_t.scale * metrics.batched(phi_t, t.flatten(0, -2)).unflatten(0, t.shape[:-1])
+
+
+def h_of(phi_t, sentences, device):
+    """h (n, 1024) of sentences."""
+    return texts_of(phi_t, encode(sentences), device)
 
 
 def draw(G, h):
     """A picture (n, 3, 64, 64) in [-1, 1] for each text h (n, 1024), each with a z of its own."""
-    z = torch.randn(len(h), NZ, device=h.device)
-    with sampling(G):
-        return torch.cat([G(*pair).float() for pair in zip(z.split(250), h.split(250))])
+    return metrics.batched(G, torch.randn(len(h), NZ, device=h.device), h, size=250)
 
 
-def see(net, images, device):
+def on_pictures(net, images):
     """v or S(x) of uint8 pictures' middles: (N, 1024) or (N, 100)."""
-    with sampling(net):
-        return torch.cat([net(middle(x.to(device))).float() for x in images.split(250)])
+    return metrics.batched(net, crop(images), size=250, scale=(-1, 1))
 
 
-# ---------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------------------------------ the figures
 
 def sheet(rows, sentences):
     """Rows of pictures, each (m, 3, 64, 64) in [-1, 1], each under its sentence: uint8 (3, H, W)."""
@@ -629,17 +794,12 @@ def picked(test, n):
     return i, [test.captions[j][0] for j in i.tolist()]
 
 
-def read(phi_t, sentences, device):
-    """h (n, 1024) of sentences."""
-    return texts_of(phi_t, encode(sentences), device)
-
-
 def draw_captions(test, gs, device, samples=7):
     """Figs. 3, 4, 7: each row a held-out caption's true picture, then `samples` of each (G, phi_t) of gs."""
     i, sentences = picked(test, 7)
     columns = [middle(test.images[i]).to(device)[:, None]]
     for G, phi_t in gs:
-        h = read(phi_t, sentences, device)
+        h = h_of(phi_t, sentences, device)
         columns.append(draw(G, h.repeat_interleave(samples, 0)).unflatten(0, (len(h), samples)))
     return sheet(torch.cat(columns, 1), sentences)
 
@@ -667,12 +827,12 @@ def draw_fig5(by):
 
 def figures(r, nets, test):
     """Draw the paper's figures into the run's folder."""
-    args, (phi_t, _, _, _, S, G, *_) = r.args, nets.values()    # G: the average, which draws
+    args, phi_t, S, G = r.args, nets.phi_t, nets.S, nets.G_bar
     name = "fig4" if "flowers" in args.dataset else "fig7" if args.dataset == "coco" else "fig3"
     with r.aside():
         r.show(name, draw_captions(test, [(G, phi_t)], args.device))
         i, sentences = picked(test, 9)
-        h = read(phi_t, sentences, args.device)
+        h = h_of(phi_t, sentences, args.device)
         if args.style_steps:
             x = middle(test.images[i[1:]]).to(args.device)
             rows = transfer(S, G, x, h[:4])
@@ -690,10 +850,26 @@ def figures(r, nets, test):
 
 def trained(args, where):
     """The average of G, and phi_t, of the run or checkpoint `where`, with this run's --width."""
-    nets = networks(args.width)
-    G_bar, phi_t = place(args, averaged(nets["G"]), nets["phi_t"])
+    phi_t, _, G, _, _ = networks(argparse.Namespace(**vars(args) | {"image_features": "own"}))
+    G_bar, phi_t = place(args, averaged(G), phi_t)
     run.fetch(where, OTHER, args.device, G_bar=G_bar, phi_t=phi_t)
     return G_bar, phi_t
+
+
+def sample(r, nets, test):
+    """--sample: single pictures, each of a held-out caption drawn at random."""
+    h = texts_of(nets.phi_t, test.t[:, 0], r.args.device)
+    return r.sample(lambda n: draw(nets.G_bar, h[torch.randint(len(h), (n,), device=h.device)]), (-1.0, 1.0))
+
+
+def draw_beside(r, nets, test):
+    """--beside: Fig. 3 with two samples each of this run and of others, as beside.png."""
+    args = r.args
+    gs = [(nets.G_bar, nets.phi_t), *(trained(args, where) for where in args.beside)]
+    with r.aside():
+        r.show("beside", draw_captions(test, gs, args.device, samples=2))
+    runs = ", ".join(map(str, [r.folder, *args.beside]))
+    print(f"true picture, then two samples each of {runs}: {r.folder / 'beside.png'}")
 
 
 def draw_prompts(r, sentences):
@@ -702,12 +878,12 @@ def draw_prompts(r, sentences):
     for i, sentence in enumerate(sentences, 1):
         if remark(sentence):
             print(f"prompt {i} is {remark(sentence)}")
-    h = read(phi_t, sentences, args.device).repeat_interleave(args.n, 0)
+    h = h_of(phi_t, sentences, args.device).repeat_interleave(args.n, 0)
     log.save_png(r.folder / "prompts.png", sheet(draw(G, h).split(args.n), sentences))
     print(f"{len(sentences)} rows of {args.n} pictures in {r.folder / 'prompts.png'}")
 
 
-# ---------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------------ the numbers
 
 def classify(v, h, y):
     """Eq. 3: share of v (N, d) whose best class is their own in y (N,); a class is the mean of its h (N, d).
@@ -781,8 +957,8 @@ def verify(f, style):
 
 def evaluate(r, nets, pictures, train, test):
     """The numbers on what is held out: experiment id -> dict with "value", and the paper's if it has one."""
-    args, extra, (phi_t, phi_v, _, _, S, G, *_) = r.args, pictures.extra, nets.values()   # G: the average
-    h, v = texts_of(phi_t, test.t, args.device), see(phi_v, test.images, args.device)
+    args, extra, phi_t, phi_v, S, G = r.args, pictures.extra, nets.phi_t, nets.phi_v, nets.S, nets.G_bar
+    h, v = texts_of(phi_t, test.t, args.device), on_pictures(phi_v, test.images)
     h_1 = h[:, :args.captions].mean(1)
     y, unit = test.content.to(args.device), "% right by Eq. 3 (f_t: by Eq. 4)"
     by_class = pictures.labels is not None and test.attributes is None \
@@ -827,7 +1003,7 @@ def evaluate(r, nets, pictures, train, test):
         alone = torch.ones(len(h), dtype=torch.bool)
         if "relation" in extra.get("attribute_names", ()):
             alone = test.attributes[:, extra["attribute_names"].index("relation")] == 0
-        s = see(S, test.images, args.device).cpu()
+        s = on_pictures(S, test.images).cpu()
         for name, figure, wanted, rows in (("t2i-pose-roc", "fig5a", ("x", "y"), alone),
                                            ("t2i-bg-roc", "fig5b", ("red", "green", "blue"), alone | True)):
             if set(wanted) <= set(columns) and rows.sum() > 9:
@@ -835,74 +1011,16 @@ def evaluate(r, nets, pictures, train, test):
                 with r.aside():
                     by = {"S": verify(s[rows], style), "text": verify(h_1.cpu()[rows], style)}
                 r.show(figure, draw_fig5(by))
-                results[name] = {"value": by["S"][0], "paper": PAPER[name][args.variant], "unit": "AU-ROC",
-                                 "text": by["text"][0], "paper, text": PAPER[name]["text"]}
+                results[name] = {"value": by["S"][0], "paper": FIG5[name][args.variant], "unit": "AU-ROC",
+                                 "text": by["text"][0], "paper, text": FIG5[name]["text"]}
     return results
 
 
-# ------------------------------------------------------------------------------------------------------- main
-
-def main(argv=None):
-    args = parse_args(argv)
-    sentences = list(args.prompt or ())
-    if args.prompts:
-        try:
-            sentences += [s.strip() for s in Path(args.prompts).read_text().splitlines() if s.strip()]
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"--prompts {args.prompts} cannot be read ({data.brief(e)})") from None
-        if not sentences:
-            raise UserError(f"--prompts {args.prompts} is empty: a sentence a line expected")
-    r = run.Run(args)
-    if sentences:
-        return draw_prompts(r, sentences)
-    pictures, train, test = parts_of(args)
-    batches = data.Batches(train.images, torch.arange(len(train.images)), batch_size=args.batch_size,
-                           device=args.device, seed=args.seed, scale=(-1.0, 1.0), rank=r.rank, world=r.world)
-    nets, opts, steps, learn = build(args, train)
-    lr_phi = LR_PHI[len(nets["names"]) > 0]
-    phi_t, phi_v, G, _, S, G_bar, *_ = nets.values()
-    if args.encoder and not args.resume:
-        run.fetch(args.encoder, OTHER, args.device, phi_t=phi_t, phi_v=phi_v)
-    r.keep(**nets, **opts, batches=batches)
-    if args.sample:
-        h = texts_of(phi_t, test.t[:, 0], args.device)
-        return r.sample(lambda n: draw(G_bar, h[torch.randint(len(h), (n,), device=h.device)]), (-1.0, 1.0))
-    if args.beside:
-        gs = [(G_bar, phi_t), *(trained(args, where) for where in args.beside)]
-        with r.aside():
-            r.show("beside", draw_captions(test, gs, args.device, samples=2))
-        runs = ", ".join(map(str, [r.folder, *args.beside]))
-        return print(f"true picture, then two samples each of {runs}: {r.folder / 'beside.png'}")
-
-    # What each phase has still to do: a run that is resumed with more --steps goes on with G and D, then S.
-    done, gan_steps = int(G.t), args.steps
-    if done < gan_steps:
-        S.t.zero_()
-    left = (0 if args.encoder else args.encoder_steps - int(phi_t.t), gan_steps - done,
-            args.style_steps - int(S.t))
-    ends = list(accumulate((max(0, n) for n in left), initial=r.step))[1:]
-    args.steps, learnt = ends[-1], False
-    for step in r.loop():
-        if step > ends[0] and not learnt:
-            learn()
-            learnt = True
-        x, i = next(batches)
-        if step <= ends[0]:
-            anneal(opts["opt_phi"], lr_phi, (ends[0] - step + 1) / args.encoder_steps)
-        elif step <= ends[1]:
-            for name, lr in (("opt_G", args.lr_G), ("opt_D", args.lr_D)):
-                anneal(opts[name], lr, (ends[1] - step + 1) / gan_steps)
-        r.log(steps[sum(step > end for end in ends)](x, i))
-        if ends[0] < step <= ends[1]:
-            k = done + step - ends[0]                       # updates of G
-            if k % args.save_every == 0 or step == ends[1]:
-                with r.aside():
-                    r.show("samples", draw_captions(test, [(G_bar, phi_t)], args.device))
-
-    if r.lead:
-        figures(r, nets, test)
-        results = evaluate(r, nets, pictures, train, test)
-        r.results(results, passed=results.get("t2i-agreement", {"least": 100})["least"] >= 90)
+def report(r, nets, pictures, train, test):
+    """Figures and results.json."""
+    figures(r, nets, test)
+    results = evaluate(r, nets, pictures, train, test)
+    r.results(results, passed=results.get("t2i-agreement", {"least": 100})["least"] >= 90)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ MODES = {"textbook": EAGER, "resident": EAGER, "fused": EAGER, "bf16": ("--amp",
          "graph": ("--no-compile", "--graph"), "compiled": ("--compile",)}
 OWN = {  # what leads to the step that most of a run consists of
     "infogan": ("--gan-steps", "0"),                               # without the regular GAN beside it
-    "text2image": ("--encoder-steps", "1", "--style-steps", "0")}  # G and D at once
+    "text2image": ("--encoder-steps", "0", "--style-steps", "0")}  # G and D at once
 SIZES = {"dcgan": (("--net", "svhn"), ("--net", "64")),
          "vaegan": (("--net", "28"), ("--net", "32"), ("--net", "64"))}
 ENDLESS = ("--steps", "1000000000", "--save-every", "1000000000")
@@ -163,10 +163,12 @@ class Bytes(TorchDispatchMode):
         return out
 
 
-def loop(self, job, found, turn):
+def loop(self, job, found, turn, end=None):
     """In place of Run.loop: warm up, wait for `turn()`, measure for job["seconds"], two steps at least, and
     count into `found`."""
-    args, numbers = self.args, itertools.count(2)  # from 2: text2image's step 1 is its encoders'
+    if end == self.step:  # a phase without steps
+        return
+    args, numbers = self.args, itertools.count(1)
     cuda, compiled = args.device.startswith("cuda"), job["mode"] == "compiled"
     if compiled and not args.compile:
         raise UserError("--compile is not possible here")
@@ -215,7 +217,7 @@ def work(job, turn):
     if job["script"] == "text2image":  # phi_t of every text comes before the steps, minutes of it on a CPU
         module.texts_of = lambda phi_t, t, device: torch.randn(*t.shape[:-1], module.NH, device=device)
     with tempfile.TemporaryDirectory() as out, contextlib.suppress(Done), \
-            mock.patch.object(run.Run, "loop", lambda self: loop(self, job, found, turn)), \
+            mock.patch.object(run.Run, "loop", lambda self, *end: loop(self, job, found, turn, *end)), \
             mock.patch.object(run.Run, "show", lambda *_: None):
         module.main([*job["words"], "--out", out])
     return found

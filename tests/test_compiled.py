@@ -32,9 +32,10 @@ def trained(name, compiled, out, monkeypatch):
     script, log, kept = importlib.import_module(name.split()[0]), [], {}
     loop, keep = Run.loop, Run.keep
 
-    def measured(self):
-        yield from loop(self)
-        raise Enough
+    def measured(self, end=None):
+        yield from loop(self, end)
+        if self.step == sum(vars(self.args).get(k, 0) for k in ("encoder_steps", "steps", "style_steps")):
+            raise Enough
 
     def kept_as_well(self, **parts):
         kept.update(parts)

@@ -89,12 +89,14 @@ LOOP_ALONE = """if True:  # a script up to the end of its loop; in the steps giv
     checked, loop = set(json.loads(sys.argv[1])), Run.loop
     debug = torch.cuda.set_sync_debug_mode if torch.cuda.is_available() else lambda mode: None
 
-    def watched(self):
-        for step in loop(self):
+    def watched(self, end=None):
+        for step in loop(self, end):
             debug("error" if step in checked else "default")
             yield step
             debug("default")
             checked.discard(step)
+        if self.step < sum(vars(self.args).get(k, 0) for k in ("encoder_steps", "steps", "style_steps")):
+            return
         assert not checked, checked
         debug("error")
         try:

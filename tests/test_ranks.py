@@ -113,12 +113,14 @@ def forked(name, words, out, world, quiet=False, before=lambda self, step: None)
         pytest.skip("needs fork: not Windows")
     module, plain, port, numbers = importlib.import_module(name), run.Run.loop, free_port(), []
 
-    def loop(self):
+    def loop(self, end=None):
         nets = {k: part.state_dict() for k, part in self.parts.items() if isinstance(part, nn.Module)}
         start = copy.deepcopy(nets)
-        for step in plain(self):
+        for step in plain(self, end):
             before(self, step)
             yield step
+        if self.step < sum(vars(self.args).get(k, 0) for k in ("encoder_steps", "steps", "style_steps")):
+            return
         torch.save([start, nets], f"{out}/rank{self.rank}of{self.world}.pt")
         raise Done
 

@@ -13,10 +13,16 @@ from torch import nn
 
 import text2image
 from common import UserError, render
-from common.fuse import descend
-from text2image import ALPHABET, L_D, L_G, L_joint, L_style, V, encode, networks, remark
+from common.fuse import descend, set_rate
+from text2image import ALPHABET, L_D, L_G, L_joint, L_style, V, encode, remark
 
 NARROW = ["--width", ".03", "--device", "cpu", "--no-views"]
+
+
+def networks(*words):
+    """The networks by name, with these flags."""
+    a = text2image.parse_args(["--image-features", "own", *words])
+    return dict(zip(("phi_t", "phi_v", "G", "D", "S"), text2image.networks(a)))
 
 
 def sigmoid(a):
@@ -50,11 +56,11 @@ def test_all_captions_of_shapes_can_be_read():
 def test_one_text_or_the_mean_of_several():
     torch.manual_seed(0)
     h = torch.randn(6, 5, 3)
-    one = text2image.some(h, 1)
+    one = text2image.mean_text(h, 1)
     assert ((one[:, None] - h).abs().sum(2).amin(1) == 0).all()
-    assert all(torch.allclose(text2image.some(h, m), h.mean(1)) for m in (5, 9))
+    assert all(torch.allclose(text2image.mean_text(h, m), h.mean(1)) for m in (5, 9))
     pairs = torch.stack([(h[:, i] + h[:, j]) / 2 for i in range(5) for j in range(i)], 1)
-    assert ((text2image.some(h, 2)[:, None] - pairs).abs().sum(2).amin(1) < 1e-6).all()
+    assert ((text2image.mean_text(h, 2)[:, None] - pairs).abs().sum(2).amin(1) < 1e-6).all()
 
 
 def test_mismatching_texts_have_other_content():
@@ -99,9 +105,12 @@ def test_L_joint_against_a_double_loop():
              for i in range(7) for j in range(7) if y[i] != y[j]]
     hardest = [max(max(0, 1 + sign(i, j) - v[i] @ h[i]) for j in range(7) if y[i] != y[j]) for i in range(7)
                for sign in (lambda i, j: v[i] @ h[j], lambda i, j: v[j] @ h[i])]
+    given = [*map(torch.tensor, (v, h, y))]
+    assert L_joint(*given).item() == pytest.approx(np.mean(terms), abs=1e-5)
     expected = np.mean(terms) + 2 * np.mean(hardest)
-    assert L_joint(*map(torch.tensor, (v, h, y))).item() == pytest.approx(expected, abs=1e-5)
-    assert L_joint(torch.zeros(4, 3), torch.randn(4, 3), torch.arange(4)).item() == 4
+    assert L_joint(*given, hardest=True).item() == pytest.approx(expected, abs=1e-5)
+    given = torch.zeros(4, 3), torch.randn(4, 3), torch.arange(4)
+    assert L_joint(*given).item() == 2 and L_joint(*given, hardest=True).item() == 4
     assert L_joint(9 * torch.eye(4), torch.eye(4), torch.arange(4)).item() == 0
     assert L_joint(torch.randn(4, 3), torch.randn(4, 3), torch.zeros(4)).item() == 0    # nothing mismatches
 
@@ -151,7 +160,7 @@ def test_networks_have_the_sizes_of_the_authors_code():
     trunk = (3 * 64 * 16 + 64 * 128 * 16 + bn(128) + 128 * 256 * 16 + bn(256) + 256 * 512 * 16 + bn(512)
              + residual(512, 128))
     assert count(nets["D"]) == trunk + text + bn(128) + 640 * 512 + bn(512) + 512 * 16 \
-        + 512 * 16 * 1024 + 1024                                                # [dev 15]
+        + 512 * 16 * 1024 + 1024
     assert count(nets["S"]) == trunk + 512 * 16 * 100 + 100
     assert count(nets["phi_v"]) == trunk + 512 * 16 * 1024 + 1024
     assert count(nets["phi_t"]) == (70 * 384 * 4 + 384 + 384 * 512 * 4 + 512 + 512 * 256 * 4 + 256
@@ -159,7 +168,7 @@ def test_networks_have_the_sizes_of_the_authors_code():
 
 
 def test_shapes_and_ranges():
-    nets = networks(0.03)
+    nets = networks("--width", ".03")
     t = encode(["a red circle", "a blue box"])
     h, z = nets["phi_t"](t), torch.randn(2, 100)
     assert h.shape == (2, 1024) and nets["phi_t"].convs(torch.zeros(2, 70, 201)).shape[2] == 8
@@ -174,7 +183,7 @@ def test_shapes_and_ranges():
 
 
 def test_the_text_network_reads_letters_and_their_order():
-    phi_t = networks(0.1)["phi_t"]
+    phi_t = networks("--width", ".1")["phi_t"]
     h = phi_t(encode(["red above blue", "blue above red", "red above blue."]))
     assert (h[0] - h[1]).abs().max() > 1e-4 and (h[0] - h[2]).abs().max() > 1e-5
     assert torch.allclose(h[:1], phi_t(encode(["Red above blue"])), atol=1e-6)
@@ -193,7 +202,7 @@ def test_googlenets_features_are_frozen(monkeypatch):
             return self.fc(self.bn(self.conv(x.mean((2, 3), keepdim=True))).flatten(1))
 
     monkeypatch.setattr(models, "googlenet", lambda **_: Net())
-    phi_v = networks(0.03, "googlenet")["phi_v"].train()
+    phi_v = networks("--width", ".03", "--image-features", "googlenet")["phi_v"].train()
     assert phi_v(torch.zeros(2, 3, 64, 64)).shape == (2, 1024)
     assert not phi_v.net.bn.training and not any(p.requires_grad for p in phi_v.parameters())
 
@@ -202,7 +211,7 @@ def test_googlenets_features_are_frozen(monkeypatch):
 
     monkeypatch.setattr(models, "googlenet", offline)
     with pytest.raises(UserError, match="no network.*leave out --image-features"):
-        networks(0.03, "googlenet")
+        networks("--width", ".03", "--image-features", "googlenet")
 
 
 def test_residual_adds_its_branch():
@@ -230,7 +239,7 @@ def built(*words, train=None):
 
 def moved(step, nets):
     def state():
-        return {f"{name}.{k}": v.clone() for name, net in nets.items() for k, v in net.state_dict().items()}
+        return {f"{name}.{k}": v.clone() for name, net in vars(nets).items() for k, v in net.state_dict().items()}
 
     before = state()
     x = torch.rand(12, 3, 64, 64) * 2 - 1
@@ -241,36 +250,35 @@ def moved(step, nets):
 
 
 def test_each_phase_moves_its_own_networks():
-    nets, _, (encoder_step, gan_step, style_step), learn = built()
-    assert moved(encoder_step, nets)[0] == {"phi_t", "phi_v"}
-    learn()
-    assert moved(gan_step, nets)[0] == {"G", "D", "G_bar"}
-    assert moved(style_step, nets)[0] == {"S"}                                  # not G's averages either
-    assert [int(nets[k].t) for k in ("phi_t", "G", "S")] == [1, 1, 1]
+    nets, _, steps = built()
+    assert moved(steps.encoder, nets)[0] == {"phi_t", "phi_v"}
+    steps.embed()
+    assert moved(steps.gan, nets)[0] == {"G", "D", "G_bar"}
+    assert moved(steps.style, nets)[0] == {"S"}                                  # not G's averages either
+    assert [int(getattr(nets, k).t) for k in ("phi_t", "G", "S")] == [1, 1, 1]
 
 
 def test_both_encoders_learn_to_name_attributes():
-    """[dev 1]"""
-    nets, _, (encoder_step, *_), _ = built("--image-features", "attributes")
+        nets, _, steps = built("--image-features", "attributes")
     x, i, attributes = torch.rand(12, 3, 64, 64) * 2 - 1, torch.arange(12), part().attributes
     counts = (attributes.amax(0) + 1).tolist()
 
     def losses():
         with torch.no_grad():
-            given = nets["phi_v"](x), nets["phi_t"](part().t[:, 0])
+            given = nets.phi_v(x), nets.phi_t(part().t[:, 0])
             return [text2image.L_names(name(f), attributes, counts).item()
-                    for name, f in zip(nets["names"], given)]
+                    for name, f in zip(nets.names, given)]
 
     before = losses()
     for _ in range(60):
-        encoder_step(x, i)
+        steps.encoder(x, i)
     assert losses()[0] < before[0] / 2
     for _ in range(90):
-        encoder_step(x, i)
+        steps.encoder(x, i)
     assert losses()[1] < before[1] / 2
-    assert text2image.see(nets["phi_v"], part().images, "cpu").shape == (12, 1024)
+    assert text2image.on_pictures(nets.phi_v, part().images).shape == (12, 1024)
     own = built()[0]
-    assert own["phi_v"](x).shape == (12, 1024) and not len(own["names"])
+    assert own.phi_v(x).shape == (12, 1024) and not len(own.names)
     with pytest.raises(UserError, match="no attributes: --image-features own does without"):
         built("--image-features", "attributes", train=replace(part(), attributes=None))
 
@@ -285,32 +293,31 @@ def test_L_names_of_even_logits_and_of_sure_ones():
 
 @pytest.mark.parametrize("kind", ["own", "attributes"])
 def test_D_begins_with_the_match_that_phi_v_sees(kind):
-    """[dev 15]: beside the head, whatever the texts' scale."""
-    nets, *_, learn = built("--image-features", kind)
-    nn.init.normal_(nets["phi_v"][-1].weight, 0.0, 100.0)
-    learn()
-    learn()                                                                     # the scale stays
-    D, phi_t, train = nets["D"].eval(), nets["phi_t"], part()
-    v = text2image.see(nets["phi_v"], train.images, "cpu")
+    """beside the head, whatever the texts' scale."""
+    nets, _, steps = built("--image-features", kind)
+    nn.init.normal_(nets.phi_v[-1].weight, 0.0, 100.0)
+    steps.embed()
+    steps.embed()                                                                     # the scale stays
+    D, phi_t, train = nets.D.eval(), nets.phi_t, part()
+    v = text2image.on_pictures(nets.phi_v, train.images)
     h, x = text2image.texts_of(phi_t, train.t[:, 0], "cpu"), text2image.middle(train.images)
     nn.init.zeros_(D.head[-2].weight)
     with torch.no_grad():
         match = text2image.MATCH * (v * h).sum(1) / phi_t.scale
         assert match.std() > 1e-2 and torch.allclose(D(x, h), match, rtol=1e-4, atol=1e-5)
         nn.init.zeros_(D.project[1].weight)
-        nets["G"].t.add_(1)
-        learn()                                                                 # G and D have begun
+        nets.G.t.add_(1)
+        steps.embed()                                                                 # G and D have begun
         assert not D.project[1].weight.any()
 
 
 def test_texts_are_scaled_to_the_spread_that_G_begins_with():
-    """[dev 13]"""
-    nets, *_, learn = built()
-    learn()
-    h = text2image.texts_of(nets["phi_t"], part().t, "cpu")
+        nets, _, steps = built()
+    steps.embed()
+    h = text2image.texts_of(nets.phi_t, part().t, "cpu")
     assert h.std((0, 1)).mean().item() == pytest.approx(0.05, rel=1e-4)
-    learn()                                                                     # again: no further
-    assert torch.allclose(text2image.texts_of(nets["phi_t"], part().t, "cpu"), h)
+    steps.embed()                                                                     # again: no further
+    assert torch.allclose(text2image.texts_of(nets.phi_t, part().t, "cpu"), h)
 
 
 def test_neighbours_are_the_nearest_of_other_content():
@@ -328,35 +335,39 @@ def test_neighbours_are_the_nearest_of_other_content():
 
 def test_rates_fall_over_the_second_half_of_a_phase():
     """[dev 6], [dev 10]"""
-    _, opts, *_ = built()
+    _, opts, _ = built()
+    tuned, paper = (text2image.parse_args(words) for words in ([], ["--paper", "--dataset", "birds"]))
     for left, share in ((1, 1), (0.5, 1), (0.25, 0.5), (0, 0)):
-        for opt in opts.values():
-            text2image.anneal(opt, 6e-4, left)
+        assert text2image.rate(tuned, 6e-4, left) == pytest.approx(6e-4 * share)
+        assert text2image.rate(paper, 6e-4, left) == 6e-4
+        assert text2image.phi_rate(paper, False, left) == pytest.approx(7e-4 * 0.98 ** (200 * (1 - left)))
+        for opt in vars(opts).values():
+            set_rate(opt, text2image.rate(tuned, 6e-4, left))
             assert all(g["lr"].item() == pytest.approx(6e-4 * share) for g in opt.param_groups)
 
 
 def test_weights_of_the_encoders_alone_decay():
-    """[dev 10]: not their biases and BatchNorm."""
-    nets, opts, *_ = built("--image-features", "attributes")
-    decay = {id(p): g["weight_decay"] for opt in opts.values() for g in opt.param_groups for p in g["params"]}
+    """not their biases and BatchNorm."""
+    nets, opts, _ = built("--image-features", "attributes")
+    decay = {id(p): g["weight_decay"] for opt in vars(opts).values() for g in opt.param_groups for p in g["params"]}
     for name, wanted in (("phi_t", 0.1), ("names", 0.1), ("phi_v", 0.3), ("G", 0.0), ("D", 0.0), ("S", 0.0)):
-        for p in nets[name].parameters():
+        for p in getattr(nets, name).parameters():
             assert decay.pop(id(p)) == (wanted if p.ndim > 1 else 0), name
     assert not decay
 
 
 @pytest.mark.parametrize("noise, left", [(0.0, 1.0), (0.1, 1.0), (0.2, 0.25)])
 def test_D_sees_pictures_under_noise(noise, left):
-    """[dev 12]: data and samples alike, in both updates; half of it a quarter before the end."""
-    nets, opts, (_, gan_step, _), learn = built("--noise", str(noise))
-    text2image.anneal(opts["opt_D"], 2e-4, left)
+    """data and samples alike, in both updates; half of it a quarter before the end."""
+    nets, opts, steps = built("--noise", str(noise))
+    set_rate(opts.opt_D, 2e-4 * min(1, 2 * left))
     noise *= min(1, 2 * left)
-    learn()
+    steps.embed()
     x, seen = torch.zeros(12, 3, 64, 64), []
-    nets["D"].register_forward_pre_hook(lambda net, given: seen.append(given[0].detach()))
+    nets.D.register_forward_pre_hook(lambda net, given: seen.append(given[0].detach()))
     drawn = []
-    nets["G"].register_forward_hook(lambda net, given, out: drawn.append(out.detach()))
-    gan_step(x, torch.arange(12))
+    nets.G.register_forward_hook(lambda net, given, out: drawn.append(out.detach()))
+    steps.gan(x, torch.arange(12))
     for both, fake in zip(seen, (drawn[0][:12], drawn[0])):
         added = both.float() - torch.cat([x, fake.float()])
         spread = [part.std().item() for part in (added[:12], added[12:])]
@@ -369,14 +380,14 @@ def test_D_sees_pictures_under_noise(noise, left):
     ("gan", 12, {"V", "L_G", "s_r", "s_f"}), ("cls", 12, {"L_D", "L_G", "s_r", "s_f", "s_w"}),
     ("int", 18, {"V", "L_G", "s_r", "s_f"}), ("int-cls", 18, {"L_D", "L_G", "s_r", "s_f", "s_w"})])
 def test_variants(variant, texts, keys, int_D):
-    nets, _, (_, gan_step, _), learn = built("--variant", variant, *int_D)
-    learn()
+    nets, _, steps = built("--variant", variant, *int_D)
+    steps.embed()
     asked, judged, a = [], [], []
-    nets["G"].register_forward_pre_hook(lambda net, given: asked.append(len(given[1])))
-    nets["D"].register_forward_pre_hook(
+    nets.G.register_forward_pre_hook(lambda net, given: asked.append(len(given[1])))
+    nets.D.register_forward_pre_hook(
         lambda net, given: judged.append([0 if h is None else len(h) for h in given]))
-    nets["D"].register_forward_hook(lambda net, given, out: a.append(out.detach()))
-    scalars = moved(gan_step, nets)[1]
+    nets.D.register_forward_hook(lambda net, given, out: a.append(out.detach()))
+    scalars = moved(steps.gan, nets)[1]
     assert set(scalars) == keys
     wrong, fake = 12 if "cls" in variant else 0, texts if int_D else 12
     assert asked == [texts] and judged == [[12 + fake, 12 + fake, wrong], [12 + texts, 12 + texts]]
@@ -385,14 +396,14 @@ def test_variants(variant, texts, keys, int_D):
 
 
 def test_half_of_the_mismatching_texts_are_neighbours():
-    """[dev 14]: of the pictures of the first half; none is the picture's own."""
-    nets, _, (_, gan_step, _), learn = built()
-    learn()
-    h, seen, everywhere = text2image.texts_of(nets["phi_t"], part().t, "cpu"), [], True
+    """of the pictures of the first half; none is the picture's own."""
+    nets, _, steps = built()
+    steps.embed()
+    h, seen, everywhere = text2image.texts_of(nets.phi_t, part().t, "cpu"), [], True
     near = text2image.neighbours(h[:, 0], part().content)
-    nets["D"].register_forward_pre_hook(lambda net, given: seen.append(given[1:]))
+    nets.D.register_forward_pre_hook(lambda net, given: seen.append(given[1:]))
     for _ in range(8):
-        gan_step(torch.zeros(12, 3, 64, 64), torch.arange(12))
+        steps.gan(torch.zeros(12, 3, 64, 64), torch.arange(12))
         _, h_wrong = seen[-2]                                                   # of D's update
         j = torch.cdist(h_wrong, h.flatten(0, 1)).argmin(1) // h.shape[1]       # whose texts they are
         assert not (j == torch.arange(12)).any()
@@ -403,8 +414,8 @@ def test_half_of_the_mismatching_texts_are_neighbours():
 
 
 def test_one_step_of_G_raises_what_it_ascends():
-    nets, _, _, _ = built()
-    G, D = nets["G"], nets["D"]
+    nets, *_ = built()
+    G, D = nets.G, nets.D
     z, h = torch.randn(16, 100), torch.randn(16, 1024)
     before = L_G(D(G(z, h), h))
     descend(-before, torch.optim.SGD(G.parameters(), lr=1e-3))
@@ -412,10 +423,10 @@ def test_one_step_of_G_raises_what_it_ascends():
 
 
 def test_the_encoders_learn_to_match():
-    _, _, (encoder_step, _, _), _ = built("--width", ".1")
+    _, _, steps = built("--width", ".1")
     train = part()
     x = text2image.middle(train.images)
-    loss = [encoder_step(x, torch.arange(12))["L_joint"].item() for _ in range(40)]
+    loss = [steps.encoder(x, torch.arange(12))["L_joint"].item() for _ in range(40)]
     assert np.mean(loss[-5:]) < 0.7 * np.mean(loss[:5])
 
 
@@ -558,7 +569,7 @@ def test_a_run_draws_figures_and_writes_numbers(folder):
     assert [next(k for k in line if k.startswith("L_")) for line in lines] == \
         ["L_joint"] * 2 + ["L_D"] * 4 + ["L_style"] * 2
     state = torch.load(folder / "checkpoint.pt", weights_only=True)["parts"]
-    fresh = networks(0.03)
+    fresh = networks("--width", ".03")
     assert all(not torch.equal(state[name]["out.weight" if name == "phi_t" else k], v)
                for name, k in (("G", "text.0.weight"), ("D", "text.0.weight"), ("S", "0.0.weight"))
                for v in [fresh[name].state_dict()[k]])
