@@ -33,8 +33,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import UserError, data, log, metrics, run
-from common.fuse import (SGD, Adam, autocast, average, averaged, descend, frozen, fuse, place, sampling,
-                         set_rate)
+from common.fuse import (SGD, Adam, autocast, average, averaged, calibrate, descend, frozen, fuse, place,
+                         sampling, set_rate)
 
 # --------------------------------------------------------------------------------------------------- settings
 # z: range of Unif(low, high), or "normal".  init_G, init_D: see initialise().  turns: each minibatch trains
@@ -244,16 +244,21 @@ def main(argv=None):
         best.register_buffer("ll", torch.tensor(-math.inf, device=args.device))
     r.keep(**parts)
     if args.sample:
-        if args.net == "mlp" and best.ll == -math.inf:              # stopped before the first look()
+        if args.net == "mlp" and best.ll == -math.inf:              # stopped before keep_best()
             best = G_bar
-        return r.sample(lambda n: draw(best, args, one_hot(torch.arange(n, device=args.device) % K, K)))
+        best = calibrated(best, args, train[1], K)
+        return r.sample(lambda n: draw(best, args, in_turn(n, K, args))[:n])
 
     for step in r.loop():
         anneal(args, (opt_D, opt_G), step, batches.per_epoch)
         x, y = next(batches)
         r.log(G_step(x, y) if args.turns and step % 2 else train_step(x, y))
-        if r.every(min(5 * batches.per_epoch, args.steps) if args.net == "mlp" else args.save_every):
-            look(r, G_bar, best, valid, K)
+        if args.net == "mlp" and r.every(min(5 * batches.per_epoch, args.steps)):
+            keep_best(r, G_bar, best, valid, K)
+        if r.draws():
+            with r.aside():
+                x = draw(calibrated(G_bar, args, train[1], K), args, in_turn(100, K, args))
+            r.show("samples", log.grid(x[:100], 10))
 
     if r.lead:
         report(r, best, K, train, valid, test)
@@ -343,12 +348,13 @@ def upconv(i, o):
     return nn.ConvTranspose2d(i, o, 5, 2, 2, 1, bias=False)
 
 
+# BatchNorm has no scale and shift, and an epsilon of 1e-8 (authors' code).
 def fc_bn(i, o, activation):
-    return nn.Sequential(nn.Linear(i, o, bias=False), nn.BatchNorm1d(o, affine=False), activation)
+    return nn.Sequential(nn.Linear(i, o, bias=False), nn.BatchNorm1d(o, 1e-8, affine=False), activation)
 
 
 def bn(o, activation):
-    return nn.Sequential(nn.BatchNorm2d(o, affine=False), activation)    # no scale and shift: authors' code
+    return nn.Sequential(nn.BatchNorm2d(o, 1e-8, affine=False), activation)
 
 
 def dcgan28(K, args, ch):
@@ -446,6 +452,24 @@ def drawing(G, args):
                 m.track_running_stats = True
 
 
+def calibrated(G, args, labels, K):
+    """G with BatchNorm statistics of its own if it is an EMA: average() copies those of other weights.
+
+    They are those of 100 batches of samples with labels drawn from the training labels (N,).
+    """
+    if args.average and not args.batch_stats and any(isinstance(m, nn.BatchNorm2d) for m in G.modules()):
+        n = args.batch_size
+        y = (one_hot(labels[torch.randint(len(labels), (n,))].to(args.device), K) for _ in range(100))
+        calibrate(G, ((sample_z(n, args, args.device), y_i) for y_i in y))
+    return G
+
+
+def in_turn(n, K, args):
+    """Label vectors (n, K), the labels in turn; a whole batch at least if its own statistics draw."""
+    n = max(n, args.batch_size) if args.batch_stats else n
+    return one_hot(torch.arange(n, device=args.device) % K, K)
+
+
 def draw(G, args, y, z=None):
     """Pictures (n, C, H, W) in [0, 1] of the label vectors y (n, K), from fresh noise or from z (n, 100)."""
     z = sample_z(len(y), args, y.device) if z is None else z
@@ -464,18 +488,14 @@ def rows(G, args, K, columns, shared=False):
     return draw(G, args, one_hot(y.repeat_interleave(columns), K), z)
 
 
-def look(r, G_bar, best, valid, K):
-    """During training: samples; for mlp the likelihood of validation images, and `best` if it is higher."""
-    args, mlp = r.args, r.args.net == "mlp"
+def keep_best(r, G_bar, best, valid, K):
+    """Let `best` be G_bar if the validation images are likelier under it, at sigma .2 as GAN's code."""
     with r.aside():
-        y = torch.arange(10000 if mlp else 100, device=args.device) % K
-        x = draw(G_bar, args, one_hot(y, K))
-    r.show("samples", log.grid(x[:100], 10))
-    if mlp:                                                 # at sigma .2, as the monitor of GAN's code
-        ll = metrics.parzen_ll(x.flatten(1), valid[0][:1000].flatten(1) / 255, 0.2).mean()
-        r.log({"ll": ll})
-        if ll > best.ll:
-            best.load_state_dict({**G_bar.state_dict(), "ll": ll})
+        x = draw(G_bar, r.args, in_turn(10000, K, r.args))
+    ll = metrics.parzen_ll(x.flatten(1), valid[0][:1000].flatten(1) / 255, 0.2).mean()
+    r.log({"ll": ll})
+    if ll > best.ll:
+        best.load_state_dict({**G_bar.state_dict(), "ll": ll})
 
 
 def figures(r, G, K):
@@ -491,7 +511,14 @@ def figures(r, G, K):
 
 # ------------------------------------------------------------------------------------------------ the numbers
 
-PUBLISHED = {"cgan-mnist-ll": 132, "dcgan-mnist-1nn": 2.98, "dcgan-mnist-1nn-base": 6.28}
+def published(args):
+    """What the papers report for this data and network: experiment id -> value."""
+    if args.dataset != "mnist" or args.width != 1:
+        return {}
+    if args.net == "mlp":
+        return {"cgan-mnist-ll": 132}                                   # CGAN, Table 1
+    error = {50000: 2.98, 10_000_000: 1.48}.get(args.nn_samples)        # DCGAN, Table 3
+    return {"dcgan-mnist-1nn": error} if args.net == "dcgan28" and error else {}
 
 
 @torch.no_grad()
@@ -531,14 +558,15 @@ def evaluate(args, G, K, train, valid, test):
                             "unit": "% of samples with the label asked for",
                             "of real pictures": 100 * metrics.label_agreement(clf, x_test, y_test)}
     results["frechet"] = {"value": metrics.frechet_distance(clf, x[:len(x_test)], x_test)}
-    for line in PUBLISHED.keys() & results.keys() if args.dataset == "mnist" else ():
-        results[line]["paper"] = PUBLISHED[line]
+    for name, value in published(args).items():
+        results[name]["paper"] = value
     return results
 
 
 def report(r, G, K, train, valid, test):
     """Figures and results.json."""
     with r.aside():
+        G = calibrated(G, r.args, train[1], K)
         figures(r, G, K)
         results = evaluate(r.args, G, K, train, valid, test)
     ll, error = (results.get(k, {}).get("value") for k in ("cgan-mnist-ll", "dcgan-mnist-1nn"))
@@ -565,22 +593,12 @@ def tags(K, args, ch, d=200):
 
 def tagging(r):
     """Sec. 4.2: G draws vectors of words that tag a picture, from its features; Table 2, precision and recall
-    at 10.
-
-    In place of features of 21,000 ImageNet classes and skip-gram vectors: the features of a small classifier
-    of the tags, and word_vectors().
-    """
+    at 10."""
     args = r.args
     if args.sample:
         raise UserError("--sample draws pictures: a run with --net tags draws words, see its table2.md")
-    images, tags, test, test_tags, vocabulary = tagged(data.load(args.dataset, args.data_dir, args.size,
-                                                                 args.channels))
-    test, test_tags = test[:2000], test_tags[:2000].to(args.device)
-    clf = metrics.classifier(images, tags, args.device, args.data_dir)
-    f, f_test = (metrics.features(clf, part) for part in (images, test))
-    if args.standardize:    # a unit that hardly ever fires is 100 deviations from its mean where it does: cut
-        f, f_test = (((part - f.mean(0)) / f.std(0).clamp_min(1e-6)).clamp(-3, 3) for part in (f, f_test))
-    tags, words = tags.to(args.device), word_vectors(tags).to(args.device)
+    pictures = data.load(args.dataset, args.data_dir, args.size, args.channels)
+    (_, tags, f), (test, test_tags, f_test), vocabulary, words = described(args, *tagged(pictures))
     pairs = tags.nonzero()                                  # Sec. 4.2: a picture once for each of its tags
     G, D, G_bar, opt_D, opt_G, train_step, _ = build(args, f.shape[1], d=words.shape[1])
     r.keep(G=G, D=D, G_bar=G_bar, opt_D=opt_D, opt_G=opt_G)
@@ -631,18 +649,58 @@ def tags_of(pictures, prefix=""):
 
 
 def tagged(pictures):
-    """(images, tags, test images, their tags, words): words that tag a training picture, pictures that have a
-    tag."""
+    """(images, tags, features) to train on, the same to test with, the words, their vectors.
+
+    Only words that tag a training picture, and pictures that have a tag.  Features and vectors are None
+    unless the data has arrays features and test_features (N, K), vectors_of_words (W, d).
+    """
     (tags, words), (test_tags, _) = tags_of(pictures), tags_of(pictures, "test_")
-    images, test = pictures.images, pictures.test_images
-    if test is None or test_tags is None:
+    images, test_images = pictures.images, pictures.test_images
+    vectors, f = own(pictures, "vectors_of_words", len(words)), own(pictures, "features", len(images))
+    train, test = (images, tags, f), (test_images, test_tags, None)
+    if test_images is not None and f is not None:
+        test = test_images, test_tags, own(pictures, "test_features", len(test_images), f.shape[1])
+    if test_images is None or test_tags is None or f is not None and test[2] is None:
         split = len(images) - max(1, len(images) // 6)
-        images, tags, test, test_tags = images[:split], tags[:split], images[split:], tags[split:]
-    used = tags.sum(0) > 0
-    tags, test_tags = tags[:, used], test_tags[:, used]
-    has_tag, test_has_tag = tags.sum(1) > 0, test_tags.sum(1) > 0
+        train, test = choose(train, slice(split)), choose(train, slice(split, None))
+    used = train[1].sum(0) > 0
+    train, test = ((images, tags[:, used], f) for images, tags, f in (train, test))
+    train, test = (choose(part, part[1].sum(1) > 0) for part in (train, test))
     words = [word for word, u in zip(words, used) if u]
-    return images[has_tag], tags[has_tag], test[test_has_tag], test_tags[test_has_tag], words
+    return train, test, words, vectors if vectors is None else vectors[used]
+
+
+def choose(part, rows):
+    """The rows of each tensor of `part`; None stays None."""
+    return tuple(t if t is None else t[rows] for t in part)
+
+
+def own(pictures, key, n, d=None):
+    """The array `key` (n, d) of the data as float32, or None."""
+    a = pictures.extra.get(key)
+    if a is None:
+        return None
+    if not torch.is_tensor(a) or a.ndim != 2 or a.shape != (n, d or a.shape[1]) or not a.isfinite().all():
+        raise UserError(f"{pictures.name}: {key} {tuple(getattr(a, 'shape', ()))} found, finite numbers "
+                        f"({n}, {d or 'd'}) expected")
+    return a.float()
+
+
+def described(args, train, test, words, vectors):
+    """What tagged() gives, with features and vectors where the data has none; at most 2,000 pictures to test.
+
+    In place of 4,096 features of 21,000 ImageNet classes and skip-gram vectors: the features of a small
+    classifier of the tags, and word_vectors().
+    """
+    (images, tags, f), (test_images, test_tags, f_test) = train, choose(test, slice(2000))
+    if f is None:
+        clf = metrics.classifier(images, tags, args.device, args.data_dir)
+        f, f_test = (metrics.features(clf, part) for part in (images, test_images))
+    if args.standardize:    # a unit that hardly ever fires is 100 deviations from its mean where it does: cut
+        f, f_test = (((part - f.mean(0)) / f.std(0).clamp_min(1e-6)).clamp(-3, 3) for part in (f, f_test))
+    vectors = word_vectors(tags) if vectors is None else vectors
+    tags, f, test_tags, f_test, vectors = (t.to(args.device) for t in (tags, f, test_tags, f_test, vectors))
+    return (images, tags, f), (test_images, test_tags, f_test), words, vectors
 
 
 def word_vectors(tags, d=200):
