@@ -277,6 +277,66 @@ def test_batch_statistics_are_those_of_the_batch():
     torch.testing.assert_close(x, expected)
 
 
+# --------------------------------------------------------------------------------- Sec. 4.1: near-duplicates
+
+
+def heads_and_copies(n=400, copies=60):
+    """n rendered heads, copies of the first, and the same with a pixel changed: uint8 (n + 2 copies, ...)."""
+    images = render.faces(n=n, size=32)["images"]
+    near = images[:copies].clone()
+    near[:, :, 0, 0] ^= 8
+    return torch.cat([images, images[:copies], near])
+
+
+def test_near_duplicates_share_their_hash_and_others_do_not():
+    torch.manual_seed(0)
+    codes = dcgan.hashes(heads_and_copies(), "cpu", steps=60)
+    kept = dcgan.first_of_each(codes)
+    assert codes.shape == (520, 16) and (kept[1:] > kept[:-1]).all()
+    assert not ((kept >= 400) & (kept < 460)).any()         # every copy goes
+    assert (kept >= 460).sum() <= 12                        # four of five of those that are nearly one
+    assert (kept < 400).sum() >= 396                        # and 1 % of the others at most
+    codes = torch.tensor([[1] * 16, [2] * 16, [1] * 16], dtype=torch.uint8)
+    assert dcgan.first_of_each(codes).tolist() == [0, 1]
+
+
+def test_bits_are_the_units_that_are_on():
+    on = torch.rand(5, 128) > 0.5
+    assert np.array_equal(np.unpackbits(dcgan.bits(on).numpy(), 1), on.numpy())
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_minibatches_of_a_subset_visit_it_alone_and_resume(resident):
+    images = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
+    kept = torch.arange(0, 40, 3)                           # 14 of 40
+    feed = dict(batch_size=7, scale=(0.0, 255.0), resident=resident)
+    batches = dcgan.Subset(images, kept, **feed)
+    seen = [next(batches)[:, 0, 0, 0] for _ in range(batches.per_epoch)]
+    assert batches.per_epoch == 2 and torch.equal(torch.cat(seen).sort().values, kept.float())
+    other = dcgan.Subset(images, torch.arange(40), **feed)
+    other.load_state_dict(batches.state_dict())
+    assert all(torch.equal(next(batches), next(other)) for _ in range(5)) and other.per_epoch == 2
+    with pytest.raises(UserError, match="7 pictures at least without near-duplicates, found 5"):
+        dcgan.Subset(images, kept[:5], **feed)
+
+
+def test_a_run_without_duplicates_resumes(tmp_path, monkeypatch):
+    monkeypatch.setattr(dcgan, "report", lambda *_: None)
+    np.savez(tmp_path / "twice.npz", images=heads_and_copies(60, 15).numpy())
+    hashes = dcgan.hashes
+    monkeypatch.setattr(dcgan, "hashes", lambda *words: hashes(*words, steps=20))
+    words = ("--dataset", tmp_path / "twice.npz", "--net", "svhn", "--width", 0.05, "--steps", 3,
+             "--batch-size", 8, "--deduplicate", "--device", "cpu", "--out", tmp_path)
+    dcgan.main([*map(str, words)])
+    path = tmp_path / "dcgan-twice" / "checkpoint.pt"
+    before = torch.load(path, weights_only=True)["parts"]["batches"]
+    assert 50 <= before["n"] == len(before["kept"]) < 75
+    monkeypatch.setattr(dcgan, "hashes", lambda *_: pytest.fail("hashed again"))
+    dcgan.main(["--resume", str(path.parent), "--steps", "5"])
+    after = torch.load(path, weights_only=True)["parts"]["batches"]
+    assert torch.equal(before["kept"], after["kept"]) and after["position"] == 5
+
+
 # ------------------------------------------------------------------------------------ Sec. 5: features, SVM
 
 
@@ -592,8 +652,8 @@ def test_supervised_network_learns_and_keeps_the_best_trial(monkeypatch):
 
 def test_published_values_stand_beside_the_papers_data_and_networks_alone():
     def at(**changes):
-        found = argparse.Namespace(**{**dict(features="cifar10", dataset="imagenet", net="imagenet", width=1.0),
-                                      **changes})
+        paper = dict(features="cifar10", dataset="imagenet", net="imagenet", width=1.0)
+        found = argparse.Namespace(**{**paper, **changes})
         return [dcgan.published(found, key) for key in ("dcgan-cifar", "dcgan-cifar-400", "dcgan-svhn")]
 
     assert at() == [{"paper": 82.8}, {"paper": 73.8}, {}]                               # Table 1
