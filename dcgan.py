@@ -193,6 +193,8 @@ def main(argv=None):
     batches = minibatches(r, pictures.images)
     G, D, opt_D, opt_G, train_step = build(args, pictures.images.shape[1])
     r.keep(G=G, D=D, opt_D=opt_D, opt_G=opt_G, batches=batches)
+    if args.weights and not args.resume:
+        return keep_released(r, G, D, pictures.images)
     if args.sample:
         with r.aside():
             return r.sample(lambda n: draw(G, args, n)[0], args.scale)
@@ -228,6 +230,8 @@ def parse_args(argv=None):
     add("--batch-stats", action=flag, help="draw with the batch's own BatchNorm statistics [--paper]")
     add("--together", action="store_true", default=None, help="D sees data and samples as one batch, not two")
     add("--deduplicate", action=flag, help="leave near-duplicates out, Sec. 4.1 [LSUN]")
+    add("--weights", metavar="FOLDER", help="the authors' released networks as a run, nothing trained: their "
+        "*_discrim_params.jl_01.npy and so on (Newmu/dcgan_code, models)")
     add("--exemplars", metavar="FILE", help="samples picked by eye, numbered as --sample draws them, JSON: "
         '{"A": [3 numbers], "B": [3], "C": [3]} for Fig. 7, {"left": [4], "right": [4]} for Fig. 8')
     add("--features", metavar="DATASET", help="with --resume: Sec. 5, D's features on this labelled data set")
@@ -275,8 +279,8 @@ def D_sees(D, x, x_fake, args):
 # ---------------------------------------------------------------------------------- Sec. 4.1: near-duplicates
 
 def hashes(images, device, seed=0, steps=None):
-    """(N, 16) uint8, 128 bits a picture: which units of the code of a 3072-128-3072 denoising ReLU autoencoder
-    of 32x32 copies are on.  Near-duplicates share them.
+    """(N, 16) uint8, 128 bits a picture: which units are on in the code of a 3072-128-3072 denoising ReLU
+    autoencoder of 32x32 copies.  Near-duplicates share them.
 
     images uint8 (N, C, H, W), in memory or mapped.  Not published, and chosen here: a fifth of the input is
     dropped; 5 epochs, at least 500 and at most 10,000 steps; the mean is subtracted, without which most units
@@ -346,6 +350,40 @@ def minibatches(r, images):
     if r.world > 1:
         dist.broadcast_object_list(kept)
     return Subset(images, kept[0], **feed)
+
+
+# ---------------------------------------------------------------------------- the authors' released networks
+
+def read_released(folder, part, net):
+    """Fill `net` from FOLDER/*_PART_params.jl_01.npy and so on, plain arrays beside a joblib file.
+
+    Theano convolves, PyTorch correlates: kernels are turned by 180 degrees; matrices are transposed.
+    UserError: missing, unreadable or other arrays.
+    """
+    files, params = sorted(Path(folder).glob(f"*_{part}_params.jl_*.npy")), list(net.parameters())
+    need(len(files) == len(params), f"{len(params)} files *_{part}_params.jl_*.npy in {folder}", len(files))
+    for path, p in zip(files, params):
+        try:
+            a = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
+        except (OSError, ValueError, EOFError) as e:
+            raise UserError(f"{path} cannot be read as an array: {e}") from None
+        a = a.flip(2, 3) if a.dim() == 4 else a.T if a.dim() == 2 else a
+        need(a.shape == p.shape and a.isfinite().all(), f"finite {tuple(p.shape)} in {path}", shapes(a))
+        with torch.no_grad():
+            p.copy_(a)
+
+
+def keep_released(r, G, D, images):
+    """--weights: save the released networks as a run of 0 steps, to draw and to give features.  Running
+    statistics, which they lack, are the means over 100 minibatches."""
+    args = r.args
+    for part, net in (("gen", G), ("discrim", D)):
+        read_released(args.weights, part, net)
+    with r.aside():
+        calibrate(G, ([sample_z(args.batch_size, args, args.device)] for _ in range(100))).train()
+        data_statistics(D, images[:100 * 128], args.device).train()
+    r.save()
+    log.say(f"saved in {r.folder}: go on with --resume {r.folder} --sample 100, or --features svhn")
 
 
 # ---------------------------------------------------------------------------- networks of the other data sets

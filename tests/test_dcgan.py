@@ -277,6 +277,68 @@ def test_batch_statistics_are_those_of_the_batch():
     torch.testing.assert_close(x, expected)
 
 
+# ---------------------------------------------------------------------------- the authors' released networks
+
+
+def released(folder):
+    """Arrays of the shapes and in the order of Newmu/dcgan_code's SVHN networks, an eighth as wide."""
+    rng = np.random.default_rng(0)
+    shapes = {"discrim": [(8, 3, 5, 5), (16, 8, 5, 5), (16,), (16,), (32, 16, 5, 5), (32,), (32,), (512, 1)],
+              "gen": [(100, 512), (512,), (512,), (32, 16, 5, 5), (16,), (16,), (16, 8, 5, 5), (8,), (8,),
+                      (8, 3, 5, 5)]}
+    arrays = {part: [rng.normal(size=s).astype(np.float32) for s in each] for part, each in shapes.items()}
+    for part, each in arrays.items():
+        for i, a in enumerate(each, 1):
+            np.save(folder / f"200_{part}_params.jl_{i:02d}.npy", a)
+    return arrays
+
+
+def test_released_networks_convolve_as_theano_does(tmp_path):
+    """Theano's convolution turns its kernels, and G's is the adjoint of such a one."""
+    signal = pytest.importorskip("scipy.signal")
+    arrays, (G, D) = released(tmp_path), networks("svhn", 3, 0.125)
+    dcgan.read_released(tmp_path, "gen", G)
+    dcgan.read_released(tmp_path, "discrim", D)
+
+    def convolve(x, w):                                     # border 2, every second pixel
+        x = np.pad(x, ((0, 0), (2, 2), (2, 2)))
+        return np.stack([sum(signal.convolve2d(a, b, "valid") for a, b in zip(x, each)) for each in w])[
+            :, ::2, ::2]
+
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(3, 32, 32)), rng.normal(size=(8, 16, 16))
+    with torch.no_grad():
+        h = D[0][0][0](torch.tensor(x, dtype=torch.float32)[None])[0].numpy()
+        g = G[-1][0](torch.tensor(y, dtype=torch.float32)[None])[0].numpy()
+        np.testing.assert_allclose(h, convolve(x, arrays["discrim"][0]), rtol=1e-3, atol=1e-3)
+        assert (g * x).sum() == pytest.approx((convolve(x, arrays["gen"][-1]) * y).sum(), rel=1e-3)
+        z = torch.randn(2, 100)
+        np.testing.assert_allclose(G[0][0](z).numpy(), z.numpy() @ arrays["gen"][0], rtol=1e-3, atol=1e-3)
+        v = torch.randn(2, 512)
+        np.testing.assert_allclose(D[2](v).numpy(), v.numpy() @ arrays["discrim"][-1], rtol=1e-3, atol=1e-3)
+
+
+def test_released_networks_become_a_run(tmp_path, capsys):
+    arrays = released(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (150, 3, 32, 32), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", images=images)
+    words = ["--dataset", tmp_path / "x.npz", "--net", "svhn", "--width", 0.125, "--weights", tmp_path,
+             "--batch-size", 16, "--device", "cpu", "--out", tmp_path]
+    dcgan.main([*map(str, words)])
+    folder = tmp_path / "dcgan-x"
+    parts = torch.load(folder / "checkpoint.pt", weights_only=True)["parts"]
+    assert torch.equal(parts["D"]["0.1.1.weight"], torch.from_numpy(arrays["discrim"][2]))
+    assert not torch.equal(parts["G"]["1.1.running_mean"], torch.zeros(16))
+    dcgan.main(["--resume", str(folder), "--sample", "2"])
+    assert len(list((folder / "samples").glob("*.png"))) == 2
+    (tmp_path / "200_gen_params.jl_10.npy").unlink()
+    with pytest.raises(UserError, match="10 files .*gen_params.* found 9"):
+        dcgan.main([*map(str, words), "--name", "again"])
+    np.save(tmp_path / "200_gen_params.jl_10.npy", np.zeros((8, 1, 5, 5)))
+    with pytest.raises(UserError, match=r"finite \(8, 3, 5, 5\)"):
+        dcgan.main([*map(str, words), "--name", "third"])
+
+
 # --------------------------------------------------------------------------------- Sec. 4.1: near-duplicates
 
 
