@@ -7,6 +7,7 @@ for arithmetic, and a discriminator whose features serve a classifier.
     GAN's Eq. 1  max_D V(D, G) = E_x[log D(x)] + E_z[log(1 - D(G(z)))]               -> V()
     Sec. 3       networks: 64x64, 32x32 of ImageNet, 32x32 of SVHN                   -> networks()
     Sec. 4       updates of D and G in turn, Adam 2e-4, beta_1 .5                    -> train_step(), PAPER
+    Sec. 4.1     near-duplicates by the code of an autoencoder                       -> hashes()
     Sec. 5       features: D's convolutions max-pooled to 4x4, and an L2-SVM         -> features(), l2_svm()
     Sec. 6.1     Fig. 4: walks between random z                                      -> walk()
     Sec. 6.2     Fig. 5: guided backpropagation from D's last convolution            -> guided()
@@ -31,7 +32,9 @@ import math
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
@@ -45,12 +48,12 @@ from common.metrics import need, shapes
 # minibatch in turn, pictures drawn with their own batch's statistics, SVHN's settings.
 
 ALL = dict(batch_size=128, lr=2e-4, weight_decay=1e-5, eps=1e-8, scale=(-1.0, 1.0), in_turn=True,
-           batch_stats=True, together=False)
+           batch_stats=True, together=False, deduplicate=False)
 PAPER = {       # steps: updates of D, half of the minibatches in the paper's epochs; the others are G's
     "64": ALL | dict(net="64", size=64, dz=100, normal=False,
                      steps=34_000),                                 # faces: 25 epochs of 350,000
-    "lsun": ALL | dict(net="64", size=64, dz=100, normal=False,
-                       steps=53_900),                               # 5 epochs of 2,758,000 (Sec. 4.1)
+    "lsun": ALL | dict(net="64", size=64, dz=100, normal=False, deduplicate=True,       # Sec. 4.1
+                       steps=53_900),                               # 5 epochs of 2,758,000
     "imagenet": ALL | dict(net="imagenet", size=32, dz=256, normal=False,
                            steps=150_000),                          # 30 epochs of 1,281,167
     "svhn": ALL | dict(net="svhn", size=32, dz=100, normal=True, lr=5e-4, batch_size=64,
@@ -187,9 +190,11 @@ def main(argv=None):
     r = run.Run(args)
     pictures = data.load(args.dataset, args.data_dir, args.size)
     check(args, pictures)
-    batches = data.Batches(pictures.images, scale=args.scale, **r.feed)
+    batches = minibatches(r, pictures.images)
     G, D, opt_D, opt_G, train_step = build(args, pictures.images.shape[1])
     r.keep(G=G, D=D, opt_D=opt_D, opt_G=opt_G, batches=batches)
+    if args.weights and not args.resume:
+        return keep_released(r, G, D, pictures.images)
     if args.sample:
         with r.aside():
             return r.sample(lambda n: draw(G, args, n)[0], args.scale)
@@ -224,14 +229,17 @@ def parse_args(argv=None):
     add("--in-turn", action=flag, help="a minibatch updates one network, D or G in turn [--paper]")
     add("--batch-stats", action=flag, help="draw with the batch's own BatchNorm statistics [--paper]")
     add("--together", action="store_true", default=None, help="D sees data and samples as one batch, not two")
+    add("--deduplicate", action=flag, help="leave near-duplicates out, Sec. 4.1 [LSUN]")
+    add("--weights", metavar="FOLDER", help="the authors' released networks as a run, nothing trained: their "
+        "*_discrim_params.jl_01.npy and so on (Newmu/dcgan_code, models)")
     add("--exemplars", metavar="FILE", help="samples picked by eye, numbered as --sample draws them, JSON: "
         '{"A": [3 numbers], "B": [3], "C": [3]} for Fig. 7, {"left": [4], "right": [4]} for Fig. 8')
     add("--features", metavar="DATASET", help="with --resume: Sec. 5, D's features on this labelled data set")
     add("--supervised", type=run.number(int, 1), nargs="?", const=TRIALS, metavar="TRIALS",
         help="with --features: train D's architecture on 100 labels a class instead, the best of so many "
         "random settings [%(const)s]")
-    args = run.parse(p, argv, free=("exemplars", "features", "supervised"), experiment=experiment, paper=PAPER,
-                     tuned=TUNED)
+    free = ("exemplars", "features", "supervised")
+    args = run.parse(p, argv, free, experiment, PAPER, TUNED)
     if args.features and not args.resume:
         p.error("--features needs --resume RUN: the run whose D gives the features")
     if args.supervised and not args.features:
@@ -266,6 +274,116 @@ def D_sees(D, x, x_fake, args):
     if args.together:
         return D(torch.cat([x, x_fake])).split([len(x), len(x_fake)])
     return None if x is None else D(x), D(x_fake)
+
+
+# ---------------------------------------------------------------------------------- Sec. 4.1: near-duplicates
+
+def hashes(images, device, seed=0, steps=None):
+    """(N, 16) uint8, 128 bits a picture: which units are on in the code of a 3072-128-3072 denoising ReLU
+    autoencoder of 32x32 copies.  Near-duplicates share them.
+
+    images uint8 (N, C, H, W), in memory or mapped.  Not published, and chosen here: a fifth of the input is
+    dropped; 5 epochs, at least 500 and at most 10,000 steps; the mean is subtracted, without which most units
+    are on for all pictures or for none (400 rendered heads: 163 codes, with it 400).
+    """
+    def small(x):                                           # x in [-1, 1] -> (n, C * 32 * 32), centred
+        return F.adaptive_avg_pool2d(x, 32).flatten(1) - mean
+
+    mean = 0
+    mean = small(scaled(images[::-(-len(images) // 2000)], device)).mean(0)
+    batches = data.Batches(images, batch_size=min(128, len(images)), device=device, seed=seed, scale=(-1, 1))
+    encoder = nn.Sequential(nn.Linear(len(mean), 128), nn.ReLU()).to(device)
+    decoder = nn.Linear(128, len(mean)).to(device)
+    opt = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()])
+    for _ in range(steps or min(10_000, max(500, 5 * batches.per_epoch))):
+        x = small(next(batches))
+        opt.zero_grad()                                     # no descend(): of several ranks one alone is here
+        F.mse_loss(decoder(encoder(F.dropout(x, 0.2))), x).backward()
+        opt.step()
+    return metrics.batched(lambda x: bits(encoder(small(scaled(x, device))) > 0), images)
+
+
+def bits(on):
+    """(n, 128) bool -> (n, 16) uint8."""
+    return torch.from_numpy(np.packbits(on.cpu().numpy(), 1))
+
+
+def first_of_each(codes):
+    """codes (N, 16) uint8 -> (k,) ascending indices of the first row of each kind.  1, 2, 1: 0, 1."""
+    rows = codes.contiguous().numpy().view([("a", "u8"), ("b", "u8")])[:, 0]
+    return torch.from_numpy(np.sort(np.unique(rows, return_index=True)[1]))
+
+
+class Subset(data.Batches):
+    """Minibatches of the pictures `kept` (k,) alone; a checkpoint holds the list."""
+
+    def __init__(self, images, kept, **feed):
+        super().__init__(images, **feed)
+        self.keep(kept)
+
+    def keep(self, kept):
+        need(len(kept) >= self.batch, f"{self.batch} pictures at least without near-duplicates", len(kept))
+        self.kept, self.n = kept.to(self.device if self.resident else "cpu"), len(kept)
+        self.per_epoch = self.n // self.batch
+
+    def _index(self):
+        return self.kept[super()._index()]
+
+    def state_dict(self):
+        return super().state_dict() | {"kept": self.kept}
+
+    def load_state_dict(self, state):
+        self.keep(state["kept"])
+        super().load_state_dict(state)
+
+
+def minibatches(r, images):
+    """Minibatches of `images`, with args.deduplicate of the first of each set of near-duplicates alone."""
+    feed, kept = {"scale": r.args.scale, **r.feed}, [torch.arange(len(images))]
+    if not r.args.deduplicate:
+        return data.Batches(images, **feed)
+    if r.lead and not r.args.resume:                        # a checkpoint holds the list
+        log.say("hashing the pictures, to leave out near-duplicates")
+        with r.aside():
+            kept = [first_of_each(hashes(images, r.args.device, r.args.seed))]
+        log.say(f"{len(images) - len(kept[0]):,} of {len(images):,} pictures are near-duplicates")
+    if r.world > 1:
+        dist.broadcast_object_list(kept)
+    return Subset(images, kept[0], **feed)
+
+
+# ---------------------------------------------------------------------------- the authors' released networks
+
+def read_released(folder, part, net):
+    """Fill `net` from FOLDER/*_PART_params.jl_01.npy and so on, plain arrays beside a joblib file.
+
+    Theano convolves, PyTorch correlates: kernels are turned by 180 degrees; matrices are transposed.
+    UserError: missing, unreadable or other arrays.
+    """
+    files, params = sorted(Path(folder).glob(f"*_{part}_params.jl_*.npy")), list(net.parameters())
+    need(len(files) == len(params), f"{len(params)} files *_{part}_params.jl_*.npy in {folder}", len(files))
+    for path, p in zip(files, params):
+        try:
+            a = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
+        except (OSError, ValueError, EOFError) as e:
+            raise UserError(f"{path} cannot be read as an array: {e}") from None
+        a = a.flip(2, 3) if a.dim() == 4 else a.T if a.dim() == 2 else a
+        need(a.shape == p.shape and a.isfinite().all(), f"finite {tuple(p.shape)} in {path}", shapes(a))
+        with torch.no_grad():
+            p.copy_(a)
+
+
+def keep_released(r, G, D, images):
+    """--weights: save the released networks as a run of 0 steps, to draw and to give features.  Running
+    statistics, which they lack, are the means over 100 minibatches."""
+    args = r.args
+    for part, net in (("gen", G), ("discrim", D)):
+        read_released(args.weights, part, net)
+    with r.aside():
+        calibrate(G, ([sample_z(args.batch_size, args, args.device)] for _ in range(100))).train()
+        data_statistics(D, images[:100 * 128], args.device).train()
+    r.save()
+    log.say(f"saved in {r.folder}: go on with --resume {r.folder} --sample 100, or --features svhn")
 
 
 # ---------------------------------------------------------------------------- networks of the other data sets
@@ -696,8 +814,8 @@ def report_features(r, D, channels):
             errors, C = svm_errors(X, y, X_test, y_test, **how)
         value = errors if key == "dcgan-svhn" else 100 - errors
         spread = {"std": value.std().item(), "draws": len(value)} if len(value) > 1 else {}
-        results[key] = {"value": value.mean().item(), **published(args, key), **spread, "C": C, "features": X.shape[1],
-                        "unit": "% error" if key == "dcgan-svhn" else "% right"}
+        results[key] = {"value": value.mean().item(), **published(args, key), **spread, "C": C,
+                        "features": X.shape[1], "unit": "% error" if key == "dcgan-svhn" else "% right"}
     r.results(results)
 
 

@@ -277,6 +277,128 @@ def test_batch_statistics_are_those_of_the_batch():
     torch.testing.assert_close(x, expected)
 
 
+# ---------------------------------------------------------------------------- the authors' released networks
+
+
+def released(folder):
+    """Arrays of the shapes and in the order of Newmu/dcgan_code's SVHN networks, an eighth as wide."""
+    rng = np.random.default_rng(0)
+    shapes = {"discrim": [(8, 3, 5, 5), (16, 8, 5, 5), (16,), (16,), (32, 16, 5, 5), (32,), (32,), (512, 1)],
+              "gen": [(100, 512), (512,), (512,), (32, 16, 5, 5), (16,), (16,), (16, 8, 5, 5), (8,), (8,),
+                      (8, 3, 5, 5)]}
+    arrays = {part: [rng.normal(size=s).astype(np.float32) for s in each] for part, each in shapes.items()}
+    for part, each in arrays.items():
+        for i, a in enumerate(each, 1):
+            np.save(folder / f"200_{part}_params.jl_{i:02d}.npy", a)
+    return arrays
+
+
+def test_released_networks_convolve_as_theano_does(tmp_path):
+    """Theano's convolution turns its kernels, and G's is the adjoint of such a one."""
+    signal = pytest.importorskip("scipy.signal")
+    arrays, (G, D) = released(tmp_path), networks("svhn", 3, 0.125)
+    dcgan.read_released(tmp_path, "gen", G)
+    dcgan.read_released(tmp_path, "discrim", D)
+
+    def convolve(x, w):                                     # border 2, every second pixel
+        x = np.pad(x, ((0, 0), (2, 2), (2, 2)))
+        return np.stack([sum(signal.convolve2d(a, b, "valid") for a, b in zip(x, each)) for each in w])[
+            :, ::2, ::2]
+
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(3, 32, 32)), rng.normal(size=(8, 16, 16))
+    with torch.no_grad():
+        h = D[0][0][0](torch.tensor(x, dtype=torch.float32)[None])[0].numpy()
+        g = G[-1][0](torch.tensor(y, dtype=torch.float32)[None])[0].numpy()
+        np.testing.assert_allclose(h, convolve(x, arrays["discrim"][0]), rtol=1e-3, atol=1e-3)
+        assert (g * x).sum() == pytest.approx((convolve(x, arrays["gen"][-1]) * y).sum(), rel=1e-3)
+        z = torch.randn(2, 100)
+        np.testing.assert_allclose(G[0][0](z).numpy(), z.numpy() @ arrays["gen"][0], rtol=1e-3, atol=1e-3)
+        v = torch.randn(2, 512)
+        np.testing.assert_allclose(D[2](v).numpy(), v.numpy() @ arrays["discrim"][-1], rtol=1e-3, atol=1e-3)
+
+
+def test_released_networks_become_a_run(tmp_path, capsys):
+    arrays = released(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (150, 3, 32, 32), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", images=images)
+    words = ["--dataset", tmp_path / "x.npz", "--net", "svhn", "--width", 0.125, "--weights", tmp_path,
+             "--batch-size", 16, "--device", "cpu", "--out", tmp_path]
+    dcgan.main([*map(str, words)])
+    folder = tmp_path / "dcgan-x"
+    parts = torch.load(folder / "checkpoint.pt", weights_only=True)["parts"]
+    assert torch.equal(parts["D"]["0.1.1.weight"], torch.from_numpy(arrays["discrim"][2]))
+    assert not torch.equal(parts["G"]["1.1.running_mean"], torch.zeros(16))
+    dcgan.main(["--resume", str(folder), "--sample", "2"])
+    assert len(list((folder / "samples").glob("*.png"))) == 2
+    (tmp_path / "200_gen_params.jl_10.npy").unlink()
+    with pytest.raises(UserError, match="10 files .*gen_params.* found 9"):
+        dcgan.main([*map(str, words), "--name", "again"])
+    np.save(tmp_path / "200_gen_params.jl_10.npy", np.zeros((8, 1, 5, 5)))
+    with pytest.raises(UserError, match=r"finite \(8, 3, 5, 5\)"):
+        dcgan.main([*map(str, words), "--name", "third"])
+
+
+# --------------------------------------------------------------------------------- Sec. 4.1: near-duplicates
+
+
+def heads_and_copies(n=400, copies=60):
+    """n rendered heads, copies of the first, and the same with a pixel changed: uint8 (n + 2 copies, ...)."""
+    images = render.faces(n=n, size=32)["images"]
+    near = images[:copies].clone()
+    near[:, :, 0, 0] ^= 8
+    return torch.cat([images, images[:copies], near])
+
+
+def test_near_duplicates_share_their_hash_and_others_do_not():
+    torch.manual_seed(0)
+    codes = dcgan.hashes(heads_and_copies(), "cpu", steps=60)
+    kept = dcgan.first_of_each(codes)
+    assert codes.shape == (520, 16) and (kept[1:] > kept[:-1]).all()
+    assert not ((kept >= 400) & (kept < 460)).any()         # every copy goes
+    assert (kept >= 460).sum() <= 12                        # four of five of those that are nearly one
+    assert (kept < 400).sum() >= 396                        # and 1 % of the others at most
+    codes = torch.tensor([[1] * 16, [2] * 16, [1] * 16], dtype=torch.uint8)
+    assert dcgan.first_of_each(codes).tolist() == [0, 1]
+
+
+def test_bits_are_the_units_that_are_on():
+    on = torch.rand(5, 128) > 0.5
+    assert np.array_equal(np.unpackbits(dcgan.bits(on).numpy(), 1), on.numpy())
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_minibatches_of_a_subset_visit_it_alone_and_resume(resident):
+    images = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
+    kept = torch.arange(0, 40, 3)                           # 14 of 40
+    feed = dict(batch_size=7, scale=(0.0, 255.0), resident=resident)
+    batches = dcgan.Subset(images, kept, **feed)
+    seen = [next(batches)[:, 0, 0, 0] for _ in range(batches.per_epoch)]
+    assert batches.per_epoch == 2 and torch.equal(torch.cat(seen).sort().values, kept.float())
+    other = dcgan.Subset(images, torch.arange(40), **feed)
+    other.load_state_dict(batches.state_dict())
+    assert all(torch.equal(next(batches), next(other)) for _ in range(5)) and other.per_epoch == 2
+    with pytest.raises(UserError, match="7 pictures at least without near-duplicates, found 5"):
+        dcgan.Subset(images, kept[:5], **feed)
+
+
+def test_a_run_without_duplicates_resumes(tmp_path, monkeypatch):
+    monkeypatch.setattr(dcgan, "report", lambda *_: None)
+    np.savez(tmp_path / "twice.npz", images=heads_and_copies(60, 15).numpy())
+    hashes = dcgan.hashes
+    monkeypatch.setattr(dcgan, "hashes", lambda *words: hashes(*words, steps=20))
+    words = ("--dataset", tmp_path / "twice.npz", "--net", "svhn", "--width", 0.05, "--steps", 3,
+             "--batch-size", 8, "--deduplicate", "--device", "cpu", "--out", tmp_path)
+    dcgan.main([*map(str, words)])
+    path = tmp_path / "dcgan-twice" / "checkpoint.pt"
+    before = torch.load(path, weights_only=True)["parts"]["batches"]
+    assert 50 <= before["n"] == len(before["kept"]) < 75
+    monkeypatch.setattr(dcgan, "hashes", lambda *_: pytest.fail("hashed again"))
+    dcgan.main(["--resume", str(path.parent), "--steps", "5"])
+    after = torch.load(path, weights_only=True)["parts"]["batches"]
+    assert torch.equal(before["kept"], after["kept"]) and after["position"] == 5
+
+
 # ------------------------------------------------------------------------------------ Sec. 5: features, SVM
 
 
@@ -592,8 +714,8 @@ def test_supervised_network_learns_and_keeps_the_best_trial(monkeypatch):
 
 def test_published_values_stand_beside_the_papers_data_and_networks_alone():
     def at(**changes):
-        found = argparse.Namespace(**{**dict(features="cifar10", dataset="imagenet", net="imagenet", width=1.0),
-                                      **changes})
+        paper = dict(features="cifar10", dataset="imagenet", net="imagenet", width=1.0)
+        found = argparse.Namespace(**{**paper, **changes})
         return [dcgan.published(found, key) for key in ("dcgan-cifar", "dcgan-cifar-400", "dcgan-svhn")]
 
     assert at() == [{"paper": 82.8}, {"paper": 73.8}, {}]                               # Table 1
