@@ -256,14 +256,6 @@ def repulsion(W_C, eta):
 
 # --------------------------------------------------------------------------------------------------- training
 
-def optimizer(args, phase, *nets):
-    """Of the parameters of `nets`, with the rate of `phase` 0 to 2."""
-    params = [p for part in nets for p in part.parameters()]
-    if args.optimizer == "sgd":
-        return SGD(params, args.rates[phase], args.momenta[phase])
-    return Adam(params, args.rates[phase])
-
-
 def build(args, m, mean, std):
     """Networks and optimizers by name, and the fused iteration of the phases.  m: categories of y, or 0."""
     Q, P, D = networks(args, m, mean, std)
@@ -304,12 +296,13 @@ def build(args, m, mean, std):
         descend(-sum(v), opt_D)
         with amp, frozen(*D):
             gain = sum(log_D(d(t)) for d, t in zip(D, fake)) - disagreement(Q_bar, x, a, args)
+        scalars = dict(zip(("V", "V_y"), v))
         if args.lam is None:
             descend(-gain, opt_Q)
-            return dict(zip(("V", "V_y"), v))
-        cost, apart = decoded(x_seen, z, a, c)              # --lam: one descent in place of both phases
-        descend(cost + apart - args.lam * gain, opt_R)
-        return {"reconstruction": cost, **dict(zip(("V", "V_y"), v))}
+        else:                                       # not the paper's: one descent in place of the two phases
+            scalars["reconstruction"], apart = decoded(x_seen, z, a, c)
+            descend(scalars["reconstruction"] + apart - args.lam * gain, opt_R)
+        return scalars
 
     def classify(x, y):
         """Semi-supervised phase: Q descends the cross-entropy of labelled pictures."""
@@ -321,7 +314,7 @@ def build(args, m, mean, std):
 
     @fuse(args)
     def train_step(x, c, *pair):                    # x (n, C, H, W) in [0, 1], c (n,) labels, 10 for none
-        scalars = {} if args.lam is not None else reconstruct(x, c)
+        scalars = reconstruct(x, c) if args.lam is None else {}
         scalars.update(regularise(x, c))
         if labelled(args):
             scalars.update(classify(*pair))         # pair: labelled pictures and their labels
@@ -398,7 +391,7 @@ def parse_args(argv=None):
         help="of the three phases, a VAE's one [.001 each, prior .0001 .001, likelihood .001 .0003; "
         "SGD's .01 .1 .1]")
     add("--lam", type=run.number(float, 0),
-        help="descend -log p(x|z) + lam V at once, weighted so, in place of the two phases")
+        help="Q and P descend the squared error and lam times Q's adversarial loss at once [two phases]")
     add("--bn", action=argparse.BooleanOptionalAction, help="BatchNorm in Q and P [where Q infers y, SVHN]")
     add("--consistency", type=run.number(float, 0),
         help="weight of q(y|x) being alike whatever the noise on x [with labels 20, clusters 5, else 0]")
@@ -440,7 +433,7 @@ def parse_args(argv=None):
 
 
 def experiment(args):
-    """The row of PAPER and TUNED."""
+    """The row of PAPER and TUNED; what parse_args will refuse gets some row."""
     if args.task == "prior":
         name = f"{'vae' if args.model == 'vae' else 'prior'}-{args.prior}"
         return name if name in PAPER else "prior-swiss-roll"
@@ -594,6 +587,14 @@ def heads(m, k):
     return spacing(m) / (2 * math.sin(math.pi / m)) * torch.stack([t.cos(), t.sin()], 1)
 
 
+def optimizer(args, phase, *nets):
+    """Of the parameters of `nets`, with the rate of `phase` 0 to 2."""
+    params = [p for part in nets for p in part.parameters()]
+    if args.optimizer == "sgd":
+        return SGD(params, args.rates[phase], args.momenta[phase])
+    return Adam(params, args.rates[phase])
+
+
 def passed(when, step, args, per_epoch):
     """Whether `when` is over at `step`: epochs, or below 1 a fraction of --steps."""
     return (step - 1) / (args.steps if when < 1 else per_epoch) >= when
@@ -678,21 +679,16 @@ def encode(Q, images):
     return z.cpu(), None if a is None else a.cpu()
 
 
-def decode(P, z, y=None):
-    """Pictures (n, C, H, W) of codes on any device."""
-    return metrics.batched(P, z, y, size=1000)
-
-
 def draw(P, args, n):
     """n pictures (n, C, H, W) of codes from the priors."""
     z = sample_z(torch.full((n,), 10, device=args.device), args)
-    return decode(P, z, sample_y(n, P.m, args.device))
+    return metrics.batched(P, z, sample_y(n, P.m, args.device))
 
 
 def styles(P, args, rows=10):
     """Pictures (rows * m, C, H, W): a row is one z ~ p(z), its columns the categories of y."""
     z = args.std * torch.randn(rows, args.z_dim)
-    return decode(P, z.repeat_interleave(P.m, 0), torch.eye(P.m).repeat(rows, 1))
+    return metrics.batched(P, z.repeat_interleave(P.m, 0), torch.eye(P.m).repeat(rows, 1))
 
 
 def scatter(z, labels, heads=None):
@@ -773,7 +769,7 @@ def prior(r, Q, P, sets):
         distance = sliced_wasserstein(z, a)
     codes, shown = FIGURES.get((args.model, args.prior, bool(args.labels)), ("codes", "manifold"))
     r.show(codes, scatter(z, labels))
-    r.show(shown, log.grid(decode(P, manifold(args)), 20))
+    r.show(shown, log.grid(metrics.batched(P, manifold(args)), 20))
     name = f"aae-prior-{4 if args.labels else 2}"
     return {name: {"value": distance, "unit": "sliced Wasserstein distance of q(z) and p(z)", **more}}
 
@@ -844,7 +840,8 @@ def cluster(r, Q, P, sets):
     """Table 3, and Fig. 9: a row is a cluster, first its head (z = 0), then test pictures that are in it."""
     images = sets["test"][0]
     k = encode(Q, images)[1].argmax(1)
-    rows = decode(P, torch.zeros(P.m, r.args.z_dim), torch.eye(P.m))[:, None].repeat(1, 16, 1, 1, 1).cpu()
+    rows = metrics.batched(P, torch.zeros(P.m, r.args.z_dim), torch.eye(P.m)).cpu()
+    rows = rows[:, None].repeat(1, 16, 1, 1, 1)
     for i in range(P.m):
         members = images[k == i][:15]
         rows[i, 1:] = 0
