@@ -198,12 +198,13 @@ def start(script, words, data, out):
 def again(name, record, seed, data_dir):
     """Run a record's command again; its results replace the record's, or stand beside it for another seed."""
     seed = record["seed"] if seed is None else seed
-    out = ROOT / "runs" / time.strftime("again-%Y%m%d-%H%M%S") / name
+    kept = re.sub(r"-s[0-9]+$", f"-s{seed}", name)
+    out = ROOT / "runs" / time.strftime("again-%Y%m%d-%H%M%S") / kept
     words = typed([], flags(record["command"]) | {"seed": [str(seed)]}).split()
     if code := start(about(record)[0], words, data_dir, out)[0]:
         raise UserError(f"{name}: exit code {code}, nothing kept; the run's folder is in {out}")
     (folder,) = (path.parent for path in out.glob("*/results.json"))
-    print(f"results: kept as {keep(folder, re.sub(r'-s[0-9]+$', f'-s{seed}', name))}", flush=True)
+    print(f"results: kept as {keep(folder, kept)}", flush=True)
 
 
 def defaults(data_dir):

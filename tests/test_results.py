@@ -1,6 +1,7 @@
 """Recorded runs: the files of results/, the rule for published values, keeping, running again, RESULTS.md."""
 
 import copy
+import importlib
 import json
 import time
 
@@ -80,6 +81,15 @@ def test_every_record_is_whole_and_names_no_folder_of_a_machine(name):
     assert name.endswith(f"-s{record['seed']}") and record["settings"] in name.split("-")
     assert record == results.stripped(record) | {"settings": record["settings"]}
     assert bool(results.by_hand(record) or record.get("note")) == (record["settings"] in ("quick", "other"))
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_script_still_takes_the_recorded_command(name):
+    command = RECORDS[name]["command"]
+    if "path/to/" not in command:
+        script_of = importlib.import_module(results.about(RECORDS[name])[0])
+        args = script_of.parse_args(command.split()[2:])
+        assert args.seed == RECORDS[name]["seed"] and args.dataset == RECORDS[name]["all settings"]["dataset"]
 
 
 def test_RESULTS_md_has_every_experiment_once_and_all_that_was_recorded_before():
