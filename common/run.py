@@ -131,10 +131,14 @@ def parse(p, argv=None, free=(), experiment=None, paper=None, tuned=None, quick=
 
 
 def _check(p, saved, folder):
-    """Hold saved settings to what their flags would accept.  UserError: the first that does not fit."""
+    """Hold saved settings to what their flags would accept.  UserError: the first that does not fit.
+
+    What no flag gave may be a value of the tables that no flag may give, such as 0 for "none".
+    """
     for action in p._actions:
         value = saved.get(action.dest)
-        if value is None:
+        from_tables = p.get_default(action.dest) is None and action.dest not in saved.get("given", saved)
+        if value is None or from_tables:
             continue
         try:
             if action.nargs == 0:
