@@ -10,7 +10,7 @@ G's input is noise z and a code c.  A second network Q must be able to recover c
     Eq. 6   min_{G,Q} max_D  V(D, G) - lam L_I(G, Q)                                 -> train_step()
     Tables 1-7 (App. C)  networks, codes, rates and lambdas of each data set         -> networks(), PAPER
     Fig. 1  L_I during training, InfoGAN against a regular GAN                       -> draw_fig1()
-    Figs. 2-6  one code varied, everything else fixed                                -> vary()
+    Figs. 2-6  one code varied, everything else fixed                                -> vary(), style_codes()
     Sec. 7.2  c1 as a classifier of digits                                           -> classify()
 
     python infogan.py --dataset mnist            (Figs. 1 and 2; --paper: the published settings)
@@ -73,9 +73,9 @@ TUNED = {
     "mnist": ONE_PASS | dict(
         steps=3000, gan_steps=1000,
         warm_up=1500, lam_cont=0.1,        # categories first, then style: else digits share a category
-        warp=1.0,                          # categories must survive small warps
-        decay_lr=True,                     # to zero, linearly over the second half
-        fix_sigma=False),
+        warp=1.0,                          # categories must survive it; a narrow D does not win by texture
+        decay_lr=True,                     # linearly to 0 over the second half; not measured
+        fix_sigma=False),                  # with the warm-up, sigma can be learnt; not measured
     "svhn": ONE_PASS, "celeba": ONE_PASS, "chairs": ONE_PASS, "chairs-width": ONE_PASS,
     "faces": STABLE, "faces-elevation": STABLE, "faces-lighting": STABLE, "faces-width": STABLE,
 }
