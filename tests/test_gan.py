@@ -32,8 +32,8 @@ def built(name, *words, mean=0.25):
 
 # ----------------------------------------------------------------------------------------------- settings
 
-# The authors' code, github.com/goodfeli/adversarial.  In all files: AdversaryCost2 with G and D in one step of
-# SGD, "irange: .05" in G, "nvis: 100", no average; noise is "gaussian" unless said; "gcn: 55." for CIFAR-10.
+# The authors' code, github.com/goodfeli/adversarial.  In all files: AdversaryCost2 with G and D in one step
+# of SGD, "irange: .05" in G, "nvis: 100", no average; noise is "gaussian" unless said; "gcn: 55." for CIFAR.
 SHARED = {"k": 1, "alternate": False, "loss": "non-saturating", "average": 0.0, "dz": 100}
 PUBLISHED = {
     "mnist": {"net": "mnist", "size": 28, "channels": 1,            # mnist.yaml
