@@ -145,6 +145,36 @@ def test_shapes_of_every_convolution(name, grids):
         assert sides == grids[::-1]
 
 
+@pytest.mark.parametrize("size, maps", [
+    (32, (256, 512, 1024)), (128, (64, 128, 256, 512, 1024)), (256, (32, 64, 128, 256, 512, 1024))])
+def test_other_sizes_have_a_row_for_each_doubling(size, maps):
+    a = args("--size", size, "--width", 0.25)
+    G, D = dcgan.networks(a, 3)
+    with torch.no_grad():
+        x = G(sample_z(2, a))
+        assert x.shape == (2, 3, size, size) and D(x).shape == (2,) and D[0](x).shape == (2, 256, 4, 4)
+    assert [row[0].out_channels for row in D[0]] == [n // 4 for n in maps]
+    assert [row[0].in_channels for row in G[1:]] == [n // 4 for n in reversed(maps)]
+
+
+def test_the_rows_of_64_are_those_of_its_size():
+    """What is written out for the paper's size is what other sizes are made by."""
+    torch.manual_seed(0)
+    written = dcgan.net_64(100, 3, lambda n: n // 16)
+    torch.manual_seed(0)
+    made = dcgan.net_of_size(64, 100, 3, lambda n: n // 16)
+    for one, two in zip(written, made):
+        one, two = one.state_dict(), two.state_dict()
+        assert list(one) == list(two) and all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.parametrize("net", ["imagenet", "svhn"])
+def test_other_networks_have_one_size(net):
+    assert args("--net", net, "--size", 32).size == 32
+    with pytest.raises(SystemExit):
+        args("--net", net, "--size", 64)
+
+
 def test_where_batchnorm_is_and_how_weights_start():
     torch.manual_seed(0)
     G, D = networks("64", 3, 0.25)
