@@ -243,8 +243,8 @@ def parse_args(argv=None):
     add("--supervised", type=run.number(int, 1), nargs="?", const=TRIALS, metavar="TRIALS",
         help="with --features: train D's architecture on 100 labels a class instead, the best of so many "
         "random settings [%(const)s]")
-    free = ("exemplars", "features", "supervised")
-    args = run.parse(p, argv, free, experiment, PAPER, TUNED)
+    args = run.parse(p, argv, free=("exemplars", "features", "supervised"), experiment=experiment,
+                     paper=PAPER, tuned=TUNED)
     if args.net != "64" and args.size != 32:
         p.error(f"--size {args.size} found, 32 expected of --net {args.net}; --net 64 takes other sizes")
     if args.features and not args.resume:
@@ -291,7 +291,7 @@ def hashes(images, device, seed=0, steps=None):
 
     images uint8 (N, C, H, W), in memory or mapped.  Not published, and chosen here: a fifth of the input is
     dropped; 5 epochs, at least 500 and at most 10,000 steps; the mean is subtracted, without which most units
-    are on for all pictures or for none (400 rendered heads: 163 codes, with it 400).
+    are on for all pictures or for none (400 rendered heads after 300 steps: 163 codes, with it 400).
     """
     def small(x):                                           # x in [-1, 1] -> (n, C * 32 * 32), centred
         return F.adaptive_avg_pool2d(x, 32).flatten(1) - mean

@@ -776,6 +776,20 @@ def test_paper_runs(net, digits, tmp_path):
     assert (batches["epoch"], batches["position"]) == (1, 2)
 
 
+def test_paper_runs_for_lsun(digits, tmp_path, monkeypatch):
+    """Its row of PAPER: near-duplicates are left out, Fig. 2 is drawn after one epoch in turn."""
+    load, hashes = dcgan.data.load, dcgan.hashes
+    monkeypatch.setattr(dcgan.data, "load", lambda name, *rest: load(str(digits), *rest))
+    monkeypatch.setattr(dcgan, "hashes", lambda *words: hashes(*words, steps=20))
+    monkeypatch.setattr(dcgan, "report", lambda *_: None)
+    dcgan.main([*map(str, ("--dataset", "lsun", "--paper", "--width", 0.02, "--batch-size", 64, "--steps", 2,
+                           "--device", "cpu", "--out", tmp_path, "--data-dir", tmp_path))])
+    found = json.loads((tmp_path / "dcgan-lsun" / "args.json").read_text())
+    assert found["deduplicate"] and found["in_turn"] and found["net"] == "64"
+    batches = torch.load(tmp_path / "dcgan-lsun" / "checkpoint.pt", weights_only=True)["parts"]["batches"]
+    assert batches["n"] == len(batches["kept"]) >= 192 and (tmp_path / "dcgan-lsun" / "fig2.png").exists()
+
+
 def test_two_and_two_steps_are_four(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(dcgan, "figures", lambda *_: None)
     monkeypatch.setattr(dcgan, "evaluate", lambda *_: {})
