@@ -48,7 +48,7 @@ from common.metrics import need, shapes
 # silent, the authors' Theano code (Newmu/dcgan_code): weight decay, BatchNorm's epsilon, one network a
 # minibatch in turn, pictures drawn with their own batch's statistics, SVHN's settings.
 
-ALL = dict(batch_size=128, lr=2e-4, weight_decay=1e-5, eps=1e-8, scale=(-1.0, 1.0), in_turn=True,
+ALL = dict(batch_size=128, lr=2e-4, weight_decay=1e-5, eps=1e-8, scale=(-1.0, 1.0), turns=True,
            batch_stats=True, together=False, deduplicate=False)
 PAPER = {       # steps: updates of D, half of the minibatches in the paper's epochs; the others are G's
     "64": ALL | dict(net="64", size=64, dz=100, normal=False,
@@ -61,7 +61,7 @@ PAPER = {       # steps: updates of D, half of the minibatches in the paper's ep
                        steps=114_000),                              # 200 epochs of 73,257
 }
 TUNED = {name: dict(
-    in_turn=False,                     # every minibatch serves D, as in dcgan.torch; not measured
+    turns=False,                       # every minibatch serves D, as in dcgan.torch; not measured
     batch_stats=False,                 # a picture is a function of its z alone; not measured
     eps=1e-5) for name in PAPER}       # torch's default; not measured
 TUNED["lsun"]["steps"] = 107_700       # 5 epochs again
@@ -204,9 +204,9 @@ def main(argv=None):
     if args.features:
         return report_features(r, D, pictures.images.shape[1])
 
-    epoch = -(-batches.per_epoch // 2) if args.in_turn else batches.per_epoch   # after which Fig. 2 is drawn
+    epoch = -(-batches.per_epoch // 2) if args.turns else batches.per_epoch      # after which Fig. 2 is drawn
     for step in r.loop():
-        if args.in_turn:
+        if args.turns:
             next(batches)                                           # G's minibatch, of which G needs nothing
         r.log(train_step(next(batches)))
         for name, now in (("samples", r.every(args.save_every)), ("fig2", step == epoch)):
@@ -231,7 +231,7 @@ def parse_args(argv=None):
         "other sizes than the paper's: a row of G and D more or less for each doubling")
     add("--width", type=positive, default=1.0, help="feature maps, as a fraction of the paper's [1]")
     add("--lr", type=positive, help="Adam's rate, Sec. 4 [2e-4, svhn 5e-4]")
-    add("--in-turn", action=flag, help="a minibatch updates one network, D or G in turn [--paper]")
+    add("--turns", action=flag, help="each minibatch trains one network, in turn [--paper]")
     add("--batch-stats", action=flag, help="draw with the batch's own BatchNorm statistics [--paper]")
     add("--together", action="store_true", default=None, help="D sees data and samples as one batch, not two")
     add("--deduplicate", action=flag, help="leave near-duplicates out, Sec. 4.1 [LSUN]")

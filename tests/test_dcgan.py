@@ -190,7 +190,7 @@ def test_where_batchnorm_is_and_how_weights_start():
     # Newmu/dcgan_code: faces/train_uncond_dcgan.py (k = 1 in turn, l2, b1, nbatch, lr, niter = 25, ntrain),
     # lib/ops.py (e = 1e-8, batch statistics)
     ("64", {"net": "64", "size": 64, "dz": 100, "normal": False, "batch_size": 128, "lr": 2e-4,
-            "weight_decay": 1e-5, "eps": 1e-8, "in_turn": True, "batch_stats": True, "together": False,
+            "weight_decay": 1e-5, "eps": 1e-8, "turns": True, "batch_stats": True, "together": False,
             "scale": (-1.0, 1.0), "steps": round(25 * 350_000 / 128 / 2, -3)}),
     # Sec. 4.1: five epochs of about 3 million less 275,000 duplicates (3,033,042 bedrooms in the data set)
     ("lsun", {"net": "64", "dz": 100, "batch_size": 128, "lr": 2e-4,
@@ -785,7 +785,7 @@ def test_paper_runs_for_lsun(digits, tmp_path, monkeypatch):
     dcgan.main([*map(str, ("--dataset", "lsun", "--paper", "--width", 0.02, "--batch-size", 64, "--steps", 2,
                            "--device", "cpu", "--out", tmp_path, "--data-dir", tmp_path))])
     found = json.loads((tmp_path / "dcgan-lsun" / "args.json").read_text())
-    assert found["deduplicate"] and found["in_turn"] and found["net"] == "64"
+    assert found["deduplicate"] and found["turns"] and found["net"] == "64"
     batches = torch.load(tmp_path / "dcgan-lsun" / "checkpoint.pt", weights_only=True)["parts"]["batches"]
     assert batches["n"] == len(batches["kept"]) >= 192 and (tmp_path / "dcgan-lsun" / "fig2.png").exists()
 
