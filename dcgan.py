@@ -20,13 +20,14 @@ for arithmetic, and a discriminator whose features serve a classifier.
     python dcgan.py --dataset lsun                               (Figs. 2 and 3: after 1 and 5 epochs)
     python dcgan.py --dataset imagenet
     python dcgan.py --resume runs/dcgan-imagenet --features cifar10     (Table 1)
-    python dcgan.py --dataset svhn
-    python dcgan.py --resume runs/dcgan-svhn --features svhn            (Table 2)
+    python dcgan.py --resume runs/dcgan-svhn --features svhn            (Table 2; --supervised: its last row)
 """
 
 import argparse
 import contextlib
 import copy
+import functools
+import itertools
 import json
 import math
 import warnings
@@ -47,7 +48,7 @@ from common.metrics import need, shapes
 # silent, the authors' Theano code (Newmu/dcgan_code): weight decay, BatchNorm's epsilon, one network a
 # minibatch in turn, pictures drawn with their own batch's statistics, SVHN's settings.
 
-ALL = dict(batch_size=128, lr=2e-4, weight_decay=1e-5, eps=1e-8, scale=(-1.0, 1.0), in_turn=True,
+ALL = dict(batch_size=128, lr=2e-4, weight_decay=1e-5, eps=1e-8, scale=(-1.0, 1.0), turns=True,
            batch_stats=True, together=False, deduplicate=False)
 PAPER = {       # steps: updates of D, half of the minibatches in the paper's epochs; the others are G's
     "64": ALL | dict(net="64", size=64, dz=100, normal=False,
@@ -60,8 +61,8 @@ PAPER = {       # steps: updates of D, half of the minibatches in the paper's ep
                        steps=114_000),                              # 200 epochs of 73,257
 }
 TUNED = {name: dict(
-    in_turn=False,                     # every minibatch serves D: G's update needs no pictures
-    batch_stats=False,                 # a picture is a function of its z alone, whatever is drawn beside it
+    turns=False,                       # every minibatch serves D, as in dcgan.torch; not measured
+    batch_stats=False,                 # a picture is a function of its z alone; not measured
     eps=1e-5) for name in PAPER}       # torch's default; not measured
 TUNED["lsun"]["steps"] = 107_700       # 5 epochs again
 
@@ -117,6 +118,8 @@ def net_64(dz, channels, ch):
 def networks(args, channels):
     """(G, D) of Sec. 3.  G: z (n, dz) -> x (n, channels, size, size) in [-1, 1].  D: x -> a (n,)."""
     table = {"64": net_64, "imagenet": net_imagenet, "svhn": net_svhn}[args.net]
+    if args.size != PAPER[args.net]["size"]:
+        table = functools.partial(net_of_size, args.size)
     G, D = table(args.dz, channels, lambda n: max(8, round(n * args.width)))
     for module in (*G.modules(), *D.modules()):
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -201,9 +204,9 @@ def main(argv=None):
     if args.features:
         return report_features(r, D, pictures.images.shape[1])
 
-    epoch = batches.per_epoch // 2 if args.in_turn else batches.per_epoch       # after which Fig. 2 is drawn
+    epoch = -(-batches.per_epoch // 2) if args.turns else batches.per_epoch      # after which Fig. 2 is drawn
     for step in r.loop():
-        if args.in_turn:
+        if args.turns:
             next(batches)                                           # G's minibatch, of which G needs nothing
         r.log(train_step(next(batches)))
         for name, now in (("samples", r.every(args.save_every)), ("fig2", step == epoch)):
@@ -224,9 +227,11 @@ def parse_args(argv=None):
     positive, flag = run.number(float, 0, open_low=True), argparse.BooleanOptionalAction
     add("--net", choices=("64", "imagenet", "svhn"), help="networks of Sec. 3 [the data set's: imagenet for "
         "CIFAR too and colour .npz of 32x32, svhn for grey digits, else 64]")
+    add("--size", type=int, choices=(32, 64, 128, 256), help="side of the pictures [64; imagenet, svhn 32]; "
+        "other sizes than the paper's: a row of G and D more or less for each doubling")
     add("--width", type=positive, default=1.0, help="feature maps, as a fraction of the paper's [1]")
     add("--lr", type=positive, help="Adam's rate, Sec. 4 [2e-4, svhn 5e-4]")
-    add("--in-turn", action=flag, help="a minibatch updates one network, D or G in turn [--paper]")
+    add("--turns", action=flag, help="each minibatch trains one network, in turn [--paper]")
     add("--batch-stats", action=flag, help="draw with the batch's own BatchNorm statistics [--paper]")
     add("--together", action="store_true", default=None, help="D sees data and samples as one batch, not two")
     add("--deduplicate", action=flag, help="leave near-duplicates out, Sec. 4.1 [LSUN]")
@@ -238,8 +243,10 @@ def parse_args(argv=None):
     add("--supervised", type=run.number(int, 1), nargs="?", const=TRIALS, metavar="TRIALS",
         help="with --features: train D's architecture on 100 labels a class instead, the best of so many "
         "random settings [%(const)s]")
-    free = ("exemplars", "features", "supervised")
-    args = run.parse(p, argv, free, experiment, PAPER, TUNED)
+    args = run.parse(p, argv, free=("exemplars", "features", "supervised"), experiment=experiment,
+                     paper=PAPER, tuned=TUNED)
+    if args.net != "64" and args.size != 32:
+        p.error(f"--size {args.size} found, 32 expected of --net {args.net}; --net 64 takes other sizes")
     if args.features and not args.resume:
         p.error("--features needs --resume RUN: the run whose D gives the features")
     if args.supervised and not args.features:
@@ -284,7 +291,7 @@ def hashes(images, device, seed=0, steps=None):
 
     images uint8 (N, C, H, W), in memory or mapped.  Not published, and chosen here: a fifth of the input is
     dropped; 5 epochs, at least 500 and at most 10,000 steps; the mean is subtracted, without which most units
-    are on for all pictures or for none (400 rendered heads: 163 codes, with it 400).
+    are on for all pictures or for none (400 rendered heads after 300 steps: 163 codes, with it 400).
     """
     def small(x):                                           # x in [-1, 1] -> (n, C * 32 * 32), centred
         return F.adaptive_avg_pool2d(x, 32).flatten(1) - mean
@@ -420,6 +427,15 @@ def net_svhn(dz, channels, ch):
         down(ch(64), ch(128)),                                      # 128 x 8 x 8
         down(ch(128), ch(256)))                                     # 256 x 4 x 4
     return G, discriminator(trunk, ch(256))
+
+
+def net_of_size(size, dz, channels, ch):
+    """The 64x64 networks for 32, 128 or 256 (not the paper's): a row of G and D more for each doubling, with
+    half of the maps."""
+    maps = [ch(n) for n in (1024, 512, 256, 128, 64, 32)][:int(math.log2(size)) - 2]
+    G = [project(dz, maps[0]), *(up(i, o) for i, o in itertools.pairwise(maps)), to_x(maps[-1], channels)]
+    trunk = [from_x(channels, maps[-1]), *(down(i, o) for i, o in itertools.pairwise(reversed(maps)))]
+    return nn.Sequential(*G), discriminator(nn.Sequential(*trunk), maps[0])
 
 
 # ---------------------------------------------------------------------------------------------------- drawing

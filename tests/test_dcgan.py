@@ -145,6 +145,36 @@ def test_shapes_of_every_convolution(name, grids):
         assert sides == grids[::-1]
 
 
+@pytest.mark.parametrize("size, maps", [
+    (32, (256, 512, 1024)), (128, (64, 128, 256, 512, 1024)), (256, (32, 64, 128, 256, 512, 1024))])
+def test_other_sizes_have_a_row_for_each_doubling(size, maps):
+    a = args("--size", size, "--width", 0.25)
+    G, D = dcgan.networks(a, 3)
+    with torch.no_grad():
+        x = G(sample_z(2, a))
+        assert x.shape == (2, 3, size, size) and D(x).shape == (2,) and D[0](x).shape == (2, 256, 4, 4)
+    assert [row[0].out_channels for row in D[0]] == [n // 4 for n in maps]
+    assert [row[0].in_channels for row in G[1:]] == [n // 4 for n in reversed(maps)]
+
+
+def test_the_rows_of_64_are_those_of_its_size():
+    """What is written out for the paper's size is what other sizes are made by."""
+    torch.manual_seed(0)
+    written = dcgan.net_64(100, 3, lambda n: n // 16)
+    torch.manual_seed(0)
+    made = dcgan.net_of_size(64, 100, 3, lambda n: n // 16)
+    for one, two in zip(written, made):
+        one, two = one.state_dict(), two.state_dict()
+        assert list(one) == list(two) and all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.parametrize("net", ["imagenet", "svhn"])
+def test_other_networks_have_one_size(net):
+    assert args("--net", net, "--size", 32).size == 32
+    with pytest.raises(SystemExit):
+        args("--net", net, "--size", 64)
+
+
 def test_where_batchnorm_is_and_how_weights_start():
     torch.manual_seed(0)
     G, D = networks("64", 3, 0.25)
@@ -160,7 +190,7 @@ def test_where_batchnorm_is_and_how_weights_start():
     # Newmu/dcgan_code: faces/train_uncond_dcgan.py (k = 1 in turn, l2, b1, nbatch, lr, niter = 25, ntrain),
     # lib/ops.py (e = 1e-8, batch statistics)
     ("64", {"net": "64", "size": 64, "dz": 100, "normal": False, "batch_size": 128, "lr": 2e-4,
-            "weight_decay": 1e-5, "eps": 1e-8, "in_turn": True, "batch_stats": True, "together": False,
+            "weight_decay": 1e-5, "eps": 1e-8, "turns": True, "batch_stats": True, "together": False,
             "scale": (-1.0, 1.0), "steps": round(25 * 350_000 / 128 / 2, -3)}),
     # Sec. 4.1: five epochs of about 3 million less 275,000 duplicates (3,033,042 bedrooms in the data set)
     ("lsun", {"net": "64", "dz": 100, "batch_size": 128, "lr": 2e-4,
@@ -744,6 +774,20 @@ def test_paper_runs(net, digits, tmp_path):
     assert all((folder / f"{figure}.png").exists() for figure in ("fig2", "fig3", "fig4", "fig5"))
     batches = torch.load(folder / "checkpoint.pt", weights_only=True)["parts"]["batches"]
     assert (batches["epoch"], batches["position"]) == (1, 2)
+
+
+def test_paper_runs_for_lsun(digits, tmp_path, monkeypatch):
+    """Its row of PAPER: near-duplicates are left out, Fig. 2 is drawn after one epoch in turn."""
+    load, hashes = dcgan.data.load, dcgan.hashes
+    monkeypatch.setattr(dcgan.data, "load", lambda name, *rest: load(str(digits), *rest))
+    monkeypatch.setattr(dcgan, "hashes", lambda *words: hashes(*words, steps=20))
+    monkeypatch.setattr(dcgan, "report", lambda *_: None)
+    dcgan.main([*map(str, ("--dataset", "lsun", "--paper", "--width", 0.02, "--batch-size", 64, "--steps", 2,
+                           "--device", "cpu", "--out", tmp_path, "--data-dir", tmp_path))])
+    found = json.loads((tmp_path / "dcgan-lsun" / "args.json").read_text())
+    assert found["deduplicate"] and found["turns"] and found["net"] == "64"
+    batches = torch.load(tmp_path / "dcgan-lsun" / "checkpoint.pt", weights_only=True)["parts"]["batches"]
+    assert batches["n"] == len(batches["kept"]) >= 192 and (tmp_path / "dcgan-lsun" / "fig2.png").exists()
 
 
 def test_two_and_two_steps_are_four(digits, tmp_path, monkeypatch):
