@@ -38,7 +38,6 @@ FREE = {"resume", "sample", "check", "steps", "device", "amp", "compile", "graph
         "dataset",     # moved; Batches holds the number of pictures to what it was
         "batch_size"}  # on another number of ranks; Batches holds the batch of all of them to what it was
 PATHS = ("dataset", "data_dir", "out", "dis", "encoder")  # flags that may be relative paths
-NEGATABLE = {"amp", "compile", "graph", "bn", "views"}  # False: --no-..., of other flags: not given
 TOO_LARGE = ("can't allocate memory", "size calculation overflowed", "Overflow when unpacking")  # torch, CPU
 UNWRITABLE = {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EISDIR, errno.ELOOP,
               errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
@@ -619,14 +618,14 @@ def _device(name, lead=True):
     return device
 
 
-def _flags(asked):
-    """The flags of a run as they would be typed, those that are None or empty, or False unasked, left out."""
+def _flags(given):
+    """The flags given by hand as they would be typed: False is --no-..., which alone gives it."""
     words = []
-    for k, v in asked.items():
+    for k, v in given.items():
         flag = k.replace("_", "-")
-        if v is False and k in NEGATABLE:
+        if v is False:
             words.append(f"--no-{flag}")
-        elif k != "script" and v is not None and v is not False and v != "":
+        elif v is not None and v != "":
             words += [f"--{flag}", *map(str, [] if v is True else v if isinstance(v, list) else [v])]
     return words
 

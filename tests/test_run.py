@@ -146,10 +146,10 @@ def test_resume_of_something_else_is_one_line(tmp_path, content, said):
 
 
 def test_the_command_in_the_results_holds_every_flag_that_was_given():
-    asked = {"script": "x", "seed": 0, "average": 0.0, "name": "", "net": None, "check": False, "amp": False,
-             "graph": True, "views": False, "bn": None, "alternate": True}
-    assert run._flags(asked) == ["--seed", "0", "--average", "0.0", "--no-amp", "--graph", "--no-views",
-                                 "--alternate"]
+    given = {"seed": 0, "average": 0.0, "name": "", "net": None, "amp": False, "graph": True, "views": False,
+             "rates": [1, 2], "alternate": True}
+    assert run._flags(given) == ["--seed", "0", "--average", "0.0", "--no-amp", "--graph", "--no-views",
+                                 "--rates", "1", "2", "--alternate"]
 
 
 def test_resume_takes_the_flags_of_the_run_and_refuses_others(tmp_path):
