@@ -67,8 +67,8 @@ PAPER = {
 ONE_PASS = dict(fresh_z=False)             # one pass of G serves both updates: a step takes a sixth less time
 STABLE = ONE_PASS | dict(
     together=True,                         # else BatchNorm hides brightness from D, and G draws grey noise
-    noise=0.1,                             # else a tenth of the samples turns into one saturated pattern
-    fix_sigma=True, lam_cont=1.0)          # a learnt sigma lets codes hide in a texture that only Q sees
+    noise=0.1,                             # against samples of one saturated pattern; not measured
+    fix_sigma=True, lam_cont=1.0)          # against codes in a texture that only Q sees; not measured
 TUNED = {
     "mnist": ONE_PASS | dict(
         steps=3000, gan_steps=1000,
