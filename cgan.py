@@ -246,8 +246,7 @@ def main(argv=None):
     if args.sample:
         if args.net == "mlp" and best.ll == -math.inf:              # stopped before keep_best()
             best = G_bar
-        best = calibrated(best, args, train[1], K)
-        return r.sample(lambda n: draw(best, args, in_turn(n, K, args))[:n])
+        return sample(r, calibrated(best, args, train[1], K), K)
 
     for step in r.loop():
         anneal(args, (opt_D, opt_G), step, batches.per_epoch)
@@ -257,8 +256,8 @@ def main(argv=None):
             keep_best(r, G_bar, best, valid, K)
         if r.draws():
             with r.aside():
-                x = draw(calibrated(G_bar, args, train[1], K), args, in_turn(100, K, args))
-            r.show("samples", log.grid(x[:100], 10))
+                y = one_hot(torch.arange(100, device=args.device) % K, K)
+                r.show("samples", log.grid(draw(calibrated(G_bar, args, train[1], K), args, y), 10))
 
     if r.lead:
         report(r, best, K, train, valid, test)
@@ -285,7 +284,8 @@ def parse_args(argv=None):
     add("--nn-samples", type=run.number(int, 1), default=50000,
         help="samples that the nearest-neighbour classifier of DCGAN's Table 3 is fitted on [%(default)s]")
     add("--average", type=run.number(float, 0, 1), help="decay of G's EMA that draws, 0: G as it is [.999]")
-    return run.parse(p, argv, experiment=experiment, paper=PAPER, tuned=TUNED)
+    add("--label", type=run.number(int, 0), help="with --sample: the label of all pictures [each in turn]")
+    return run.parse(p, argv, free=("label",), experiment=experiment, paper=PAPER, tuned=TUNED)
 
 
 def experiment(args):
@@ -464,12 +464,6 @@ def calibrated(G, args, labels, K):
     return G
 
 
-def in_turn(n, K, args):
-    """Label vectors (n, K), the labels in turn; a whole batch at least if its own statistics draw."""
-    n = max(n, args.batch_size) if args.batch_stats else n
-    return one_hot(torch.arange(n, device=args.device) % K, K)
-
-
 def draw(G, args, y, z=None):
     """Pictures (n, C, H, W) in [0, 1] of the label vectors y (n, K), from fresh noise or from z (n, 100)."""
     z = sample_z(len(y), args, y.device) if z is None else z
@@ -488,10 +482,29 @@ def rows(G, args, K, columns, shared=False):
     return draw(G, args, one_hot(y.repeat_interleave(columns), K), z)
 
 
+def sample(r, G, K):
+    """--sample N: pictures of all labels in turn, or of --label; samples.csv says which label each has."""
+    args = r.args
+    if args.label is not None and args.label >= K:
+        raise UserError(f"--label {args.label} found, a label from 0 to {K - 1} expected")
+    y = torch.arange(args.sample) % K if args.label is None else torch.full((args.sample,), args.label)
+    parts = iter(y.to(args.device).split(500))
+
+    def batch(n):
+        y = next(parts)
+        if args.batch_stats:                                # a batch of all labels, as in training
+            y = torch.cat([y, torch.arange(args.batch_size, device=y.device) % K])
+        return draw(G, args, one_hot(y, K))[:n]
+
+    r.sample(batch)
+    lines = [f"{i:05d}.png,{label}" for i, label in enumerate(y.tolist())]
+    (r.folder / "samples.csv").write_text("\n".join(["file,label", *lines]) + "\n")
+
+
 def keep_best(r, G_bar, best, valid, K):
     """Let `best` be G_bar if the validation images are likelier under it, at sigma .2 as GAN's code."""
     with r.aside():
-        x = draw(G_bar, r.args, in_turn(10000, K, r.args))
+        x = draw(G_bar, r.args, one_hot(torch.arange(10000, device=r.args.device) % K, K))
     ll = metrics.parzen_ll(x.flatten(1), valid[0][:1000].flatten(1) / 255, 0.2).mean()
     r.log({"ll": ll})
     if ll > best.ll:
@@ -528,10 +541,11 @@ def nn_error(parts, test, labels):
     `parts`: samples x (n, ...) with their labels y (n,), any number of such pairs, one held at a time.
     Fitted on MNIST's 50,000 real digits: 3.1.
     """
-    test = test.flatten(1)
+    mean = test.flatten(1).mean(0)                          # distances stay, rounding errors shrink
+    test = test.flatten(1) - mean
     least, found = torch.full_like(test[:, 0], math.inf), torch.full_like(labels, -1)
     for x, y in parts:
-        x = x.flatten(1)
+        x = x.flatten(1) - mean
         d2, i = (x.square().sum(1) - 2 * test @ x.T).min(1)     # less |test|^2, the same for all x
         least, found = torch.minimum(d2, least), torch.where(d2 < least, y[i], found)
     return 100 * (found != labels).float().mean().item()
