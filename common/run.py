@@ -298,10 +298,11 @@ class Run:
             self._lead_alone(self._train_alone)
             if self.lead:
                 say(f"{describe(args)} | {args.steps:,} steps | {self.folder}")
-        folder = self.folder if self.lead else None
-        hint = "; --quick is a short version" if args.device == "cpu" and not args.quick else ""
-        images = args.batch_size * self.world
-        self.logger = log.Logger(folder, self.end, images, self.step, args.script, hint)
+            folder = self.folder if self.lead else None
+            hint = "; --quick is a short version" if args.device == "cpu" and not args.quick else ""
+            images = args.batch_size * self.world
+            self.logger = log.Logger(folder, self.end, images, self.step, args.script, hint)
+        self.logger.steps, self.logger.since = self.end, time.perf_counter()
         old = {s: signal.signal(s, self._stop) for s in stops()}
         try:
             for step in range(self.step + 1, self.end + 1):

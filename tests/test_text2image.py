@@ -648,7 +648,7 @@ def test_another_runs_encoder_and_generator(folder, tiny, tmp_path, capsys):
     text2image.main(["--resume", str(folder), "--beside", str(run)])
     out = capsys.readouterr().out
     assert "two samples each of GAN-CLS, GAN" in out and "t2i-bg-roc GAN-CLS" in out and ", GAN 0." in out
-    assert Image.open(folder / "beside.png").size[0] == 5 * 66 + 2
+    assert Image.open(folder / "beside.png").size[0] == 5 * 66 + 2 and (folder / "beside_fig5b.png").exists()
     with pytest.raises(UserError, match="of these sizes: a text2image run with the --width"):
         text2image.main([*words[2:], "--width", ".1", "--name", "x", "--encoder", str(folder)])
     with pytest.raises(UserError, match=r"cannot be read \(No such file"):
