@@ -85,6 +85,7 @@ TUNED = dict.fromkeys(PAPER, FAST) | {
     "semi": INFER, "semi-svhn": INFER | dict(where="all"),
     "cluster": UNLABELLED, "reduce": INFER | dict(hold=0.1), "reduce-0": UNLABELLED | dict(hold=0.1),
 }
+QUICK = {"prior-mixture": dict(steps=3000), "semi": dict(steps=1500), "style": dict(steps=3000)}
 
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -328,7 +329,8 @@ def build(args, m, mean, std):
 def main(argv=None):
     args = parse_args(argv)
     r = run.Run(args)
-    sets = split(data.load(args.dataset, args.data_dir, args.size, args.channels), args)
+    pictures = data.load(args.dataset, args.data_dir, args.size, args.channels, skip_bad=args.skip_bad)
+    sets = split(pictures, args)
     images, labels = sets["train"]
     chosen, c = known(args, labels)
     batches = data.Batches(images, c, **r.feed)
@@ -352,7 +354,7 @@ def main(argv=None):
         r.log(train_step(x, c, *pair))
         if step <= nn_steps:
             r.log(nn_step(*pair))
-        if r.every(args.save_every):
+        if r.draws():
             with r.aside():
                 r.show("samples", log.grid(draw(P, args, 100), 10))
                 if labelled(args):
@@ -406,7 +408,7 @@ def parse_args(argv=None):
     add("--nn-steps", type=run.number(int, 0),
         help="steps of the supervised baseline of --task semi, trained beside [all]")
     add("--width", type=positive, default=1.0, help="hidden units, as a fraction of the paper's [1]")
-    args = run.parse(p, argv, experiment=experiment, paper=PAPER, tuned=TUNED)
+    args = run.parse(p, argv, experiment=experiment, paper=PAPER, tuned=TUNED, quick=QUICK)
     if args.optimizer == "sgd" and "rates" not in args.given:
         args.rates = PAPER[args.experiment]["rates"]
     phases = 1 if args.model == "vae" else 3

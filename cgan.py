@@ -77,6 +77,7 @@ TUNED = {
         batch_stats=False, average=0.999),
     "dcgan32": dict(steps=10000, turns=False, batch_stats=False, average=0.999),
 }
+QUICK = {"mlp": dict(steps=6000, nn_samples=5000), "dcgan28": dict(width=0.5, steps=900, nn_samples=5000)}
 
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -285,7 +286,7 @@ def parse_args(argv=None):
         help="samples that the nearest-neighbour classifier of DCGAN's Table 3 is fitted on [%(default)s]")
     add("--average", type=run.number(float, 0, 1), help="decay of G's EMA that draws, 0: G as it is [.999]")
     add("--label", type=run.number(int, 0), help="with --sample: the label of all pictures [each in turn]")
-    return run.parse(p, argv, free=("label",), experiment=experiment, paper=PAPER, tuned=TUNED)
+    return run.parse(p, argv, free=("label",), experiment=experiment, paper=PAPER, tuned=TUNED, quick=QUICK)
 
 
 def experiment(args):
@@ -396,7 +397,7 @@ def labelled(args):
 
     The test pair is the validation pair if the data has none of its own.
     """
-    pictures = data.load(args.dataset, args.data_dir, args.size, args.channels)
+    pictures = data.load(args.dataset, args.data_dir, args.size, args.channels, skip_bad=args.skip_bad)
     if args.attributes or pictures.labels is None:
         names = args.attributes or ("glasses,hat" if args.dataset == "faces" else "")
         pictures.labels, pictures.test_labels = (attribute_labels(pictures, names, part)
@@ -611,7 +612,7 @@ def tagging(r):
     args = r.args
     if args.sample:
         raise UserError("--sample draws pictures: a run with --net tags draws words, see its table2.md")
-    pictures = data.load(args.dataset, args.data_dir, args.size, args.channels)
+    pictures = data.load(args.dataset, args.data_dir, args.size, args.channels, skip_bad=args.skip_bad)
     (_, tags, f), (test, test_tags, f_test), vocabulary, words = described(args, *tagged(pictures))
     pairs = tags.nonzero()                                  # Sec. 4.2: a picture once for each of its tags
     G, D, G_bar, opt_D, opt_G, train_step, _ = build(args, f.shape[1], d=words.shape[1])

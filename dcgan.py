@@ -65,6 +65,7 @@ TUNED = {name: dict(
     batch_stats=False,                 # a picture is a function of its z alone; not measured
     eps=1e-5) for name in PAPER}       # torch's default; not measured
 TUNED["lsun"]["steps"] = 107_700       # 5 epochs again
+QUICK = {"64": dict(size=32, width=0.25, steps=1200)}
 
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -191,7 +192,7 @@ def build(args, channels):
 def main(argv=None):
     args = parse_args(argv)
     r = run.Run(args)
-    pictures = data.load(args.dataset, args.data_dir, args.size)
+    pictures = data.load(args.dataset, args.data_dir, args.size, skip_bad=args.skip_bad)
     check(args, pictures)
     batches = minibatches(r, pictures.images)
     G, D, opt_D, opt_G, train_step = build(args, pictures.images.shape[1])
@@ -209,7 +210,7 @@ def main(argv=None):
         if args.turns:
             next(batches)                                           # G's minibatch, of which G needs nothing
         r.log(train_step(next(batches)))
-        for name, now in (("samples", r.every(args.save_every)), ("fig2", step == epoch)):
+        for name, now in (("samples", r.draws()), ("fig2", step == epoch)):
             if now:
                 with r.aside():
                     x = decode(G, sample_z(100, args, args.device), args)
@@ -244,7 +245,7 @@ def parse_args(argv=None):
         help="with --features: train D's architecture on 100 labels a class instead, the best of so many "
         "random settings [%(const)s]")
     args = run.parse(p, argv, free=("exemplars", "features", "supervised"), experiment=experiment,
-                     paper=PAPER, tuned=TUNED)
+                     paper=PAPER, tuned=TUNED, quick=QUICK)
     if args.net != "64" and args.size != 32:
         p.error(f"--size {args.size} found, 32 expected of --net {args.net}; --net 64 takes other sizes")
     if args.features and not args.resume:

@@ -67,6 +67,7 @@ TUNED = {
                                                     # that, then falls to none and shoots over (width .05)
     "cifar-conv": EMA,
 }
+QUICK = {"mnist": dict(steps=6000), "toy": {}}
 
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -218,7 +219,8 @@ def main(argv=None):
     r = run.Run(args)
     if args.net == "toy":
         return toy(r)
-    pictures, valid = split(data.load(args.dataset, args.data_dir, args.size, args.channels), args)
+    pictures = data.load(args.dataset, args.data_dir, args.size, args.channels, skip_bad=args.skip_bad)
+    pictures, valid = split(pictures, args)
     batches = data.Batches(pictures.images, **r.feed | {"batch_size": args.k * args.batch_size})
     mean = pictures.images.float().mean(0) / 255
     G, D, G_bar, opt_D, opt_G, train_step = build(args, mean, batches.per_epoch)
@@ -235,6 +237,9 @@ def main(argv=None):
         if r.every(min(5 * batches.per_epoch, args.steps)):
             with r.aside():
                 keep_best(r, best, G_bar, valid, scale)
+        elif r.draws():
+            with r.aside():
+                r.show("samples", log.grid(draw(G_bar, args, 100), 10, scale))
 
     if r.lead:
         report(r, best, pictures, valid, scale)
@@ -260,7 +265,7 @@ def parse_args(argv=None):
     add("--lr-G", type=positive, help="the same for G [MNIST .3; --paper: .1]")
     add("--average", type=run.number(float, 0, 1),
         help="decay of the EMA of G that draws, 0: G itself [.9999; --paper: 0]")
-    return run.parse(p, argv, experiment=experiment, paper=PAPER, tuned=TUNED)
+    return run.parse(p, argv, experiment=experiment, paper=PAPER, tuned=TUNED, quick=QUICK)
 
 
 def experiment(args):

@@ -79,6 +79,7 @@ TUNED = {
     "svhn": ONE_PASS, "celeba": ONE_PASS, "chairs": ONE_PASS, "chairs-width": ONE_PASS,
     "faces": STABLE, "faces-elevation": STABLE, "faces-lighting": STABLE, "faces-width": STABLE,
 }
+QUICK = {"mnist": dict(width=0.25, steps=1500, warm_up=600, gan_steps=300)}
 
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -252,7 +253,7 @@ def build(args):
 def main(argv=None):
     args = parse_args(argv)
     r = run.Run(args)
-    pictures = data.load(where(args), args.data_dir, args.size, args.channels)
+    pictures = data.load(where(args), args.data_dir, args.size, args.channels, skip_bad=args.skip_bad)
     batches = data.Batches(pictures.images, scale=args.scale, **r.feed)
     G, D, opt_D, opt_G, train_step = build(args)
     parts = {"G": G, "D": D, "opt_D": opt_D, "opt_G": opt_G, "batches": batches}
@@ -270,7 +271,7 @@ def main(argv=None):
         r.log(train_step(x))
         if step <= args.gan_steps:
             r.log({f"GAN {k}": v for k, v in gan_step(x).items()})
-        if r.every(args.save_every):
+        if r.draws():
             with r.aside():
                 r.show("samples", log.grid(draw(G, args, 100)[0], 10, args.scale))
 
@@ -310,7 +311,7 @@ def parse_args(argv=None):
     add("--lr-G", type=positive, help="Adam's rate for G [1e-3, faces 5e-4]")
     add("--gan-steps", type=run.number(int, 0),
         help="steps of the regular GAN of Figs. 1 and 2b, trained beside [MNIST 1000, else 0]")
-    args = run.parse(p, argv, experiment=experiment, paper=PAPER, tuned=TUNED)
+    args = run.parse(p, argv, experiment=experiment, paper=PAPER, tuned=TUNED, quick=QUICK)
     if args.lam == 0 and "lam_cont" not in args.given:
         args.lam_cont = 0.0
     return args

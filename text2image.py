@@ -81,6 +81,7 @@ STABLE = dict(
     hardest=True,                # not measured: the hardest mismatch of each row counts by itself
     image_features="own")        # not measured: needs no download
 TUNED = dict.fromkeys(PAPER, STABLE)
+QUICK = {"shapes": dict(ngf=24, ndf=12, encoder_steps=700, steps=1000, style_steps=100)}
 
 NZ, NT, NH = 100, 128, 1024      # sizes of z, of the projected text and of h = phi_t(t)
 
@@ -369,7 +370,7 @@ def train_gan(r, nets, opts, steps, batches, test):
         for opt, lr in ((opts.opt_G, args.lr_G), (opts.opt_D, args.lr_D)):
             set_rate(opt, rate(args, lr, (end - step + 1) / args.steps))
         r.log(steps.gan(*next(batches)))
-        if r.every(args.save_every):
+        if r.draws():
             with r.aside():
                 r.show("samples", draw_captions(test, [(nets.G_bar, nets.phi_t)], args.device))
 
@@ -447,7 +448,8 @@ def parse_args(argv=None):
     add("--n", type=run.number(int, 1, 1000), default=8, help="pictures of each prompt [%(default)s]")
     add("--beside", metavar="RUN", nargs="+",
         help="with --resume: Figs. 3 and 5 with this run and these side by side, such as the four variants")
-    args = run.parse(p, argv, ("prompt", "prompts", "n", "beside"), experiment, PAPER, TUNED)
+    args = run.parse(p, argv, ("prompt", "prompts", "n", "beside"), experiment, PAPER, TUNED,
+                     QUICK)
     if (args.prompt or args.prompts or args.beside) and not args.resume:
         p.error("--prompt, --prompts and --beside need --resume RUN: the run whose G draws")
     return args
@@ -639,7 +641,7 @@ class Part:
 
 def parts_of(args):
     """The data set as loaded, what is trained on, and what is held out: other combinations or classes."""
-    pictures = data.load(args.dataset, args.data_dir, 76 if args.views else 64, 3)
+    pictures = data.load(args.dataset, args.data_dir, 76 if args.views else 64, 3, skip_bad=args.skip_bad)
     extra, n, keys = pictures.extra, len(pictures.images), ("captions", "attributes", "style")
     if "captions" not in extra:
         raise UserError(f"{args.dataset} has no captions: expected shapes, coco, an .npz file with captions, "

@@ -72,6 +72,7 @@ STABLE = dict(
     own_pass=False,                 # one pass through Dec and Dis_l less
     anneal=False, code_init=False, weight_decay=1e-5, eps=1e-8, decay_all=True)
 TUNED = {"64": STABLE, "32": STABLE | dict(z_dim=256, maps=256, units=2048), "28": STABLE}
+QUICK = {"64": dict(width=0.125, steps=900), "28": dict(width=0.25, steps=1500)}
 
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -291,7 +292,8 @@ def build(args, dy):
 def main(argv=None):
     args = parse_args(argv)
     r = run.Run(args)
-    pictures = prepare(args, data.load(args.dataset, args.data_dir, args.net, args.channels))
+    pictures = prepare(args, data.load(args.dataset, args.data_dir, args.net, args.channels,
+                                       skip_bad=args.skip_bad))
     y, test_y = pictures.extra["y"], pictures.extra["test_y"]
     batches = data.Batches(pictures.images, y, scale=(-1.0, 1.0), **r.feed)
     parts, train_step = build(args, y.shape[1])
@@ -312,7 +314,7 @@ def main(argv=None):
             if f"opt_{name}" in parts:
                 set_rate(parts[f"opt_{name}"], rate(args, step))
         r.log(train_step(*next(batches)))
-        if r.every(args.save_every):
+        if r.draws():
             with r.aside():
                 settled(args, Enc, Dec, pictures)
                 r.show("samples", log.grid(draw(args, Dec, pick(test_y, 64)), 8, (-1, 1)))
@@ -347,7 +349,7 @@ def parse_args(argv=None):
     add("--lr", type=positive, help="RMSProp's rate [3e-4]")
     add("--beside", metavar="RUN", nargs="+",
         help="with --resume: Figs. 3-5 with this run and these, of any --model and --gamma")
-    args = run.parse(p, argv, free=("beside",), experiment=experiment, paper=PAPER, tuned=TUNED)
+    args = run.parse(p, argv, free=("beside",), experiment=experiment, paper=PAPER, tuned=TUNED, quick=QUICK)
     if args.beside and not args.resume:
         p.error("--beside needs --resume RUN: the run that the others stand beside")
     if (args.model == "vae_dis") != bool(args.dis):

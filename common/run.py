@@ -121,7 +121,9 @@ def parse(p, argv=None, free=(), experiment=None, paper=None, tuned=None, quick=
     if paper:
         args.experiment = experiment(args)
         chosen = paper[args.experiment] | ({} if args.paper else (tuned or {}).get(args.experiment, {}))
-        hasty = (quick or {}).get(args.experiment, {}) if args.quick else {}
+        if args.quick and args.experiment not in (quick or {}):
+            raise UserError(f"--quick has no settings for {args.experiment}: give --width .25 and --steps")
+        hasty = quick[args.experiment] if args.quick else {}
         for k, v in (chosen | hasty).items():
             if getattr(args, k, None) is None or k in hasty and k not in args.given and k not in saved:
                 setattr(args, k, v)
