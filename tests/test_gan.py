@@ -353,7 +353,7 @@ def no_classifier(monkeypatch):
 @pytest.mark.parametrize("name", NETS)
 def test_the_papers_settings_run_for_each_data_set(digits, tmp_path, no_classifier, name):
     report = small(digits, name, tmp_path, "--paper", "--check")
-    assert report["settings"] == "paper" and list(report["results"])[0] == f"gan-{name}-on-digits-ll"
+    assert report["settings"] == "paper" and next(iter(report["results"])) == f"gan-{name}-on-digits-ll"
     assert "paper" not in report["results"][f"gan-{name}-on-digits-ll"]
     panel = {"mnist": "a", "tfd": "b", "cifar-fc": "c", "cifar-conv": "d"}[name]
     assert (tmp_path / "gan-digits" / f"fig2{panel}.png").exists()
@@ -368,7 +368,7 @@ def test_stage_2_trains_two_layers_under_the_G_of_stage_1(digits, tmp_path, no_c
     a = args("--net", "tfd", "--width", ".01", "--stage2", str(first))
     assert (a.steps, a.experiment) == (21560, "tfd-stage2")
     G1 = torch.load(first / "checkpoint.pt", weights_only=True)["parts"]["G_bar"]
-    G, D, G_bar, *_, step = gan.build(a, torch.full((1, 48, 48), 0.5), 10)
+    G, D, *_, step = gan.build(a, torch.full((1, 48, 48), 0.5), 10)
     assert [m.in_features for m in G if isinstance(m, torch.nn.Linear)] == [100, 80, 100, 80, 80]
     assert (G[2].bias == -2).all() and G[0].weight.abs().max() <= 0.05
     for i in (0, 2, 4):
@@ -378,7 +378,7 @@ def test_stage_2_trains_two_layers_under_the_G_of_stage_1(digits, tmp_path, no_c
     step(torch.rand(8, 1, 48, 48))
     assert all(not torch.equal(p, q) for p, q in zip(before, G.parameters(), strict=True))
     report = small(digits, "tfd", tmp_path / "2", "--stage2", str(first))
-    assert list(report["results"])[0] == "gan-tfd-stage2-on-digits-ll"
+    assert next(iter(report["results"])) == "gan-tfd-stage2-on-digits-ll"
     folder = tmp_path / "2" / "gan-digits"
     (first / "checkpoint.pt").unlink()                      # a resumed run needs its own alone
     gan.main(["--resume", str(folder), "--steps", "3", "--device", "cpu"])
