@@ -179,7 +179,8 @@ def chosen(name, minutes, records):
     able = sorted((n for n in records if not records[n].get("note")), key=lambda n: records[n]["seconds"])
     if name:
         found = [n for s in ("tuned", "paper", "quick", "other") for n in records
-                 if n in able and (n == name or records[n]["settings"] == s and name in records[n]["results"])]
+                 if n in able and (n == name
+                                   or records[n]["settings"] == s and name in records[n]["results"])]
         if not found:
             raise UserError(f"{name} found, an experiment or a record that can be run again expected")
         return found[:1]
