@@ -59,11 +59,11 @@ PAPER = {
     # No paper has this network: DCGAN's for 32 x 32 pictures, with the labels and settings of its Sec. 8.1.
     "dcgan32": DCGAN | dict(net="dcgan32", size=32, channels=3, scale=(-1.0, 1.0)),
 }
-TUNED = {                                  # nats of mlp after 2,500 steps at --width .25: paper -267, these 37
+TUNED = {                                  # mlp, 2,500 steps at --width .25: PAPER -267 nats, these 37
     "mlp": dict(
         steps=50000,                       # 160 nats come by step 20,000
-        z=(-3 ** 0.5, 3 ** 0.5),           # from 0 to 1 the mean of z outweighs it: alone 20 nats, after he 23
-        init_G="he",                       # label and noise reach the samples from the first step on: 92 nats
+        z=(-3 ** 0.5, 3 ** 0.5),           # from 0 to 1 the mean of z outweighs it: 20 nats in that run
+        init_G="he",                       # label and noise reach the samples from step 1: 92 nats in it
         drop_samples=True,                 # G's dropout is noise that D has seen: 115 nats, without it 26
         average=0.999),                    # 158 nats after 20,000 steps, without it 113.5 after 25,000
     "tags": dict(                          # none of these is measured
