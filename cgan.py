@@ -255,7 +255,7 @@ def main(argv=None):
         r.log(G_step(x, y) if args.turns and step % 2 else train_step(x, y))
         if args.net == "mlp" and r.every(min(5 * batches.per_epoch, args.steps)):
             keep_best(r, G_bar, best, valid, K)
-        if r.every(args.save_every):
+        if r.draws():
             with r.aside():
                 y = one_hot(torch.arange(100, device=args.device) % K, K)
                 r.show("samples", log.grid(draw(calibrated(G_bar, args, train[1], K), args, y), 10))

@@ -354,7 +354,7 @@ class Run:
         """Whether to draw samples in the step at hand: after 2 % of the run or a minute, soon again, and then
         every --save-every steps."""
         step, steps = self.step + 1 - self.start, self.end - self.start
-        early = {math.ceil(steps * part) for part in (0.02, 0.05, 0.1, 0.2)}
+        early = {math.ceil(steps * part) for part in (0.02, 0.05, 0.1, 0.2) if steps >= 100}
         late = not self.drawn and time.perf_counter() - self.logger.start > 60
         return late or step in early or self.every(self.args.save_every)
 
