@@ -33,8 +33,20 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import UserError, data, log, metrics, run
-from common.fuse import (SGD, Adam, autocast, average, averaged, calibrate, descend, frozen, fuse, place,
-                         sampling, set_rate)
+from common.fuse import (
+    SGD,
+    Adam,
+    autocast,
+    average,
+    averaged,
+    calibrate,
+    descend,
+    frozen,
+    fuse,
+    place,
+    sampling,
+    set_rate,
+)
 
 # --------------------------------------------------------------------------------------------------- settings
 # z: range of Unif(low, high), or "normal".  init_G, init_D: see initialise().  turns: each minibatch trains

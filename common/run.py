@@ -142,16 +142,14 @@ def _check(p, saved, folder):
         if value is None or from_tables:
             continue
         try:
-            if action.nargs == 0:
-                fits = isinstance(value, bool)
-            elif isinstance(action, argparse.BooleanOptionalAction):
+            if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
                 fits = isinstance(value, bool)
             else:
                 append = isinstance(action, argparse._AppendAction)
                 several = isinstance(value, list) and (action.nargs or append)
                 for one in value if several else [value]:
                     if isinstance(one, (bool, list, dict)):
-                        raise ValueError("a single value expected")
+                        raise ValueError("a single value expected")  # noqa: TRY004: caught below
                     p._check_value(action, p._get_value(action, str(one)))
                 fits = True
         except (ValueError, argparse.ArgumentError) as e:
@@ -254,7 +252,7 @@ class Run:
         """Lock the folder for training, for the life of this process; reading goes on beside it."""
         if self.lock:
             return
-        lock = open(self.folder / "lock", "a+b")
+        lock = open(self.folder / "lock", "a+b")  # noqa: SIM115: for the life of the process
         try:
             if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -56,7 +56,7 @@ def trained(name, compiled, out, monkeypatch):
 
 
 @pytest.mark.parametrize("name", WORDS)
-def test_the_whole_step_is_one_graph_with_the_plain_steps_numbers(name, folder, tmp_path, monkeypatch):  # noqa: F811
+def test_the_whole_step_is_one_graph_like_the_plain_one(name, folder, tmp_path, monkeypatch):  # noqa: F811
     if fuse.cannot_compile(torch.device("cpu")):
         pytest.skip(fuse.cannot_compile(torch.device("cpu")))
     from torch._dynamo.utils import counters

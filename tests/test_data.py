@@ -2,8 +2,8 @@
 
 import gzip
 import hashlib
-import itertools
 import importlib
+import itertools
 import json
 import os
 import pickle

@@ -371,7 +371,7 @@ def aot(monkeypatch):
 
 def steps_of(n=6, **flags):
     """Losses and weights of gan_step() over `n` steps from one seed."""
-    G, D, opt_D, opt_G, step, count = gan_step("cpu", **flags)
+    G, D, _, opt_G, step, count = gan_step("cpu", **flags)
     torch.manual_seed(1)
     losses = [step(torch.randn(8, 6), torch.randn(8, 4))["loss"] for _ in range(n)]
     return [count, opt_G.param_groups[0]["lr"], *losses, *weights(G), *weights(D), *G.state_dict().values()]

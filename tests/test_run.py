@@ -561,7 +561,7 @@ def test_one_process_trains_in_a_folder_and_others_may_read(digits, tmp_path):
     assert checkpoint(folder)["step"] == 8
 
 
-# ------------------------------------------------------------------------------------------- what a run leaves
+# ------------------------------------------------------------------------------------------ what a run leaves
 
 
 def test_samples_are_drawn_early_and_become_an_animation(tmp_path):
