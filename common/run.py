@@ -134,12 +134,12 @@ def parse(p, argv=None, free=(), experiment=None, paper=None, tuned=None, quick=
 def _check(p, saved, folder):
     """Hold saved settings to what their flags would accept.  UserError: the first that does not fit.
 
-    What no flag gave may be a value of the tables that no flag may give, such as 0 for "none".
+    Where no flag gave it, 0 is a table's "none", which the flag itself may not take.
     """
     for action in p._actions:
         value = saved.get(action.dest)
-        from_tables = p.get_default(action.dest) is None and action.dest not in saved.get("given", saved)
-        if value is None or from_tables:
+        none = value == 0 and type(value) in (int, float) and action.dest not in saved.get("given", saved)
+        if value is None or none:
             continue
         try:
             if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
