@@ -134,12 +134,12 @@ def parse(p, argv=None, free=(), experiment=None, paper=None, tuned=None, quick=
 def _check(p, saved, folder):
     """Hold saved settings to what their flags would accept.  UserError: the first that does not fit.
 
-    Where no flag gave it, 0 is a table's "none", which the flag itself may not take.
+    Where no flag gave it, it may be a table's value that the flag does not take: 0 for none, or a name.
     """
     for action in p._actions:
         value = saved.get(action.dest)
-        none = value == 0 and type(value) in (int, float) and action.dest not in saved.get("given", saved)
-        if value is None or none:
+        by_hand = action.dest in saved.get("given", saved)
+        if value is None or not by_hand and type(value) in (int, float) and value == 0:
             continue
         try:
             if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
@@ -150,7 +150,9 @@ def _check(p, saved, folder):
                 for one in value if several else [value]:
                     if isinstance(one, (bool, list, dict)):
                         raise ValueError("a single value expected")  # noqa: TRY004: caught below
-                    p._check_value(action, p._get_value(action, str(one)))
+                    one = p._get_value(action, str(one))
+                    if by_hand:
+                        p._check_value(action, one)
                 fits = True
         except (ValueError, argparse.ArgumentError) as e:
             raise UserError(f"{folder}/args.json is damaged: {action.option_strings[0]} {value!r} found "

@@ -613,7 +613,7 @@ def test_published_values_stand_beside_the_same_data_network_and_protocol():
 
 def test_published_values_enter_the_results(digits, tmp_path, monkeypatch):
     pictures = data.load(digits)
-    monkeypatch.setattr(cgan.data, "load", lambda *_: pictures)
+    monkeypatch.setattr(cgan.data, "load", lambda *_, **__: pictures)
     monkeypatch.setattr(cgan, "published", lambda args: {"cgan-mnist-ll": 132})
     cgan.main(["--out", str(tmp_path), "--data-dir", str(tmp_path / "data"), "--device", "cpu", "--width",
                "0.1", "--batch-size", "16", "--nn-samples", "500", "--steps", "2"])

@@ -779,7 +779,7 @@ def test_paper_runs(net, digits, tmp_path):
 def test_paper_runs_for_lsun(digits, tmp_path, monkeypatch):
     """Its row of PAPER: near-duplicates are left out, Fig. 2 is drawn after one epoch in turn."""
     load, hashes = dcgan.data.load, dcgan.hashes
-    monkeypatch.setattr(dcgan.data, "load", lambda name, *rest: load(str(digits), *rest))
+    monkeypatch.setattr(dcgan.data, "load", lambda name, *rest, **more: load(str(digits), *rest, **more))
     monkeypatch.setattr(dcgan, "hashes", lambda *words: hashes(*words, steps=20))
     monkeypatch.setattr(dcgan, "report", lambda *_: None)
     dcgan.main([*map(str, ("--dataset", "lsun", "--paper", "--width", 0.02, "--batch-size", 64, "--steps", 2,
