@@ -85,7 +85,7 @@ TUNED = dict.fromkeys(PAPER, FAST) | {
     "semi": INFER, "semi-svhn": INFER | dict(where="all"),
     "cluster": UNLABELLED, "reduce": INFER | dict(hold=0.1), "reduce-0": UNLABELLED | dict(hold=0.1),
 }
-QUICK = {"prior-mixture": dict(steps=3000), "semi": dict(steps=1500), "style": dict(steps=3000)}
+QUICK = {"prior-mixture": dict(steps=3000)}
 
 
 # --------------------------------------------------------------------------------------------------- networks

@@ -89,7 +89,7 @@ TUNED = {                                  # mlp, 2,500 steps at --width .25: PA
         batch_stats=False, average=0.999),                                          # not measured
     "dcgan32": dict(steps=10000, turns=False, batch_stats=False, average=0.999),    # not measured
 }
-QUICK = {"mlp": dict(steps=6000, nn_samples=5000), "dcgan28": dict(width=0.5, steps=900, nn_samples=5000)}
+QUICK = {"mlp": dict(steps=6000, nn_samples=5000)}
 
 
 # --------------------------------------------------------------------------------------------------- networks

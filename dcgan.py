@@ -65,7 +65,6 @@ TUNED = {name: dict(
     batch_stats=False,                 # a picture is a function of its z alone; not measured
     eps=1e-5) for name in PAPER}       # torch's default; not measured
 TUNED["lsun"]["steps"] = 107_700       # 5 epochs again
-QUICK = {"64": dict(size=32, width=0.25, steps=1200)}
 
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -245,7 +244,7 @@ def parse_args(argv=None):
         help="with --features: train D's architecture on 100 labels a class instead, the best of so many "
         "random settings [%(const)s]")
     args = run.parse(p, argv, free=("exemplars", "features", "supervised"), experiment=experiment,
-                     paper=PAPER, tuned=TUNED, quick=QUICK)
+                     paper=PAPER, tuned=TUNED)
     if args.net != "64" and args.size != 32:
         p.error(f"--size {args.size} found, 32 expected of --net {args.net}; --net 64 takes other sizes")
     if args.features and not args.resume:

@@ -67,7 +67,7 @@ TUNED = {
                                                     # that, then falls to none and shoots over (width .05)
     "cifar-conv": EMA,
 }
-QUICK = {"mnist": dict(steps=6000), "toy": {}}
+QUICK = {"mnist": dict(steps=6000)}
 
 
 # --------------------------------------------------------------------------------------------------- networks

@@ -82,7 +82,6 @@ STABLE = dict(
     hardest=True,                # not measured: the hardest mismatch of each row counts by itself
     image_features="own")        # not measured: needs no download
 TUNED = dict.fromkeys(PAPER, STABLE)
-QUICK = {"shapes": dict(width=0.2, encoder_steps=700, steps=1000, style_steps=100)}
 
 NZ, NT, NH = 100, 128, 1024      # sizes of z, of the projected text and of h = phi_t(t)
 
@@ -449,8 +448,7 @@ def parse_args(argv=None):
     add("--n", type=run.number(int, 1, 1000), default=8, help="pictures of each prompt [%(default)s]")
     add("--beside", metavar="RUN", nargs="+",
         help="with --resume: Figs. 3 and 5 with this run and these side by side, such as the four variants")
-    args = run.parse(p, argv, ("prompt", "prompts", "n", "beside"), experiment, PAPER, TUNED,
-                     QUICK)
+    args = run.parse(p, argv, ("prompt", "prompts", "n", "beside"), experiment, PAPER, TUNED)
     if (args.prompt or args.prompts or args.beside) and not args.resume:
         p.error("--prompt, --prompts and --beside need --resume RUN: the run whose G draws")
     return args

@@ -72,7 +72,6 @@ STABLE = dict(
     own_pass=False,                 # one pass through Dec and Dis_l less
     anneal=False, code_init=False, weight_decay=1e-5, eps=1e-8, decay_all=True)
 TUNED = {"64": STABLE, "32": STABLE | dict(z_dim=256, maps=256, units=2048), "28": STABLE}
-QUICK = {"64": dict(width=0.125, steps=900), "28": dict(width=0.25, steps=1500)}
 
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -349,7 +348,7 @@ def parse_args(argv=None):
     add("--lr", type=positive, help="RMSProp's rate [3e-4]")
     add("--beside", metavar="RUN", nargs="+",
         help="with --resume: Figs. 3-5 with this run and these, of any --model and --gamma")
-    args = run.parse(p, argv, free=("beside",), experiment=experiment, paper=PAPER, tuned=TUNED, quick=QUICK)
+    args = run.parse(p, argv, free=("beside",), experiment=experiment, paper=PAPER, tuned=TUNED)
     if args.beside and not args.resume:
         p.error("--beside needs --resume RUN: the run that the others stand beside")
     if (args.model == "vae_dis") != bool(args.dis):

@@ -301,7 +301,7 @@ class Run:
             if self.lead:
                 say(f"{describe(args)} | {args.steps:,} steps | {self.folder}")
             folder = self.folder if self.lead else None
-            hint = "; --quick is a short version" if args.device == "cpu" and not args.quick else ""
+            hint = "; --quick or --width .25 takes less" if args.device == "cpu" and not args.quick else ""
             images = args.batch_size * self.world
             self.logger = log.Logger(folder, self.end, images, self.step, args.script, hint)
         self.logger.steps, self.logger.since = self.end, time.perf_counter()

@@ -77,7 +77,7 @@ NARROW = {
     "infogan": (*SMALL_HEADS, "--net", "faces", "--gan-steps", "0"),
 }
 MODES = {"plain": ("--no-compile", "--no-graph"), "graph": ("--no-compile",), "compiled": ("--compile",)}
-# Of a norm, see apart().  On an H200, cuDNN's atomics and Adam's first steps, which are signs of gradients, put
+# Of a norm, see apart().  On an H200, cuDNN's atomics and Adam's first steps, signs of gradients, put
 # networks up to .03 apart in 12 steps.  Moments of gradients near zero differ by their own size: left out.
 TOLERANCE = {"graph": 0.06, "compiled": 0.06, "resume": 0.06}
 MOMENTS = ("exp_avg", "exp_avg_sq", "s")
