@@ -149,7 +149,7 @@ def _check(p, saved, folder):
                 several = isinstance(value, list) and (action.nargs or append)
                 for one in value if several else [value]:
                     if isinstance(one, (bool, list, dict)):
-                        raise ValueError("a single value expected")  # noqa: TRY004: caught below
+                        raise ValueError("a single value expected")  # noqa: TRY004
                     one = p._get_value(action, str(one))
                     if by_hand:
                         p._check_value(action, one)
@@ -254,7 +254,7 @@ class Run:
         """Lock the folder for training, for the life of this process; reading goes on beside it."""
         if self.lock:
             return
-        lock = open(self.folder / "lock", "a+b")  # noqa: SIM115: for the life of the process
+        lock = open(self.folder / "lock", "a+b")  # noqa: SIM115
         try:
             if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
