@@ -63,7 +63,7 @@ def parser(file, doc, **defaults):
     """
     script = Path(file).stem
     sys.excepthook = _one_line(script)
-    p = argparse.ArgumentParser(prog=f"python {script}.py", description=doc, allow_abbrev=False,
+    p = argparse.ArgumentParser(prog=f"python {script}.py", epilog=doc, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("run").add_argument
     flag = argparse.BooleanOptionalAction
