@@ -249,6 +249,7 @@ class Run:
                             "or give this one another --name")
         for old in (*self.folder.glob("events.out.*"), self.folder / "metrics.jsonl"):
             old.unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "frames", ignore_errors=True)
 
     def _lock(self):
         """Lock the folder for training, for the life of this process; reading goes on beside it."""
@@ -518,7 +519,7 @@ class Run:
         for summary in hparams(flat, numbers):  # add_hparams() would open another event file
             self._board().file_writer.add_summary(summary, self.step)
         self._board().flush()
-        log.write_text(self.folder / "results.json", json.dumps(_finite(report), indent=1) + "\n")
+        log.write_text(self.folder / "results.json", json.dumps(_for_json(report), indent=1) + "\n")
         for name, r in results.items():
             paper = f"   (paper {_short(r['paper'])})" if "paper" in r else ""
             say(f"{name:24} {_short(r['value'])} {r.get('unit', '')}{paper}")
@@ -548,12 +549,12 @@ def _fits(name, part):
                 raise ValueError(f"{name}: {key} is {tuple(t.shape)}, {tuple(p.shape)} expected")
 
 
-def _finite(value):
+def _for_json(value):
     """`value` with None in place of numbers that JSON cannot hold."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: _for_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [_for_json(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

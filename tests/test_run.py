@@ -117,10 +117,13 @@ def test_a_run_without_a_checkpoint_is_taken_over(tmp_path):
     run.Run(parse("--out", tmp_path, "--device", "cpu", "--seed", 5)).lock.close()
     r = started(tmp_path)
     (r.folder / "metrics.jsonl").write_text('{"step": 1, "seconds": 1.0}\n')
+    (r.folder / "frames").mkdir()
+    (r.folder / "frames" / "00000001.png").touch()
     r.lock.close()  # killed before its first checkpoint
     with pytest.raises(UserError, match="before its first checkpoint.  Start it again without --resume"):
         run.Run(parse("--resume", r.folder)).keep(part=Part())
-    assert log.history(started(tmp_path).folder) == []
+    again = started(tmp_path)
+    assert log.history(again.folder) == [] and not (again.folder / "frames").exists()
 
 
 def test_an_unwritable_folder_is_one_line(tmp_path):
