@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import UserError, data, log, metrics, run
+from common import UserError, data, export, log, metrics, run
 from common.fuse import Adam, autocast, descend, frozen, fuse, place, sampling, set_rate
 
 # --------------------------------------------------------------------------------------------------- settings
@@ -253,6 +253,8 @@ def build(args):
 def main(argv=None):
     args = parse_args(argv)
     r = run.Run(args)
+    if r.drawing:
+        return export.main(r, drawer)
     pictures = data.load(where(args), args.data_dir, args.size, args.channels, skip_bad=args.skip_bad)
     batches = data.Batches(pictures.images, scale=args.scale, **r.feed)
     G, D, opt_D, opt_G, train_step = build(args)
@@ -262,8 +264,6 @@ def main(argv=None):
         gan_G, gan_D, gan_opt_D, gan_opt_G, gan_step = build(regular_gan(args))
         parts |= {"gan_G": gan_G, "gan_D": gan_D, "gan_opt_D": gan_opt_D, "gan_opt_G": gan_opt_G}
     r.keep(**parts)
-    if args.sample:
-        return r.sample(lambda n: draw(G, args, n)[0], args.scale)
 
     for step in r.loop():
         x = next(batches)
@@ -446,6 +446,16 @@ def draw(G, args, n):
     """n new pictures (n, C, H, W) in args.scale and their codes c (n, number of cats) and u (n, m)."""
     z, c, u = sample_latent(n, args, args.device)
     return metrics.batched(G, join(z, c, u, args)), c, u
+
+
+def drawer(args, saved):
+    """What a trained run draws with: z, c and u -> pictures; each code is a knob."""
+    G, _ = networks(args)
+    knobs = [export.Knob(f"c{i + 1}", names=tuple(range(k))) for i, k in enumerate(args.cats)]
+    end = 2.0 if args.net == "mnist" else 1.0
+    codes = [export.Knob(f"c{len(knobs) + i + 1}", -end, end) for i in range(args.m)]
+    return export.Drawer(lambda z, c, u: G(join(z, c, u, args)), lambda n: sample_latent(n, args, args.device),
+                         {"G": G}, {"z": [], "c": knobs, "u": codes}, args.scale)
 
 
 def Q_of(D, images, args):

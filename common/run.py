@@ -23,7 +23,7 @@ import torch
 from torch import distributed as dist
 from torch.utils.tensorboard.summary import hparams
 
-from common import UserError, data, intact, log
+from common import UserError, data, export, intact, log
 from common.fuse import cannot_compile, describe, has_bf16
 from common.log import say
 
@@ -33,12 +33,15 @@ except ImportError:  # Windows
     fcntl = None
 
 # Flags that a resumed run may change; the others are part of what it is.
-FREE = {"resume", "sample", "check", "steps", "device", "amp", "compile", "graph", "log_every", "save_every",
-        "data_dir", "out", "name",
+FREE = {"resume", "sample", "grid", "real", "set", "label", "export", "explore", "check", "steps", "device",
+        "amp", "compile", "graph", "log_every", "save_every", "data_dir", "out", "name",
         "dataset",     # moved; Batches holds the number of pictures to what it was
         "batch_size"}  # on another number of ranks; Batches holds the batch of all of them to what it was
+ANEW = ("resume", "sample", "grid", "real", "set", "label", "export", "explore", "check")  # asked each time
 PATHS = ("dataset", "data_dir", "out", "dis", "encoder")  # flags that may be relative paths
 TOO_LARGE = ("can't allocate memory", "size calculation overflowed", "Overflow when unpacking")  # torch, CPU
+UNREADABLE = (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, RuntimeError, LookupError,
+              TypeError, ValueError)  # what torch.load() and load_state_dict() raise
 UNWRITABLE = {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EISDIR, errno.ELOOP,
               errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
 
@@ -85,8 +88,15 @@ def parser(file, doc, **defaults):
     add("--log-every", type=number(int, 1), default=100, help="steps between log lines [%(default)s]")
     add("--save-every", type=number(int, 1), default=1000, help="steps between checkpoints [%(default)s]")
     add("--resume", metavar="RUN", help="go on from the checkpoint in this run's folder, with its flags")
-    add("--sample", type=number(int, 1), metavar="N", help="with --resume: write N single PNGs and stop")
     add("--check", action="store_true", help="exit with 1 if the header's metric is missed")
+    add = p.add_argument_group("use a trained run, of --resume: its folder, or a file of --export").add_argument
+    add("--sample", type=number(int, 1), metavar="N", help="write N single PNGs and stop")
+    add("--grid", action="store_true", help="with --sample: one PNG that shows all")
+    add("--real", action="store_true", help="with --sample: as many real pictures beside, for FID tools")
+    add("--label", help="short for --set label=LABEL")
+    add("--set", action="append", metavar="NAME=VALUE", help="what to draw: a label, a code, an attribute ...")
+    add("--export", metavar="FILE", help="what draws, as a program of torch.export (.pt2) or weights (.npz)")
+    add("--explore", metavar="RUN", help="what draws, with sliders in a browser; RUN needs no --resume")
     p.set_defaults(script=script, **defaults)
     return p
 
@@ -106,11 +116,18 @@ def parse(p, argv=None, free=(), experiment=None, paper=None, tuned=None, quick=
     given = {k: v for k, v in given.items() if v is not None}
     if given.get("paper") and given.get("quick"):
         p.error("--paper and --quick exclude each other")
-    if given.get("sample") and not given.get("resume"):
-        p.error("--sample needs --resume RUN: the run whose networks draw")
+    if given.get("explore"):
+        given.setdefault("resume", given["explore"])
+    drawing = [k for k in ("sample", "export", "explore") if given.get(k)]
+    if drawing and not given.get("resume"):
+        p.error(f"--{drawing[0]} needs --resume RUN: the run whose networks draw")
+    lone = [k for k in ("grid", "real", "set", "label") if given.get(k)]
+    if lone and not (given.get("sample") or given.get("explore") and lone[0] in ("set", "label")):
+        p.error(f"--{lone[0]} is for --sample N")
+    free = {*FREE, *free, *["seed"] * bool(drawing)}
     saved = _saved(given["resume"], defaults["script"]) if given.get("resume") else {}
     for k, v in given.items():
-        if k in saved and saved[k] != v and k not in {*FREE, *free}:
+        if k in saved and saved[k] != v and k not in free:
             raise UserError(f"{given['resume']} was run with --{k.replace('_', '-')} {saved[k]}, {v} given: "
                             "leave the flag out, or start a new run")
     _check(p, saved, given.get("resume"))
@@ -163,10 +180,11 @@ def _check(p, saved, folder):
 
 
 def _saved(folder, script):
-    """The settings of the run in `folder`, but for what is asked of it anew each time."""
+    """The settings of the run in `folder`, or in a file of --export, but for what is asked of it anew each
+    time."""
     path = Path(folder) / "args.json"
     try:
-        saved = json.loads(path.read_text())
+        saved = export.settings_in(folder) if Path(folder).is_file() else json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} not found: the folder of an earlier run expected") from None
     except (OSError, ValueError) as e:
@@ -174,7 +192,7 @@ def _saved(folder, script):
     if not isinstance(saved, dict) or saved.get("script") != script:
         found = saved.get("script") if isinstance(saved, dict) else None
         raise UserError(f"{folder} is a run of {found}.py, a run of {script}.py expected")
-    return {k: v for k, v in saved.items() if k not in ("resume", "sample", "check")}
+    return {k: v for k, v in saved.items() if k not in ANEW}
 
 
 class Run:
@@ -216,9 +234,19 @@ class Run:
         torch.manual_seed(args.seed)
         label = Path(args.dataset).stem + (f"-{args.name}" if args.name else "")
         self.folder = Path(args.resume or Path(args.out) / f"{args.script}-{label}")
+        if args.resume and self.folder.is_file():  # of --export: it has no folder of its own
+            if not self.drawing:
+                raise UserError(f"{args.resume} holds what draws, not a run: expected with --sample, --export "
+                                "or --explore")
+            self.folder = Path(args.out) / self.folder.stem
         self.lock = None
         if not args.resume:
             self._lead_alone(self._claim)
+
+    @property
+    def drawing(self):
+        """Whether the run is only to be drawn from: --sample, --export or --explore."""
+        return bool(self.args.sample or self.args.export or self.args.explore)
 
     def _lead_alone(self, act):
         """Let rank 0 do what can fail; its refusal ends the other ranks too."""
@@ -273,13 +301,15 @@ class Run:
         for left in self.folder.glob("*.tmp"):  # of processes that were killed
             left.unlink(missing_ok=True)
 
-    def keep(self, **parts):
+    def keep(self, about=dict, **parts):
         """What a checkpoint holds (anything with state_dict); restores them all when resuming.
 
-        Call it before the first step and after everything that a user's mistake could break: from here on the
-        folder holds a run.
+        `about()` is called before each save, with random numbers of its own: a dict of what the script's
+        drawer() needs to know of the data (numbers, strings, lists, tensors).  It is also the place to bring
+        what draws into the state in which it draws, such as BatchNorm statistics of its own.
+        Call keep() once, after all checks and before the first step: from here on the folder holds a run.
         """
-        self.parts = parts
+        self.parts, self.about = parts, about
         if self.args.resume:
             return self._load()
         if self.lead:
@@ -398,11 +428,13 @@ class Run:
         whole."""
         if not self.lead:
             return
+        with self.aside():
+            about = self.about()
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         for name, part in self.parts.items():
             if isinstance(part, torch.nn.Module) and not all(t.isfinite().all() for t in part.parameters()):
                 raise UserError(self._diverged(f"a parameter of {name} is infinite or NaN"))
-        state = {"script": self.args.script, "step": self.step, "world": self.world, "parts": parts,
+        state = {"script": self.args.script, "step": self.step, "world": self.world, "parts": parts, "about": about,
                  "random": torch.get_rng_state(), "settings": json.dumps(self._trained_with())}
         if self.random:
             state[f"random_{torch.device(self.args.device).type}"] = self.random.get_rng_state()
@@ -437,7 +469,7 @@ class Run:
                 raise UserError(f"{path} is damaged: its step is {self.step!r}")
             kind = torch.device(self.args.device).type
             made = next((key.removeprefix("random_") for key in state if key.startswith("random_")), "cpu")
-            if kind != made and self.lead and not self.args.sample:
+            if kind != made and self.lead:
                 say(f"{path} was written on {made}: on {kind} the run goes on, but not to the bit")
             if self.world == 1 == state["world"] and kind == made:
                 torch.set_rng_state(state["random"].cpu())
@@ -450,8 +482,7 @@ class Run:
                             "again without --resume") from None
         except UserError:
             raise
-        except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, RuntimeError, LookupError,
-                TypeError, ValueError) as e:
+        except UNREADABLE as e:
             reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
             raise UserError(f"{path} is damaged or not a checkpoint of this run: {reason}") from None
 
@@ -483,17 +514,24 @@ class Run:
         self.board = self.logger.board if self.logger else self.board or log.SummaryWriter(self.folder)
         return self.board
 
-    def sample(self, draw, scale=(0.0, 1.0)):
-        """--sample N: write N pictures of `draw(n)` (n, C, H, W), values in `scale`, as samples/00000.png and
-        so on."""
-        folder = self.folder / "samples"
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        folder.mkdir()
-        for start in range(0, self.args.sample, 500):
-            for i, x in enumerate(log.to_uint8(draw(min(500, self.args.sample - start)), scale), start):
-                log.save_png(folder / f"{i:05d}.png", x)
-        say(f"{self.args.sample} pictures in {folder}")
+    def parts_saved(self):
+        """The checkpoint's parts by name, and what about() said as "about", for what only draws."""
+        path = self.folder / "checkpoint.pt"
+        try:
+            intact(path)
+            state = torch.load(path, map_location=self.args.device, weights_only=True)
+            self._same_settings(state)
+            return {**state["parts"], "about": state.get("about", {})}
+        except FileNotFoundError:
+            raise UserError(f"{path} not found: the run was stopped before its first checkpoint") from None
+        except UserError:
+            raise
+        except UNREADABLE as e:
+            raise UserError(f"{path} is damaged or not a checkpoint of this run ({data.brief(e)})") from None
+
+    def shipped(self):
+        """The settings that --export FILE.npz keeps: those of the run, but for its paths."""
+        return {k: v for k, v in self.kept.items() if k not in (*ANEW, "data_dir", "out", "name", "dis", "encoder")}
 
     def results(self, results, passed=True):
         """Write results.json and print a line a number; with --check exit with 1 unless `passed`.
@@ -594,8 +632,7 @@ def fetch(where, wanted, device="cpu", **nets):
             net.load_state_dict(parts[name])
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror}): {wanted} expected") from None
-    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, LookupError, TypeError,
-            ValueError):
+    except UNREADABLE:
         raise UserError(f"{path} is damaged or holds no {', '.join(nets)} of these sizes: {wanted} "
                         "expected") from None
 

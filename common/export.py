@@ -1,0 +1,306 @@
+"""Use a trained generator: --sample, --grid, --real, --set, --export.  Needs the checkpoint, not the pictures.
+
+Each script describes what draws in one function, drawer(args, saved) -> Drawer.  `saved` holds the parts of
+the checkpoint by name, and under "about" what the script told Run.keep() of its data.
+"""
+
+import contextlib
+import csv
+import json
+import math
+import shutil
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from common import UserError, data, log
+from common.fuse import sampling
+from common.log import say
+
+
+@dataclass
+class Knob:
+    """One thing to ask of a generator: a label, a code, an attribute, a sentence.
+
+    It sets one column of an input (n, ...), or all of it if `whole`.  `names`: those of its categories; else
+    it is a number, of which `low` to `high` are worth trying.  read: what a user types -> the value in the
+    input, ValueError if it is none; tell: a row's value -> what to write in labels.csv.
+    """
+
+    name: str
+    low: float = 0.0
+    high: float = 1.0
+    names: tuple = ()
+    read: callable = None
+    tell: callable = None
+    whole: bool = False
+    start: object = None        # what a page shows at first, None: the middle, or the first category
+
+    def value(self, text):
+        """The value that `text` stands for.  UserError: another kind of value."""
+        try:
+            if self.read:
+                return self.read(text)
+            if self.names:
+                return self.names.index(text) if text in self.names else range(len(self.names))[int(text)]
+            number = float(text)
+            if not math.isfinite(number):
+                raise ValueError
+            return number
+        except (ValueError, IndexError, OverflowError) as e:
+            known = [*map(str, self.names[:20]), *["..."] * (len(self.names) > 20)]
+            expected = f"one of {', '.join(known)}" if known else "a number"
+            raise UserError(f"{self.name} {text!r} found: expected {str(e) if self.read else expected}") from None
+
+    def shown(self, value):
+        """The value as text."""
+        if self.tell:
+            return self.tell(value)
+        return str(self.names[int(value)]) if self.names else f"{float(value):.4g}"
+
+
+class Drawer(nn.Module):
+    """What draws: forward(*inputs) -> pictures (n, C, H, W) in [0, 1].
+
+    function: the inputs, tensors (n, ...), -> pictures in `scale`.  draw(n): a tuple of n random rows of each.
+    nets: name in the checkpoint -> module.  inputs: name -> its knobs, in the order of function's arguments.
+    within: a context that puts `nets` into the mode they draw in.  size: rows at a time.
+    """
+
+    def __init__(self, function, draw, nets, inputs, scale=(0.0, 1.0), within=None, size=500):
+        super().__init__()
+        self.nets, self.function, self.draw = nn.ModuleDict(nets), function, draw
+        self.inputs, self.scale, self.size = inputs, scale, size
+        self.within = within or (lambda: sampling(*self.nets.values()))
+
+    def forward(self, *inputs):
+        low, high = self.scale
+        return (self.function(*inputs).float() - low) / (high - low)
+
+    @property
+    def knobs(self):
+        """Name of each knob -> (number of its input, its column, itself)."""
+        return {knob.name: (i, j, knob) for i, knobs in enumerate(self.inputs.values())
+                for j, knob in enumerate(knobs)}
+
+    def ask(self, inputs, wishes):
+        """Set knobs of all rows, in place: wishes, name -> text.  UserError: no such knob or value."""
+        for name, text in wishes.items():
+            if name not in self.knobs:
+                takes = ", ".join(self.knobs) or "nothing but noise"
+                raise UserError(f"{name}={text} found: this generator takes {takes}")
+            i, j, knob = self.knobs[name]
+            column = inputs[i] if knob.whole else inputs[i][:, j]
+            column[:] = torch.as_tensor(knob.value(text)).to(column)
+        return inputs
+
+    def asked(self, inputs):
+        """What each row asks for: a list of dicts, knob's name -> text."""
+        columns = {name: (inputs[i] if knob.whole else inputs[i][:, j]).cpu() for name, (i, j, knob)
+                   in self.knobs.items()}
+        return [{name: self.knobs[name][2].shown(column[row]) for name, column in columns.items()}
+                for row in range(len(inputs[0]))]
+
+    def pictures(self, inputs):
+        """Draw them, `size` rows at a time: (n, C, H, W) in [0, 1]."""
+        with self.within(), torch.no_grad():
+            return torch.cat([self(*rows) for rows in zip(*(t.split(self.size) for t in inputs))])
+
+
+def main(r, drawer):
+    """Do what --sample, --export or --explore ask of the run or file that --resume names."""
+    args = r.args
+    if args.export:
+        args.device = "cpu"
+    with r.aside():
+        draws, saved = load(r, drawer)
+        wishes = wishes_of(args)
+        draws.ask(tuple(t.clone() for t in draws.draw(1)), wishes)      # refuse before anything is written
+        if args.sample:
+            sample(r, draws, wishes)
+        if args.export:
+            export(Path(args.export), draws, saved, r)
+        if args.explore:
+            from common import explore  # no other run needs a server
+            explore.serve(draws, f"{args.script}.py: {args.resume}", wishes)
+
+
+def load(r, drawer):
+    """(Drawer, the parts of the checkpoint that it was made from) of the run or file that --resume names."""
+    args = r.args
+    saved = read(args.resume) if Path(args.resume).is_file() else r.parts_saved()
+    old = UserError(f"{args.resume} was written by another version of {args.script}.py and cannot be drawn from")
+    try:
+        draws = drawer(args, saved)
+        for name, net in draws.nets.items():
+            net.load_state_dict({k: torch.as_tensor(v).float() if v.is_floating_point() else v
+                                 for k, v in saved[name].items()})
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as e:
+        raise old from e
+    return draws.to(args.device), saved
+
+
+def wishes_of(args):
+    """--set NAME=VALUE and --label VALUE: name -> text.  UserError: no equals sign."""
+    wishes = {} if args.label is None else {"label": args.label}
+    for text in args.set or ():
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set {text} found, NAME=VALUE expected")
+        wishes[name] = value
+    return wishes
+
+
+def sample(r, draws, wishes):
+    """--sample N: N pictures as samples/00000.png and so on, with samples/labels.csv, which says what each was
+    asked to be; with --grid one picture, grid.png; with --real as many real pictures too, as real/."""
+    args, n = r.args, r.args.sample
+    inputs = draws.ask(draws.draw(n), wishes)
+    r.folder.mkdir(parents=True, exist_ok=True)
+    if args.grid:
+        x = draws.pictures(inputs)
+        path = r.folder / "grid.png"
+        log.save_png(path, log.grid(x, columns_of(draws, n)))
+        say(f"{n} pictures in {path}")
+        return
+    folder = emptied(r.folder / "samples")
+    for start in range(0, n, draws.size):
+        x = draws.pictures(tuple(t[start:start + draws.size] for t in inputs))
+        write_pngs(folder, log.to_uint8(x), start)
+    if draws.knobs:
+        with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as f:
+            table = csv.writer(f)
+            table.writerow(["file", *draws.knobs])
+            for i, asked in enumerate(draws.asked(inputs)):
+                table.writerow([f"{i:05d}.png", *asked.values()])
+    say(f"{n} pictures in {folder}")
+    if args.real:
+        real(r, x.shape)
+
+
+def real(r, shape):
+    """--real: as many training pictures as samples, at the network's size, as real/00000.png and so on."""
+    args = r.args
+    images = data.load(args.dataset, args.data_dir, shape[2], shape[1], skip_bad=args.skip_bad).images
+    chosen = torch.randperm(len(images))[:args.sample].sort().values
+    folder = emptied(r.folder / "real")
+    for start in range(0, len(chosen), 500):
+        write_pngs(folder, images[chosen[start:start + 500]].cpu(), start)
+    say(f"{len(chosen)} real pictures in {folder}")
+
+
+def columns_of(draws, n):
+    """Columns of --grid: one for each category where there is one input of up to 20, else about a square."""
+    names = [len(knob.names) for _, _, knob in draws.knobs.values() if knob.names]
+    return names[0] if len(names) == 1 and names[0] <= min(20, n) else math.ceil(math.sqrt(n))
+
+
+def emptied(folder):
+    """The folder, made anew."""
+    if folder.is_dir():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    return folder
+
+
+def write_pngs(folder, images, start):
+    for i, x in enumerate(images, start):
+        log.save_png(folder / f"{i:05d}.png", x)
+
+
+# ---- Files that draw elsewhere ----------------------------------------------------------------------------
+
+def export(path, draws, saved, r):
+    """--export FILE: FILE.pt2, a program of torch.export with a free batch size that needs PyTorch alone; or
+    FILE.npz, the networks in bfloat16 and all settings, which --resume FILE and --explore FILE take."""
+    if path.suffix not in (".pt2", ".npz"):
+        raise UserError(f"--export {path} found: a name that ends in .pt2 (a program for PyTorch) or .npz "
+                        "(weights for this repository) expected")
+    temporary = log.temporary(path)
+    try:
+        if path.suffix == ".npz":
+            write(temporary, draws, saved, r)
+        else:
+            with temporary.open("wb") as f:     # by its name, torch would miss the ending .pt2
+                torch.export.save(traced(draws), f, extra_files={"inputs.json": json.dumps(signature(draws))})
+        temporary.replace(path)
+    except OSError as e:
+        raise UserError(f"cannot write {path} ({e.strerror})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    says = ", ".join(f"{name} {tuple(t.shape[1:])}" for name, t in zip(draws.inputs, draws.draw(1)))
+    say(f"{path} ({path.stat().st_size / 1e6:.1f} MB) draws from {says}")
+
+
+def traced(draws):
+    """The Drawer as a program of torch.export: any number of rows, at least one."""
+    rows = torch.export.Dim("n", min=1, max=2**20)
+    example = draws.draw(3)
+    with draws.within(), torch.no_grad():
+        return torch.export.export(draws, example, strict=False,
+                                   dynamic_shapes={"inputs": tuple({0: rows} for _ in example)})
+
+
+def signature(draws):
+    """What the program takes, for whoever opens it: a list of inputs with type, shape and columns."""
+    def column(knob):
+        return {"name": knob.name} | ({"names": knob.names} if knob.names else {"low": knob.low, "high": knob.high})
+
+    return [{"name": name, "dtype": str(t.dtype).removeprefix("torch."), "shape": ["n", *t.shape[1:]],
+             "columns": [column(k) for k in knobs if not k.whole]}
+            for (name, knobs), t in zip(draws.inputs.items(), draws.draw(1))]
+
+
+def write(path, draws, saved, r):
+    """The parts that draw as arrays, bfloat16 as uint16, with the run's settings and what it knew of its
+    data."""
+    about, arrays = {}, {}
+    for key, value in saved["about"].items():
+        if torch.is_tensor(value):
+            arrays[f"about/{key}"] = value
+        else:
+            about[key] = value
+    for name, net in draws.nets.items():
+        arrays |= {f"{name}/{key}": t for key, t in net.state_dict().items()}
+    half = {k: t.detach().to(torch.bfloat16).view(torch.uint16).numpy() if t.is_floating_point() else t.numpy()
+            for k, t in arrays.items()}
+    floating = [k for k, t in arrays.items() if t.is_floating_point()]
+    with path.open("wb") as f:
+        np.savez_compressed(f, settings=json.dumps(r.shipped()), about=json.dumps(about),
+                            bfloat16=json.dumps(floating), **half)
+
+
+def settings_in(path):
+    """The settings of the run that FILE.npz was exported from, as in args.json."""
+    with opened(path) as arrays:
+        return json.loads(str(arrays["settings"]))
+
+
+def read(path):
+    """The parts that FILE.npz holds, as a checkpoint has them: name -> state dict, and "about"."""
+    with opened(path) as arrays:
+        floating = set(json.loads(str(arrays["bfloat16"])))
+        saved = {"about": json.loads(str(arrays["about"]))}
+        for key in arrays.files:
+            part, _, name = key.partition("/")
+            if name:
+                t = torch.from_numpy(arrays[key])
+                saved.setdefault(part, {})[name] = t.view(torch.bfloat16).float() if key in floating else t
+        return saved
+
+
+@contextlib.contextmanager
+def opened(path):
+    """np.load without pickles.  UserError: not a file of --export."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            yield arrays
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, AttributeError,
+            zipfile.BadZipFile) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"{path} is damaged or not a file of --export FILE.npz ({data.brief(e)})") from None
