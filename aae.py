@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import UserError, data, log, metrics, run
+from common import UserError, data, export, log, metrics, run
 from common.fuse import SGD, Adam, autocast, average, averaged, descend, frozen, fuse, place, set_rate
 
 # --------------------------------------------------------------------------------------------------- settings
@@ -329,6 +329,8 @@ def build(args, m, mean, std):
 def main(argv=None):
     args = parse_args(argv)
     r = run.Run(args)
+    if r.drawing:
+        return export.main(r, drawer)
     pictures = data.load(args.dataset, args.data_dir, args.size, args.channels, skip_bad=args.skip_bad)
     sets = split(pictures, args)
     images, labels = sets["train"]
@@ -342,10 +344,9 @@ def main(argv=None):
     if nn_steps:                                    # the same network on the labels alone (Table 2)
         baseline, nn_step = build_nn(args, categories(args, labels), *normalization(args, images))
         parts |= baseline
-    r.keep(**parts, batches=batches)
     Q, P = parts["Q_bar"], parts["P_bar"]
-    if args.sample:
-        return r.sample(lambda n: draw(P, args, n))
+    names = pictures.classes if args.task == "style" or labelled(args) else None
+    r.keep(lambda: {"shape": list(images.shape[1:]), "m": P.m, "names": names}, **parts, batches=batches)
 
     for step in r.loop():
         decay_rates(args, parts, step, batches.per_epoch)
@@ -685,6 +686,24 @@ def draw(P, args, n):
     """n pictures (n, C, H, W) of codes from the priors."""
     z = sample_z(torch.full((n,), 10, device=args.device), args)
     return metrics.batched(P, z, sample_y(n, P.m, args.device))
+
+
+def drawer(args, saved):
+    """What a trained run draws with: codes z, and where P gets them categories y: labels or clusters."""
+    about = saved["about"]
+    m, blank = about["m"], torch.zeros(about["shape"])
+    _, P, _ = networks(args, m, blank, blank)
+    names = tuple(about["names"] or ()) if len(about["names"] or ()) == m else tuple(range(m))
+    knobs = [export.Knob(f"z{i + 1}", -3 * args.std, 3 * args.std) for i in range(2)] if args.z_dim == 2 else []
+    inputs = {"z": knobs}
+    if m:
+        inputs["y"] = [export.Knob("label" if about["names"] else "cluster", names=names, whole=True)]
+
+    def draws(n):
+        z = sample_z(torch.full((n,), 10, device=args.device), args)
+        return (z, torch.arange(n, device=args.device) % m) if m else (z,)
+
+    return export.Drawer(lambda z, y=None: P(z, one_hot(y, m) if m else None), draws, {"P_bar": P}, inputs)
 
 
 def styles(P, args, rows=10):

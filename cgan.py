@@ -32,7 +32,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from common import UserError, data, log, metrics, run
+from common import UserError, data, export, log, metrics, run
 from common.fuse import (
     SGD,
     Adam,
@@ -244,9 +244,12 @@ def build(args, K, mean=None, d=200):
 def main(argv=None):
     args = parse_args(argv)
     r = run.Run(args)
+    if r.drawing:
+        return export.main(r, drawer)
     if args.net == "tags":
         return tagging(r)
-    train, valid, test, K = labelled(args)
+    train, valid, test, names = labelled(args)
+    K = len(names)
     batches = data.Batches(*train, scale=args.scale, **r.feed)
     mean = train[0].float().mean(0) / 255 if args.net == "mlp" else None
     G, D, G_bar, opt_D, opt_G, train_step, G_step = build(args, K, mean)
@@ -255,12 +258,12 @@ def main(argv=None):
     if args.net == "mlp":               # Sec. 4.1 stops at the best likelihood of the validation images
         best = parts["best"] = copy.deepcopy(G_bar)
         best.register_buffer("ll", torch.tensor(-math.inf, device=args.device))
-    r.keep(**parts)
-    if args.sample:
-        if args.net == "mlp" and best.ll == -math.inf:              # stopped before keep_best()
-            best = G_bar
-        return sample(r, calibrated(best, args, train[1], K), K)
 
+    def about():
+        calibrated(G_bar, args, train[1], K)
+        return {"names": names, "shape": list(train[0].shape[1:])}
+
+    r.keep(about, **parts)
     for step in r.loop():
         anneal(args, (opt_D, opt_G), step, batches.per_epoch)
         x, y = next(batches)
@@ -297,8 +300,7 @@ def parse_args(argv=None):
     add("--nn-samples", type=run.number(int, 1), default=50000,
         help="samples that the nearest-neighbour classifier of DCGAN's Table 3 is fitted on [%(default)s]")
     add("--average", type=run.number(float, 0, 1), help="decay of G's EMA that draws, 0: G as it is [.999]")
-    add("--label", type=run.number(int, 0), help="with --sample: the label of all pictures [each in turn]")
-    return run.parse(p, argv, free=("label",), experiment=experiment, paper=PAPER, tuned=TUNED, quick=QUICK)
+    return run.parse(p, argv, experiment=experiment, paper=PAPER, tuned=TUNED, quick=QUICK)
 
 
 def experiment(args):
@@ -405,7 +407,7 @@ def dcgan32(K, args, ch):
 # ---------------------------------------------------------------------------------- pictures and their labels
 
 def labelled(args):
-    """(images, labels) to train on, those held out for validation, the test pair, and the number of labels K.
+    """(images, labels) to train on, those held out for validation, the test pair, and the K labels' names.
 
     The test pair is the validation pair if the data has none of its own.
     """
@@ -414,6 +416,9 @@ def labelled(args):
         names = args.attributes or ("glasses,hat" if args.dataset == "faces" else "")
         pictures.labels, pictures.test_labels = (attribute_labels(pictures, names, part)
                                                  for part in ("", "test_"))
+        names = names.split(",")
+        pictures.classes = [" ".join(name for i, name in enumerate(names) if k >> i & 1) or "none"
+                            for k in range(2 ** len(names))]
     has_label = pictures.labels >= 0                        # stl10 has pictures without one
     images, labels = (t if has_label.all() else t[has_label] for t in (pictures.images, pictures.labels))
     split = len(images) - min(10000, len(images) // 6)
@@ -422,7 +427,8 @@ def labelled(args):
     K = int(labels.max()) + 1
     if K < 2:
         raise UserError(f"{pictures.name} has one label for all of its pictures: expected two or more")
-    return train, valid, test, K
+    classes = pictures.classes if len(pictures.classes or []) >= K else map(str, range(K))
+    return train, valid, test, [*classes][:K]
 
 
 def attribute_labels(pictures, names, prefix=""):
@@ -495,23 +501,26 @@ def rows(G, args, K, columns, shared=False):
     return draw(G, args, one_hot(y.repeat_interleave(columns), K), z)
 
 
-def sample(r, G, K):
-    """--sample N: pictures of all labels in turn, or of --label; samples.csv says which label each has."""
-    args = r.args
-    if args.label is not None and args.label >= K:
-        raise UserError(f"--label {args.label} found, a label from 0 to {K - 1} expected")
-    y = torch.arange(args.sample) % K if args.label is None else torch.full((args.sample,), args.label)
-    parts = iter(y.to(args.device).split(500))
+def drawer(args, saved):
+    """What a trained run draws with: z and a label, of which --sample takes each in turn."""
+    if args.net == "tags":
+        raise UserError("a run with --net tags draws words, not pictures: see its table2.md")
+    about = saved["about"]
+    names, K = tuple(about["names"]), len(about["names"])
+    G, _ = networks(args, K, torch.zeros(about["shape"]))
+    rated = saved.get("best", {"ll": -math.inf}).get("ll", 0) > -math.inf   # else stopped before keep_best()
 
-    def batch(n):
-        y = next(parts)
+    def function(z, y):
+        n = y.shape[0]                                      # not len(): torch.export would fix it
         if args.batch_stats:                                # a batch of all labels, as in training
+            z = torch.cat([z, sample_z(args.batch_size, args, z.device)])
             y = torch.cat([y, torch.arange(args.batch_size, device=y.device) % K])
-        return draw(G, args, one_hot(y, K))[:n]
+        return G(z, one_hot(y, K))[:n]
 
-    r.sample(batch)
-    lines = [f"{i:05d}.png,{label}" for i, label in enumerate(y.tolist())]
-    (r.folder / "samples.csv").write_text("\n".join(["file,label", *lines]) + "\n")
+    return export.Drawer(
+        function, lambda n: (sample_z(n, args, args.device), torch.arange(n, device=args.device) % K),
+        {"best" if rated else "G_bar": G}, {"z": [], "y": [export.Knob("label", names=names, whole=True)]},
+        args.scale, within=lambda: drawing(G, args))
 
 
 def keep_best(r, G_bar, best, valid, K):
@@ -622,8 +631,6 @@ def tagging(r):
     """Sec. 4.2: G draws vectors of words that tag a picture, from its features; Table 2, precision and recall
     at 10."""
     args = r.args
-    if args.sample:
-        raise UserError("--sample draws pictures: a run with --net tags draws words, see its table2.md")
     pictures = data.load(args.dataset, args.data_dir, args.size, args.channels, skip_bad=args.skip_bad)
     (_, tags, f), (test, test_tags, f_test), vocabulary, words = described(args, *tagged(pictures))
     pairs = tags.nonzero()                                  # Sec. 4.2: a picture once for each of its tags

@@ -39,7 +39,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from common import UserError, data, log, metrics, run
+from common import UserError, data, export, log, metrics, run
 from common.fuse import Adam, autocast, calibrate, descend, frozen, fuse, place, precise, sampling
 from common.metrics import need, shapes
 
@@ -191,16 +191,15 @@ def build(args, channels):
 def main(argv=None):
     args = parse_args(argv)
     r = run.Run(args)
+    if r.drawing:
+        return export.main(r, drawer)
     pictures = data.load(args.dataset, args.data_dir, args.size, skip_bad=args.skip_bad)
     check(args, pictures)
     batches = minibatches(r, pictures.images)
     G, D, opt_D, opt_G, train_step = build(args, pictures.images.shape[1])
-    r.keep(G=G, D=D, opt_D=opt_D, opt_G=opt_G, batches=batches)
+    r.keep(lambda: {"channels": pictures.images.shape[1]}, G=G, D=D, opt_D=opt_D, opt_G=opt_G, batches=batches)
     if args.weights and not args.resume:
         return keep_released(r, G, D, pictures.images)
-    if args.sample:
-        with r.aside():
-            return r.sample(lambda n: draw(G, args, n)[0], args.scale)
     if args.features:
         return report_features(r, D, pictures.images.shape[1])
 
@@ -471,13 +470,32 @@ def batch_statistics(net):
             m.track_running_stats = True
 
 
+def latents(n, args):
+    """n fresh z (n, dz), drawn 500 at a time: the first are the same for every n, so that the pictures of
+    --sample are those of the figures."""
+    return torch.cat([sample_z(500, args, args.device) for _ in range(-(-n // 500))])[:n]
+
+
 def draw(G, args, n):
-    """n fresh pictures x (n, C, H, W) and their z (n, dz), drawn 500 at a time."""
-    x, z = [], []
-    for _ in range(-(-n // 500)):
-        z.append(sample_z(500, args, args.device))
-        x.append(decode(G, z[-1], args))
-    return torch.cat(x)[:n], torch.cat(z)[:n]
+    """n fresh pictures x (n, C, H, W) and their z (n, dz)."""
+    z = latents(n, args)
+    return decode(G, z, args), z
+
+
+def drawer(args, saved):
+    """What a trained run draws with: z -> pictures."""
+    G, _ = networks(args, saved["about"]["channels"])
+    rest = {}
+    if args.batch_stats:                                    # half of each batch is fresh z: see decode()
+        half = max(1, args.batch_size // 2)
+        rest = {"within": lambda: batch_statistics(G), "size": half}
+
+    def function(z):
+        if not args.batch_stats:
+            return G(z)
+        return G(torch.cat([z, sample_z(half, args, z.device)]))[:z.shape[0]]   # len() would fix it in an export
+
+    return export.Drawer(function, lambda n: (latents(n, args),), {"G": G}, {"z": []}, args.scale, **rest)
 
 
 def walk(z, columns=10):

@@ -32,7 +32,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from common import UserError, data, log, metrics, run
+from common import UserError, data, export, log, metrics, run
 from common.fuse import SGD, autocast, average, averaged, descend, frozen, fuse, place, sampling, set_rate
 
 # --------------------------------------------------------------------------------------------------- settings
@@ -217,6 +217,8 @@ def anneal(opt, per_epoch):
 def main(argv=None):
     args = parse_args(argv)
     r = run.Run(args)
+    if r.drawing:
+        return export.main(r, drawer)
     if args.net == "toy":
         return toy(r)
     pictures = data.load(args.dataset, args.data_dir, args.size, args.channels, skip_bad=args.skip_bad)
@@ -226,11 +228,9 @@ def main(argv=None):
     G, D, G_bar, opt_D, opt_G, train_step = build(args, mean, batches.per_epoch)
     best = copy.deepcopy(G_bar)                                     # by the likelihood of `valid`
     best.register_buffer("ll", torch.tensor(-math.inf, device=args.device))
-    r.keep(G=G, D=D, G_bar=G_bar, opt_D=opt_D, opt_G=opt_G, best=best, batches=batches)
     scale = values(pictures.images, args)
-    if args.sample:
-        G_s = best if best.ll > -math.inf else G_bar                # stopped before the first likelihood
-        return r.sample(lambda n: draw(G_s, args, n), scale)
+    r.keep(lambda: {"shape": list(mean.shape), "scale": list(scale)}, G=G, D=D, G_bar=G_bar, opt_D=opt_D,
+           opt_G=opt_G, best=best, batches=batches)
 
     for step in r.loop():
         r.log(train_step(seen(next(batches), args)))
@@ -426,6 +426,16 @@ def draw(G, args, n):
     return metrics.batched(G, sample_z(n, args, args.device))
 
 
+def drawer(args, saved):
+    """What a trained run draws with: z -> pictures, by the G of the best likelihood."""
+    if args.net == "toy":
+        raise UserError("a run on toy draws numbers, not pictures: see its fig1.png")
+    G, _ = networks(args, torch.zeros(saved["about"]["shape"]))
+    rated = saved.get("best", {"ll": -math.inf}).get("ll", 0) > -math.inf   # else stopped before keep_best()
+    return export.Drawer(G, lambda n: (sample_z(n, args, args.device),), {"best" if rated else "G_bar": G},
+                         {"z": []}, saved["about"]["scale"])
+
+
 def fig2(x, train, columns=10):
     """Fig. 2: rows of samples x (n, C, H, W), the last column the nearest of `train` (Euclidean) to the
     sample beside it."""
@@ -519,8 +529,6 @@ def toy(r):
     """Fig. 1: the data are from N(0, 1).  First D alone learns D* of Eq. 2 (Prop. 1), then Algorithm 1 brings
     C(G) to -log 4 (Thm. 1)."""
     args = r.args
-    if args.sample:
-        raise UserError("--sample draws pictures: a run on toy draws numbers, see its fig1.png")
     args.amp = False
     G, D, G_bar, opt_D, opt_G, train_step = build(args, None, per_epoch=1000)
     x = torch.linspace(-5, 5, 2001).double()

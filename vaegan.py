@@ -32,7 +32,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from common import UserError, data, log, metrics, run
+from common import UserError, data, export, log, metrics, run
 from common.fuse import autocast, average, averaged, calibrate, descend, frozen, fuse, place, set_rate
 
 # --------------------------------------------------------------------------------------------------- settings
@@ -291,6 +291,8 @@ def build(args, dy):
 def main(argv=None):
     args = parse_args(argv)
     r = run.Run(args)
+    if r.drawing:
+        return export.main(r, drawer)
     pictures = prepare(args, data.load(args.dataset, args.data_dir, args.net, args.channels,
                                        skip_bad=args.skip_bad))
     y, test_y = pictures.extra["y"], pictures.extra["test_y"]
@@ -299,11 +301,7 @@ def main(argv=None):
     Enc, Dec, Dis = (parts.get(name) for name in ("Enc", "Dec_bar", "Dis"))
     if args.model == "vae_dis" and not args.resume:
         run.fetch(args.dis, "a run with --model gan and this one's --net, --width and --conditional", Dis=Dis)
-    r.keep(**parts, batches=batches)
-    if args.sample:
-        with r.aside():
-            settled(args, Enc, Dec, pictures)
-            return r.sample(lambda n: draw(args, Dec, pick(test_y, n)), (-1, 1))
+    r.keep(lambda: about_data(args, Enc, Dec, pictures), **parts, batches=batches)
     if args.beside:
         others = (trained(args, where, y.shape[1]) for where in args.beside)
         return beside(r, [(args, Enc, Dec), *others], pictures)
@@ -603,6 +601,41 @@ def settled(args, Enc, Dec, pictures):
             yield z, y
 
     return calibrate(Dec, minibatches())
+
+
+def about_data(args, Enc, Dec, pictures):
+    """What drawer() needs of the data, once Dec is settled(): rows of y, names of the attributes, and their
+    vectors, of 2,000 pictures, where Dec is not given y."""
+    settled(args, Enc, Dec, pictures)
+    e, n = pictures.extra, 2000
+    a = e["attributes"][:n]
+    found = {"names": e["names"] if Enc or args.conditional else [], "y": e["test_y"][:n],
+             "mean": e["attributes"].mean(0), "std": e["attributes"].std(0, correction=0).clamp_min(1e-6)}
+    if Enc and not args.conditional and found["names"]:
+        mu = encode(Enc, pictures.images[:n], e["y"][:n])
+        found["vectors"] = attribute_vectors(mu, a.to(mu))
+    return found
+
+
+def drawer(args, saved):
+    """What a trained run draws with: z, and attributes: those that Dec is given, else how much of each one's
+    vector (Sec. 4.1.1) is added to z."""
+    about = saved["about"]
+    names, y = about["names"], about["y"].to(args.device)
+    _, Dec, _ = networks(args, y.shape[1])
+    if args.conditional:
+        def standard_value(i):
+            mean, std = about["mean"][i].item(), about["std"][i].item()
+            return {"read": lambda text: (float(text) - mean) / std, "tell": lambda v: f"{round(float(v) * std + mean, 4):g}"}
+
+        knobs = [export.Knob(name, **standard_value(i)) for i, name in enumerate(names)]
+        return export.Drawer(Dec, lambda n: (torch.randn(n, args.z_dim, device=args.device), pick(y, n)),
+                             {"Dec_bar": Dec}, {"z": [], "y": knobs}, (-1.0, 1.0))
+    vectors = about.get("vectors", torch.zeros(0, args.z_dim)).to(args.device)
+    return export.Drawer(
+        lambda z, a: Dec(z + a @ vectors, z[:, :0]),
+        lambda n: (torch.randn(n, args.z_dim, device=args.device), torch.zeros(n, len(vectors), device=args.device)),
+        {"Dec_bar": Dec}, {"z": [], "a": [export.Knob(name, -1.5, 1.5) for name in names]}, (-1.0, 1.0))
 
 
 def plane(args, Dec, n):

@@ -116,10 +116,11 @@ def main(r, drawer):
     args = r.args
     if args.export:
         args.device = "cpu"
+    draws, saved = load(r, drawer)
+    wishes = wishes_of(args)
     with r.aside():
-        draws, saved = load(r, drawer)
-        wishes = wishes_of(args)
-        draws.ask(tuple(t.clone() for t in draws.draw(1)), wishes)      # refuse before anything is written
+        draws.ask(draws.draw(1), wishes)                                # refuse before anything is written
+    with r.aside():
         if args.sample:
             sample(r, draws, wishes)
         if args.export:
@@ -137,8 +138,7 @@ def load(r, drawer):
     try:
         draws = drawer(args, saved)
         for name, net in draws.nets.items():
-            net.load_state_dict({k: torch.as_tensor(v).float() if v.is_floating_point() else v
-                                 for k, v in saved[name].items()})
+            net.load_state_dict({k: saved[name][k] for k in net.state_dict()})
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as e:
         raise old from e
     return draws.to(args.device), saved

@@ -638,28 +638,7 @@ def test_a_run_with_the_papers_settings(name, digits, tmp_path, monkeypatch):
     assert report["settings"] == "paper" and report["all settings"]["average"] == 0 and report["results"]
     if name != "tags":
         cgan.main(["--resume", str(folder), "--sample", "1"])   # BatchNorm needs more than one picture
-        assert len(list((folder / "samples").iterdir())) == 1
-
-
-@pytest.mark.parametrize("words", [("--net", "mlp"), ("--net", "dcgan28", "--paper")])
-def test_samples_have_all_labels_in_turn_or_one(words, digits, tmp_path, monkeypatch):
-    """More than the 500 pictures of one batch; 10 labels, and --label 7."""
-    asked, draw = [], cgan.draw
-    monkeypatch.setattr(cgan, "report", lambda *_: None)
-    cgan.main([*words, "--dataset", str(digits), "--out", str(tmp_path), "--device", "cpu", "--width", "0.05",
-               "--steps", "2", "--batch-size", "16"])
-    run = ["--resume", str(tmp_path / "cgan-digits"), "--device", "cpu"]
-    monkeypatch.setattr(cgan, "draw", lambda G, a, y, z=None: asked.append(y.argmax(1)) or draw(G, a, y, z))
-    cgan.main([*run, "--sample", "503"])
-    assert torch.equal(torch.cat([asked[0][:500], asked[1][:3]]), torch.arange(503) % 10)
-    lines = (tmp_path / "cgan-digits" / "samples.csv").read_text().split()
-    assert lines[0] == "file,label" and lines[-1] == "00502.png,2" and len(lines) == 504
-    if "--paper" in words:                                  # three pictures among a batch of all labels
-        assert len(asked[1]) == 19
-    cgan.main([*run, "--sample", "3", "--label", "7"])
-    assert asked[2][:3].tolist() == [7, 7, 7]
-    with pytest.raises(cgan.UserError, match="--label 10 found, a label from 0 to 9"):
-        cgan.main([*run, "--sample", "3", "--label", "10"])
+        assert len(list((folder / "samples").glob("*.png"))) == 1
 
 
 @pytest.mark.parametrize("net", ["mlp", "dcgan28"])

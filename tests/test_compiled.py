@@ -37,9 +37,9 @@ def trained(name, compiled, out, monkeypatch):
         if self.step == sum(vars(self.args).get(k, 0) for k in ("encoder_steps", "steps", "style_steps")):
             raise Enough
 
-    def kept_as_well(self, **parts):
+    def kept_as_well(self, *about, **parts):
         kept.update(parts)
-        keep(self, **parts)
+        keep(self, *about, **parts)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "loop", measured)
