@@ -472,14 +472,15 @@ def split(pictures, args):
                         "do without them")
     images, n = pictures.images, len(pictures.images)
     labels = torch.full((n,), -1) if pictures.labels is None else pictures.labels
-    cut = n - min(args.held if pictures.test_images is not None else 10000, n // 6)
+    cut = data.cut(n, args.held if pictures.test_images is not None else 10000, 6)
     valid = images[cut:], labels[cut:]
     test = valid if pictures.test_images is None else (pictures.test_images, pictures.test_labels)
     if test[1] is None:
         test = test[0], torch.full((len(test[0]),), -1)
-    if (test[1] < 0).all() and not free:
-        raise UserError(f"{args.dataset} has test_images without test_labels, by which {args.task} is judged")
-    if not free and len(labels[labels >= 0].unique()) < 2:
+    if not (free or 0 <= test[1].max() <= labels[:cut].max()):
+        raise UserError(f"{args.dataset} has test pictures without labels, or with others than those to train "
+                        f"on, by which {args.task} is judged")
+    if not free and not data.tell(labels[:cut]):
         raise UserError(f"{args.dataset} has one class: --task {args.task} expects two or more")
     return {"train": (images[:cut], labels[:cut]), "valid": valid, "test": test}
 

@@ -421,12 +421,13 @@ def labelled(args):
                             for k in range(2 ** len(names))]
     has_label = pictures.labels >= 0                        # stl10 has pictures without one
     images, labels = (t if has_label.all() else t[has_label] for t in (pictures.images, pictures.labels))
-    split = len(images) - min(10000, len(images) // 6)
+    split = data.cut(len(images), 10000, 6)
     train, valid = (images[:split], labels[:split]), (images[split:], labels[split:])
-    test = valid if pictures.test_labels is None else (pictures.test_images, pictures.test_labels)
-    K = int(labels.max()) + 1
-    if K < 2:
-        raise UserError(f"{pictures.name} has one label for all of its pictures: expected two or more")
+    if not data.tell(train[1]):
+        raise UserError(f"{pictures.name} has one label for all pictures to train on: expected two or more")
+    K, test = int(labels.max()) + 1, (pictures.test_images, pictures.test_labels)
+    if test[1] is None or test[1].max() >= K:
+        test = valid
     classes = pictures.classes if len(pictures.classes or []) >= K else map(str, range(K))
     return train, valid, test, [*classes][:K]
 
@@ -568,6 +569,7 @@ def nn_error(parts, test, labels):
     least, found = torch.full_like(test[:, 0], math.inf), torch.full_like(labels, -1)
     for x, y in parts:
         x = x.flatten(1) - mean
+        metrics.finite(x)
         d2, i = (x.square().sum(1) - 2 * test @ x.T).min(1)     # less |test|^2, the same for all x
         least, found = torch.minimum(d2, least), torch.where(d2 < least, y[i], found)
     return 100 * (found != labels).float().mean().item()
@@ -593,7 +595,8 @@ def evaluate(args, G, K, train, valid, test):
     results["agreement"] = {"value": 100 * metrics.label_agreement(clf, x, y),
                             "unit": "% of samples with the label asked for",
                             "of real pictures": 100 * metrics.label_agreement(clf, x_test, y_test)}
-    results["frechet"] = {"value": metrics.frechet_distance(clf, x[:len(x_test)], x_test)}
+    if len(x_test) > 1:
+        results["frechet"] = {"value": metrics.frechet_distance(clf, x[:len(x_test)], x_test)}
     for name, value in published(args).items():
         results[name]["paper"] = value
     return results
@@ -695,7 +698,7 @@ def tagged(pictures):
     if test_images is not None and f is not None:
         test = test_images, test_tags, own(pictures, "test_features", len(test_images), f.shape[1])
     if test_images is None or test_tags is None or f is not None and test[2] is None:
-        split = len(images) - max(1, len(images) // 6)
+        split = data.cut(len(images), len(images), 6, least=1)
         train, test = choose(train, slice(split)), choose(train, slice(split, None))
     used = train[1].sum(0) > 0
     train, test = ((images, tags[:, used], f) for images, tags, f in (train, test))

@@ -255,7 +255,8 @@ def parse_args(argv=None):
 
 def check(args, pictures):
     """Raise a UserError now for attributes or exemplars that could not be used after training."""
-    attributes(pictures.extra)
+    if attributes(pictures.extra):
+        data.cut(len(pictures.images), 2000, 10)            # see predictor()
     if args.exemplars:
         read_exemplars(args.exemplars)
 
@@ -609,7 +610,7 @@ def read_exemplars(path):
 
 
 def attributes(extra):
-    """Name -> (N,) in [0, 1]: the data's attributes that are 0 or 1, and azimuth; empty for data without.
+    """Name -> (N,) in [0, 1]: the data's attributes that are 0 and 1, and azimuth; empty for data without.
 
     UserError: attributes or factors that are not numbers (N, A).
     """
@@ -618,9 +619,9 @@ def attributes(extra):
             raise UserError(f"{key} of another kind found, numbers (N, A), a row for each picture, expected")
     none = torch.empty(0, 0)
     binary = zip(extra.get("attribute_names", ()), extra.get("attributes", none).float().T)
-    columns = {name: y for name, y in binary if ((y == 0) | (y == 1)).all()}
+    columns = {name: y for name, y in binary if ((y == 0) | (y == 1)).all() and 0 < y.mean() < 1}
     for name, y in zip(extra.get("factor_names", ()), extra.get("factors", none).float().T):
-        if name == "azimuth":
+        if name == "azimuth" and y.max() > y.min():
             columns[name] = (y - y.min()) / (y.max() - y.min())
     return columns
 
@@ -629,7 +630,7 @@ def predictor(args, pictures, columns):
     """A classifier of the columns of attributes(), which picks exemplars and judges results; the paper did
     both by eye.  And the share in % of the attributes that it gets right on the last tenth of the pictures,
     2,000 at most, which it has not seen."""
-    y, n = torch.stack([*columns.values()], 1), len(pictures.images) - min(2000, len(pictures.images) // 10)
+    y, n = torch.stack([*columns.values()], 1), data.cut(len(pictures.images), 2000, 10)
     clf = metrics.classifier(pictures.images[:n], y[:n], args.device, args.data_dir)
     right = (metrics.logits(clf, pictures.images[n:]) > 0).cpu() == (y[n:] > 0.5)
     return clf, 100 * right[:, [name != "azimuth" for name in columns]].double().mean().item()
@@ -985,12 +986,13 @@ def evaluate(r, G, pictures):
             if has_new.any():
                 results["dcgan-window"], rows = forget(G, args, z, has, z_new[has_new], clf, names, word)
                 r.show("fig6", log.grid(rows, 10, args.scale))
-    elif pictures.labels is not None and pictures.labels.min() >= 0:
+    elif data.tell(pictures.labels) and pictures.labels.min() >= 0:
         clf = metrics.classifier(pictures.images, pictures.labels, args.device, args.data_dir)
     if clf is not None:
         real = pictures.images if pictures.test_images is None else pictures.test_images
         real = real[::-(-len(real) // POOL)]                # strided: a test part may be sorted by class
-        results["frechet"] = {"value": metrics.frechet_distance(clf, (x + 1) / 2, real)}
+        if len(real) > 1:
+            results["frechet"] = {"value": metrics.frechet_distance(clf, (x + 1) / 2, real)}
     if args.exemplars:
         picks |= read_exemplars(args.exemplars)
         if "A" in picks:

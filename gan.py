@@ -286,10 +286,9 @@ def split(pictures, args):
     A set without test images of its own gets half of those held out.
     """
     images, labels = pictures.images, pictures.labels
-    if len(images) < 10:
-        raise UserError(f"{len(images)} training pictures found, 10 expected at least: a fifth is held out")
-    n = len(images) - min(args.valid, len(images) // 5)
-    valid, test = images[n:], pictures.test_images
+    test = pictures.test_images
+    n = data.cut(len(images), args.valid, 5, least=4 if test is None else 2)
+    valid = images[n:]
     if test is None:
         valid, test = valid[:len(valid) // 2], valid[len(valid) // 2:]
     return replace(pictures, images=images[:n], labels=None if labels is None else labels[:n],
@@ -477,7 +476,7 @@ def evaluate(args, best, pictures, valid):
     results = {key: {"value": window["ll"], "se": window["se"], "sigma": window["sigma"], "unit": "nats"}}
     if key in TABLE_1:
         results[key]["paper"] = TABLE_1[key]
-    if pictures.labels is not None and not args.gcn:
+    if data.tell(pictures.labels) and len(test) > 1 and not args.gcn:
         known = pictures.labels >= 0                        # stl10 has pictures without a label
         train, labels = (t if known.all() else t[known] for t in (pictures.images, pictures.labels))
         clf = metrics.classifier(train, labels, args.device, args.data_dir)

@@ -603,7 +603,8 @@ def evaluate(r, G, D, pictures):
             style = style_codes(G, args)
         results["ig-mnist"] = {"value": style["rotation"]["value"], "unit": "degrees of slant from -2 to 2",
                                **style}
-    if pictures.labels is None or pictures.test_labels is None or pictures.labels.min() < 0:
+    labels, test_labels = pictures.labels, pictures.test_labels
+    if not data.tell(labels) or labels.min() < 0 or test_labels is None or test_labels.max() > labels.max():
         return results
     clf = metrics.classifier(pictures.images, pictures.labels, args.device, args.data_dir)
     x = (x - args.scale[0]) / (args.scale[1] - args.scale[0])
@@ -614,7 +615,8 @@ def evaluate(r, G, D, pictures):
             results["ig-mi"]["paper"], results["ig-cls"]["paper"] = 2.30, 5
         agreement = metrics.label_agreement(clf, x, table.to(args.device)[c[:, 0]])
         results["agreement"] = {"value": 100 * agreement, "unit": "% of samples with their code's label"}
-    results["frechet"] = {"value": metrics.frechet_distance(clf, x, real[:10000])}
+    if len(real) > 1:
+        results["frechet"] = {"value": metrics.frechet_distance(clf, x, real[:10000])}
     return results
 
 

@@ -526,8 +526,9 @@ def prepare(args, pictures):
     for key in keys:
         if not torch.is_tensor(extra[key]) or extra[key].shape[:-1] != (n,):
             raise UserError(f"{args.dataset}: {key} are not numbers ({n}, A), a row for each picture")
-    lacking = pictures.test_images is not None and test_labels is None
-    if labels is not None and (lacking or not 0 <= labels.min() <= labels.max() < 100):
+    lacking = pictures.test_images is not None and (test_labels is None or test_labels.max() > labels.max())
+    stay = n if pictures.test_images is not None else data.cut(n, 2000, 10)
+    if labels is None or not data.tell(labels[:stay]) or lacking or not 0 <= labels.min() <= labels.max() < 100:
         labels = test_labels = None                         # too few to measure with, or too many to ask for
     if labels is not None and not keys:
         keys, extra["attribute_names"] = ["attributes"], pictures.classes or []
@@ -536,21 +537,26 @@ def prepare(args, pictures):
             extra["test_attributes"] = F.one_hot(test_labels, int(labels.max()) + 1)
     pictures = replace(pictures, labels=labels, test_labels=test_labels)
     if pictures.test_images is None or not all(f"test_{key}" in extra for key in keys):
-        n -= max(1, min(2000, n // 10))
+        n = data.cut(n, 2000, 10)
         parts = {"images": pictures.images} | ({} if labels is None else {"labels": labels})
         pictures = replace(pictures, **{k: t[:n] for k, t in parts.items()},
                            **{f"test_{k}": t[n:] for k, t in parts.items()})
         extra |= {f"test_{key}": extra[key][n:] for key in keys} | {key: extra[key][:n] for key in keys}
     a, a_test = (torch.cat([torch.zeros(len(x), 0), *(extra[part + key].float() for key in keys)], 1)
                  for part, x in (("", pictures.images), ("test_", pictures.test_images)))
-    if args.conditional and not keys:
-        raise UserError(f"{args.dataset} has neither attributes nor labels: --conditional needs them")
-    if keys:
-        low, high = torch.cat([a, a_test]).aminmax(dim=0)
-        a, a_test = ((t - low) / (high - low).clamp_min(1e-6) for t in (a, a_test))
     names = [name for key in keys for name in extra.get(f"{key[:-1]}_names", [])]
     if len(names) != a.shape[1]:
         names = [f"attribute {i}" for i in range(a.shape[1])]
+    if keys:                                                # in [0, 1], without those that all pictures share
+        differ = (a != a[:1]).any(0)
+        names = [name for name, d in zip(names, differ) if d]
+        a, a_test = a[:, differ], a_test[:, differ]
+    if args.conditional and not names:
+        raise UserError(f"{args.dataset} has neither attributes nor labels that differ: --conditional needs "
+                        "them")
+    if names:
+        low, high = torch.cat([a, a_test]).aminmax(dim=0)
+        a, a_test = ((t - low) / (high - low).clamp_min(1e-6) for t in (a, a_test))
     y, test_y = (standard(t, a) if args.conditional else t[:, :0] for t in (a, a_test))
     return replace(pictures, extra={"attributes": a, "test_attributes": a_test, "names": names, "y": y,
                                     "test_y": test_y})
@@ -765,7 +771,9 @@ def knn_error(f, labels, f_test, test_labels, k=5):
     Of equally frequent labels the smallest wins, as in scikit-learn: so the pixels of CIFAR-10 have the
     paper's 66.02; if that of the nearest won, 64.44.  0 for f_test = f, k = 1.
     """
-    labels, k = labels.to(f.device), min(k, len(f))
+    labels, k, mean = labels.to(f.device), min(k, len(f)), f_test.mean(0)
+    f, f_test = f - mean, f_test - mean                     # distances stay, rounding errors shrink
+    metrics.finite(f, f_test)
     half = 0.5 * f.square().sum(1)
     wrong = 0
     for q, y in zip(f_test.split(500), test_labels.to(f.device).split(500)):
@@ -800,8 +808,9 @@ def evaluate(r, Enc, Dec, Dis, pictures):
         return metrics.logits(regressor, unit(drawn)).sigmoid().cpu()
 
     def looks(drawn):
-        frechet = {"frechet": metrics.frechet_distance(regressor, unit(drawn), test)} if names else {}
-        return {"sharpness": sharpness(drawn) / sharpness(x)} | frechet
+        measured = names and len(test) > 1
+        frechet = {"frechet": metrics.frechet_distance(regressor, unit(drawn), test)} if measured else {}
+        return {"sharpness": sharpness(drawn) / (sharpness(x) or float("nan"))} | frechet
 
     with r.aside():
         found = looks(draw(args, Dec, pick(y, len(x))))

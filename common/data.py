@@ -60,6 +60,24 @@ GPU_SHARE = 0.5        # fraction of the free GPU memory that a data set may fil
 HOST_RESIDENT = 2**30  # bytes; on a CPU a larger set is probably memory-mapped, so read it ahead in a thread
 
 
+def cut(n, most, share, least=2):
+    """How many of n pictures stay when the last are held out: n / share of them, from `least` to `most`.
+
+    load() has put every set into a random order that depends on its size alone, so all classes are among
+    them, and a resumed run finds the same split.  cut(600, 50, 6): 550.  UserError: fewer than two stay.
+    """
+    stay = n - max(least, min(most, n // share))
+    if stay < 2:
+        raise UserError(f"{n} picture{'s' * (n != 1)} to train on found: expected {least + 2} at least, as "
+                        f"{least} are held out to measure with")
+    return stay
+
+
+def tell(labels):
+    """Whether labels (N,) or None tell classes apart: two or more.  One alone makes any measure perfect."""
+    return labels is not None and len(labels[labels >= 0].unique()) > 1
+
+
 @dataclass
 class Data:
     """A data set.  `images` may be a read-only memory map: index it, never change it in place."""
@@ -114,12 +132,12 @@ def load(name, data_dir="data", size=None, channels=None, download=True, skip_ba
                         "a folder of pictures, or an .npz file")
     if not known:
         renumber(arrays, path)
-    x = arrays["images"]
-    if x[:prepare.BLOCK].max() < 16 and 0 < (high := x.max().item()) < 16:
-        raise UserError(f"{name} has pixel values from 0 to {high}, all but black: expected 0 to 255; scale "
-                        f"them first, by {255 // high}")
-    for key in {"images", "test_images"} & set(arrays):
-        arrays[key] = resize(arrays[key], size, channels)
+    for key in [key for key in ARRAYS[::2] if key in arrays]:
+        x, what = arrays[key], f"{name} has {key.replace('_', ' ')}"
+        if x[:prepare.BLOCK].max() < 16 and 0 < (high := x.max().item()) < 16:
+            raise UserError(f"{what} with values from 0 to {high}, all but black: expected 0 to 255; scale "
+                            f"them first, by {255 // high}")
+        arrays[key] = resize(x, size, channels)
     return Data(printable(name), **{key: arrays.pop(key, None) for key in (*ARRAYS, "classes")}, extra=arrays)
 
 
@@ -231,8 +249,9 @@ def npz(path):
         if kind in arrays:
             names = [f"{kind[:-1]} {i + 1}" for i in range(arrays[kind].shape[1])]
             arrays.setdefault(COLUMNS[kind], names)
-    for key, a in arrays.items():  # shuffled, so that a part held out from the end has all classes
-        if len(a) == rows[""] and not key.startswith("test_") and not key.endswith(NAMES):
+    for key, a in arrays.items():  # shuffled, so that a part of the rows, the last or the first, has all classes
+        part = "test_" if key.startswith("test_") else ""
+        if len(a) == rows[part] and not key.endswith(NAMES):
             arrays[key] = a[shuffled(range(len(a)))] if torch.is_tensor(a) else shuffled(a)
     return arrays
 
@@ -243,49 +262,75 @@ def misfit(key, a):
     if a.ndim == 0 or not (numbers or text):
         return "numbers or strings, one row or more"
     if kind == "images" and (a.dtype != np.uint8 or a.ndim != 4 or a.shape[1] not in (1, 3) or 0 in a.shape):
-        cures = []
+        store, side = key, math.isqrt(a.shape[-1])
+        if a.ndim == 3:
+            store += "[:, None]"
+        elif a.ndim == 2 and side ** 2 == a.shape[1] > 0:
+            store += f".reshape(-1, 1, {side}, {side})"
+        elif a.ndim == 4 and a.shape[1] not in (1, 3) and a.shape[3] in (1, 3, 4):
+            store += ".transpose(0, 3, 1, 2)" + "[:, :3]" * (a.shape[3] == 4)
+        elif a.ndim == 4 and a.shape[1] == 4:
+            store += "[:, :3]"
+        found = ""
         if numbers and a.size and a.dtype != np.uint8:
             low, high = a.min(), a.max()
-            known = (0, 1, f"({key} * 255)"), (-1, 1, f"(({key} + 1) * 127.5)"), (0, 255, key)
-            cures = [f'{low:g} to {high:g} found, so store {cure}.round().astype("uint8")'
-                     for least, most, cure in known if least <= low and high <= most][:1]
-        if a.ndim == 3:
-            cures.append(f"add the channel: {key}[:, None]")
-        elif a.ndim == 4 and a.shape[1] not in (1, 3) and a.shape[3] in (1, 3):
-            cures.append(f"this looks like (N, H, W, C), so store {key}.transpose(0, 3, 1, 2)")
-        return f"uint8 (N, C, H, W); {'; '.join(cures) or 'values 0..255, N > 0, C = 1 or 3'}"
+            found = f"; {low:g} to {high:g} found"
+            known = ((0, 1, f"({store} * 255)"), (-0.5, 0.5, f"(({store} + 0.5) * 255)"),
+                     (-1, 1, f"(({store} + 1) * 127.5)"), (0, 255, store),
+                     *[(0, 65535, f"({store} / 257)")] * bool(high > 4095))
+            scaled = [f'{cure}.round().astype("uint8")' for least, most, cure in known
+                      if least <= low and high <= most]
+            store = scaled[0] if scaled else key
+        return "uint8 (N, C, H, W)" + (f"{found}; store {store}" if store != key else
+                                       f"; values 0..255, N > 0, C = 1 or 3{found}")
     if kind == "labels" and (a.ndim != 1 or a.dtype.kind not in "iub"):
-        cure = f"np.unique({key}, return_inverse=True)[1]" if text else \
-            f"{key}.argmax(1)" if a.ndim == 2 else f"{key}.astype(int)"
+        flat = key if a.ndim == 1 else f"{key}.ravel()"
+        whole = a.dtype.kind in "iub" or a.dtype.kind == "f" and (a == a.round()).all()
+        cure = f"{key}.argmax(1)" if a.ndim == 2 and a.shape[1] > 1 and not text else \
+            f"{flat}.astype(int)" if whole else f"np.unique({flat}, return_inverse=True)[1]"
         return f"integers (N,), one a picture; store {cure}"
-    if kind == "captions" and (not text or a.ndim > 2):
+    if kind == "captions" and (not text or a.ndim > 2 or 0 in a.shape):
         return "strings (N,) or (N, k), one or k sentences a picture"
-    if kind in COLUMNS and (not numbers or a.ndim != 2 or not np.isfinite(a).all()):
+    if kind in COLUMNS and (not numbers or a.ndim != 2 or 0 in a.shape or not (np.abs(a) < 1e30).all()):
         return "numbers (N, A), none of them NaN or infinite" + f"; store {key}[:, None]" * (a.ndim == 1)
-    if kind in (*COLUMNS.values(), "classes") and (not text or a.ndim != 1):
-        return "strings (A,), one for each name"
+    if kind in (*COLUMNS.values(), "classes") and (not text or a.ndim != 1 or len(set(a.tolist())) < len(a)):
+        return "strings (A,), one for each name, all different"
     return None
 
 
 def renumber(arrays, path):
-    """Number the labels that occur from 0, without gaps, and name them in `classes`.  -1: no label."""
+    """Number the labels that occur from 0, without gaps, and name them in `classes`.  -1: no label.
+
+    Classes of test pictures alone come last, where there are captions.  Without, no network could name them:
+    then test_labels are left out.
+    """
     parts = {key: arrays[key].long() for key in ("labels", "test_labels") if arrays.get(key) is not None}
     values = torch.cat([torch.zeros(0).long(), *parts.values()]).unique()
     if (values < -1).any():
         raise UserError(f"{path} has a label {values[0]}: expected 0, 1, ... for classes, -1 for no label")
-    values, names = values[values >= 0], arrays.get("classes")
+    seen = parts.get("labels", values[:0]).unique()
+    seen, others = seen[seen >= 0], values[(values >= 0) & ~torch.isin(values, seen)]
+    unknown = ~torch.isin(parts.get("test_labels", values[:0]), seen)
+    if unknown.any() and "captions" not in arrays:
+        say(f"{path}: test_labels are left out, as {int(unknown.sum()):,} of {len(unknown):,} test pictures "
+            "have no label, or one that no other picture has", sys.stderr)
+        arrays["test_labels"], others = None, others[:0]
+        del parts["test_labels"]
+    values, names, high = torch.cat([seen, others]), arrays.get("classes"), max([-1, *seen, *others])
     if len(values) > max(100, len(arrays["images"]) // 2):
         raise UserError(f"{path} has {len(values):,} different labels for {len(arrays['images']):,} "
                         "pictures: expected classes of several pictures each")
-    if names is not None and len(values) and (values[-1] < len(names) or len(names) == len(values)):
-        arrays["classes"] = [names[v] for v in values] if values[-1] < len(names) else names
+    if names is not None and len(values) and (high < len(names) or len(names) == len(values)):
+        arrays["classes"] = [names[v] for v in values] if high < len(names) else \
+            [names[i] for i in values.argsort().argsort()]
     elif names is not None and parts:
-        raise UserError(f"{path} has {len(names)} classes for labels up to {max(values, default=-1)}: "
-                        "expected a name for each")
-    elif len(values) and values[-1] >= len(values):
+        raise UserError(f"{path} has {len(names)} classes for labels up to {high}: expected a name for each")
+    elif len(values) and (high >= len(values) or len(others)):
         arrays["classes"] = [str(v) for v in values.tolist()]
+    ordered, which = values.sort()
     for key, y in parts.items():
-        arrays[key] = torch.where(y < 0, y, torch.searchsorted(values, y)) if len(values) else None
+        new = which[torch.searchsorted(ordered, y).clamp_(max=len(values) - 1)] if len(values) else y
+        arrays[key] = torch.where(y < 0, y, new) if (y >= 0).any() else None
 
 
 def to_torch(a):

@@ -24,6 +24,12 @@ def need(ok, expected, found):
         raise UserError(f"expected {expected}, found {found}")
 
 
+def finite(*tensors):
+    """Raise a UserError if a number among them is NaN or infinite: a measure of it would say nothing."""
+    bad = sum(int((~t.isfinite()).sum()) for t in tensors)
+    need(not bad, "finite numbers to measure", f"{bad} that are NaN or infinite, as of networks that diverged")
+
+
 def shapes(*tensors):
     """Types and shapes for a message: float32 (2, 3) and int64 (2,)."""
     return " and ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors)
@@ -78,6 +84,7 @@ def _parzen_ll(samples, x, sigmas, chunk):
          "floating-point samples (n, ...) and x (N, ...) of one shape, n, N > 0", shapes(samples, x))
     need(min(sigmas) > 0, "sigma > 0", min(sigmas))
     samples, x = precise(samples.flatten(1)), precise(x.flatten(1))
+    finite(samples, x)
     n, d = samples.shape
     s = torch.tensor(sigmas, dtype=torch.float64, device=samples.device)[:, None]
     ll = []
@@ -145,6 +152,7 @@ def matching(cost):
     Source: the Hungarian method with shortest augmenting paths, O(n^3), n = max(r, c).
     """
     rows, columns = cost.shape
+    need(np.isfinite(cost).all(), "finite costs", "NaN or infinity")
     n = max(rows, columns)
     cost = np.pad(np.asarray(cost, np.float64), ((0, n - rows), (0, n - columns)))
     u, v = np.zeros(n), np.zeros(n + 1)  # prices: cost - u - v >= 0, with equality for matched pairs
@@ -338,6 +346,7 @@ def frechet(feat_a, feat_b):
          "features (N, d) and (M, d), N, M > 1", shapes(feat_a, feat_b))
     a, b = precise(feat_a).double(), precise(feat_b).double()
     b = b.to(a.device)
+    finite(a, b)
     C1, C2 = torch.atleast_2d(a.T.cov()), torch.atleast_2d(b.T.cov())
     # With R = C1^(1/2), R C2 R is symmetric and has the eigenvalues of C1 C2: no complex numbers.
     e, U = torch.linalg.eigh(C1)

@@ -10,6 +10,7 @@ import shutil
 import stat
 import sys
 import time
+import unicodedata
 import warnings
 import zlib
 from collections import Counter
@@ -32,8 +33,9 @@ except ImportError:  # Windows
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")      # of SUFFIXES; an EPS file runs a program
 GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B")     # Pillow's modes without colour
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "val": "val",
-          "valid": "val", "validation": "val"}
+SPLIT = re.compile(r"(train|test|val)(ing|id|idation)?([ _-]?(set|images|data|pictures|[0-9]+))*",
+                   re.IGNORECASE)          # folders that are parts of a set: train, Test, val2017, training_set
+LITTER = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")   # left by other systems
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # EXIF orientation -> upright
 BLOCK = 1024           # images decoded, written and checked at a time; another value voids what is prepared
 
@@ -44,13 +46,13 @@ def folder(path, root, size, channels, skip_bad=False):
     """A folder of pictures, shuffled; sub-folders, if any, are the classes, or train/ and test/."""
     files, left_out = walk(path)
     parts = layout(sorted(files), path)
-    left_out["pictures of val/, beside train/ and test/"] = len(files) - sum(map(len, parts.values()))
+    left_out["pictures beside the two parts"] = len(files) - sum(map(len, parts.values()))
     if left_out := ", ".join(f"{n:,} {what}" for what, n in sorted(left_out.items()) if n):
         say(f"left out of {path}: {left_out}", sys.stderr)
     if not files:
         raise UserError(f"{path} holds no pictures: expected {' '.join(SUFFIXES)} in it, or in a sub-folder "
                         "for each class")
-    digest = hashlib.sha256(json.dumps([2, str(path.resolve()), skip_bad]).encode())
+    digest = hashlib.sha256(json.dumps([1 + len(parts), str(path.resolve()), skip_bad]).encode())
     for f, about in sorted(files.items()):
         digest.update(json.dumps((f, about)).encode())
 
@@ -68,7 +70,8 @@ def folder(path, root, size, channels, skip_bad=False):
                 say(f"left out, as they cannot be read: {listing(list(bad.values()))}", sys.stderr)
             for prefix, part in parts.items():
                 parts[prefix] = {f: c for f, c in part.items() if f not in bad}
-        parts[""] = dict(shuffled(list(parts[""].items())))
+        for prefix, part in parts.items():
+            parts[prefix] = dict(shuffled(list(part.items())))
         names, rest = [f for part in parts.values() for f in part], {"test_from": len(parts[""])}
         classes = sorted({c for part in parts.values() for c in part.values()} - {None})
         for prefix, part in parts.items():
@@ -92,7 +95,7 @@ def folder(path, root, size, channels, skip_bad=False):
 def walk(path):
     """-> {picture's path below `path`: [bytes, time of change]}, and a Counter of what was left out and why.
 
-    Links are followed last, and no folder or file is read twice.  Hidden files and folders are ignored.
+    Links are followed last, and no folder or file is read twice.  Hidden files and folders are ignored, and LITTER.
     """
     found, left_out, seen, links, folders = {}, Counter(), set(), [], [str(path)]
     root, prefix = os.path.realpath(path), len(os.path.join(path, ""))
@@ -114,7 +117,7 @@ def walk(path):
             continue
         for e in entries:
             file = os.fspath(e)
-            if os.path.basename(file).startswith("."):
+            if os.path.basename(file).startswith(".") or os.path.basename(file) in LITTER:
                 continue
             if e is not at and e.is_symlink():
                 links.append(file)
@@ -131,25 +134,34 @@ def walk(path):
     return found, left_out
 
 
-def layout(files, path, depth=0):
+def layout(files, path):
     """-> {"": {file: class}}, with folders train/ and test/ also "test_".  Class None: no sub-folders.
 
-    A lone folder around all others is a wrapper, not a class.  val/ is the test part if there is no test/.
+    A lone folder around all others, or around all of a part, is a wrapper, not a class.  val/ is the test part
+    if there is no test/.  What lies beside train/ and test/ is in neither.
     """
     def top(f, depth):
-        return f.split("/", depth + 1)[depth] if f.count("/") > depth else None
+        return unicodedata.normalize("NFC", f.split("/", depth + 1)[depth]) if f.count("/") > depth else None
 
-    tops = Counter(top(f, depth) for f in files)
-    if len(tops) == 1 and None not in tops:
-        return layout(files, path, depth + 1)
-    kinds, parts = {t: SPLITS.get(str(t).lower()) for t in tops}, {"": files}
-    if "train" in kinds.values() and None not in kinds.values() and len(set(kinds.values())) > 1:
+    depth, parts = 0, {"": files}
+    while len(tops := {top(f, depth) for f in files}) == 1 and None not in tops:
+        depth += 1
+    kinds = {t: found[1].lower() for t in tops if t and (found := SPLIT.fullmatch(t))}
+    if "train" in kinds.values() and len(set(kinds.values())) > 1:
         test = "test" if "test" in kinds.values() else "val"
-        parts = {part: [f for f in files if kinds[top(f, depth)] == kind]
+        parts = {part: [f for f in files if kinds.get(top(f, depth)) == kind]
                  for part, kind in (("", "train"), ("test_", test))}
         depth += 1
+    depths, classes = dict.fromkeys(parts, depth), {}
+    while True:
+        classes = {part: {top(f, depths[part]) for f in some} for part, some in parts.items()}
+        wrapped = [part for part, found in classes.items() if len(found) == 1 and None not in found
+                   and not any(found < other for other in classes.values())]
+        if not wrapped:
+            break
+        depths.update({part: depths[part] + 1 for part in wrapped})
     for part, some in parts.items():
-        parts[part] = {f: top(f, depth) for f in some}
+        parts[part] = {f: top(f, depths[part]) for f in some}
         flat = sum(c is None for c in parts[part].values())
         if 0 < flat < len(some):
             raise UserError(f"{path} holds {flat} pictures beside {len(some) - flat} in sub-folders: "
@@ -293,15 +305,29 @@ def brief(e):
 
 @contextmanager
 def locked(path):
-    """Let in one process at a time; a killed process releases its lock.  No lock on Windows."""
-    with open(path, "w") as f:
-        if fcntl:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"waiting for the process that prepares {path.stem}", sys.stderr)
-                fcntl.flock(f, fcntl.LOCK_EX)
+    """Let in one process at a time; a killed process releases its lock.  Some file systems have no locks."""
+    with open(path, "a+b") as f:
+        if not lock(f):
+            say(f"waiting for the process that prepares {path.stem}", sys.stderr)
+            while not lock(f):
+                time.sleep(0.2)
         yield
+
+
+def lock(f):
+    """Lock the open file `f` until it is closed; False while another process has it."""
+    try:
+        if fcntl:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:  # Windows
+            import msvcrt
+            f.seek(0)
+            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def cached(where, make):

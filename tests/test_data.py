@@ -415,7 +415,13 @@ def test_what_is_no_picture_is_counted(tmp_path, capsys, monkeypatch):
     ("train/cat/0 train/dog/1 test/cat/2 test/dog/3", {0: 0, 1: 1}, {2: 0, 3: 1}, ["cat", "dog"]),
     ("all/Train/cat/0 all/Train/dog/1 all/val/dog/3", {0: 0, 1: 1}, {3: 1}, ["cat", "dog"]),
     ("train/cat/0 train/dog/1 test/dog/3 val/cat/4", {0: 0, 1: 1}, {3: 1}, ["cat", "dog"]),
-    ("training/cat/0 training/dog/1 test/cow/3", {0: 0, 1: 1}, {3: 2}, ["cat", "dog", "cow"]),
+    ("training/cat/0 training/dog/1 test/cow/3", {0: 0, 1: 1}, {3: None}, ["cat", "dog"]),
+    ("training_set/cat/0 training_set/dog/1 test_set/dog/2", {0: 0, 1: 1}, {2: 1}, ["cat", "dog"]),
+    ("train/in/cat/0 train/in/dog/1 test/cat/2 test/dog/3", {0: 0, 1: 1}, {2: 0, 3: 1}, ["cat", "dog"]),
+    ("train/cat/0 train/dog/1 val2017/images/cat/2 val2017/images/dog/3 m/4", {0: 0, 1: 1}, {2: 0, 3: 1},
+     ["cat", "dog"]),
+    ("cat/0 dog/1 __MACOSX/cat/2 @eaDir/3", {0: 0, 1: 1}, {}, ["cat", "dog"]),
+    ("caf\u00e9/0 cafe\u0301/1 tea/2", {0: 0, 1: 0, 2: 1}, {}, ["caf\u00e9", "tea"]),
     ("train/0 train/1 test/2", {0: None, 1: None}, {2: None}, None),
     ("train/cat/0 train/dog/1 test/2", {0: 0, 1: 1}, {2: None}, ["cat", "dog"]),
     ("animals/cat/0 animals/dog/1", {0: 0, 1: 1}, {}, ["cat", "dog"]),
@@ -692,6 +698,8 @@ def test_slower_of_two_without_locks(tmp_path, pictures, monkeypatch):
             raise PermissionError
         return rename(path, to)
 
+    windows = types.SimpleNamespace(LK_NBLCK=2, locking=lambda *a: (_ for _ in ()).throw(OSError))
+    monkeypatch.setitem(sys.modules, "msvcrt", windows)
     monkeypatch.setattr(prepare, "fcntl", None)
     monkeypatch.setattr(prepare, "decode", picture)
     monkeypatch.setattr(prepare.shutil, "rmtree", rmtree)
@@ -736,15 +744,19 @@ def test_npz(tmp_path, monkeypatch):
 def test_an_npz_is_shuffled_whatever_its_order(tmp_path, labels):
     i, more = np.arange(12, dtype=np.uint8), {} if labels is None else {"labels": labels}
     np.savez(tmp_path / "s.npz", images=np.tile(20 * i[:, None, None, None], (1, 1, 2, 2)), age=i,
-             captions=i.astype(str), tag_names=i.astype(str), test_images=np.zeros((12, 1, 2, 2), np.uint8),
-             test_labels=i // 4, **more)
+             captions=i.astype(str), tag_names=i.astype(str), test_labels=i // 4,
+             test_images=np.tile(20 * i[:, None, None, None], (1, 1, 2, 2)), **more)
     d = load(tmp_path / "s.npz", tmp_path)
     order = (d.images[:, 0, 0, 0] // 20).tolist()
     assert sorted(order) == i.tolist() != order and d.extra["age"].tolist() == order
     if labels is not None:
         assert d.labels.tolist() == labels[order].tolist() and set(d.labels[6:].tolist()) == {0, 1, 2}
     assert d.extra["captions"] == [str(k) for k in order]
-    assert d.extra["tag_names"] == [str(k) for k in i] and d.test_labels.tolist() == (i // 4).tolist()
+    assert d.extra["tag_names"] == [str(k) for k in i]
+    order = (d.test_images[:, 0, 0, 0] // 20).tolist()  # of these too: a figure or a number may take the first
+    assert sorted(order) == i.tolist() != order
+    if labels is not None:
+        assert d.test_labels.tolist() == (i[order] // 4).tolist()
     assert torch.equal(load(tmp_path / "s.npz").images, d.images)
 
 
@@ -764,12 +776,16 @@ def test_labels_that_occur_are_numbered_without_gaps(tmp_path, labels, names, fo
     assert d.classes == classes
 
 
-def test_a_label_of_the_test_part_alone_has_its_number(tmp_path):
+def test_a_label_of_the_test_part_alone(tmp_path, capsys):
     x = noise(3, 1, 2, 2)
     np.savez(tmp_path / "a.npz", images=x, labels=[5, 5, 9], test_images=x, test_labels=[9, 7, 5])
-    d = load(tmp_path / "a.npz")
-    assert sorted(d.labels.tolist()) == [0, 0, 2] and d.test_labels.tolist() == [2, 1, 0]
-    assert d.classes == ["5", "7", "9"]
+    assert load(tmp_path / "a.npz").test_labels is None  # no network could name a 7
+    assert capsys.readouterr().err.count("test_labels are left out, as 1 of 3") == 1
+    np.savez(tmp_path / "a.npz", images=x, labels=[5, 5, 9], test_images=x, test_labels=[9, 7, 5],
+             captions=list("abc"))
+    d = load(tmp_path / "a.npz")  # unless it learns from sentences
+    assert sorted(d.labels.tolist()) == [0, 0, 1] and sorted(d.test_labels.tolist()) == [0, 1, 2]
+    assert d.classes == ["5", "9", "7"]
 
 
 def test_other_arrays_of_an_npz(tmp_path):
@@ -793,13 +809,18 @@ OK = np.zeros((4, 3, 8, 8), np.uint8)
         ({"images": OK.astype(np.float32)},
          ["float32 (4, 3, 8, 8)", "expected uint8", '(images * 255).round().astype("uint8")']),
         ({"images": OK - np.float32(0.5)},
-         ['((images + 1) * 127.5).round().astype("uint8")', "-0.5 to -0.5"]),
+         ['((images + 0.5) * 255).round().astype("uint8")', "-0.5 to -0.5"]),
+        ({"images": OK.transpose(0, 2, 3, 1) - np.float32(1)},
+         ['((images.transpose(0, 3, 1, 2) + 1) * 127.5).round().astype("uint8")']),
+        ({"images": OK.astype(np.uint16) + 40000}, ['(images / 257).round().astype("uint8")']),
+        ({"images": OK[:, 0].reshape(4, 64)}, ["store images.reshape(-1, 1, 8, 8)"]),
+        ({"images": OK[:, [0, 1, 2, 0]]}, ["store images[:, :3]"]),
         ({"images": OK + np.int64(300)}, ["int64", "expected uint8", "0..255"]),
         ({"images": OK[:, 0] + 255.0},
-         ['images.round().astype("uint8")', "add the channel: images[:, None]"]),
+         ['images[:, None].round().astype("uint8")']),
         (
             {"images": OK.transpose(0, 2, 3, 1)},
-            ["(4, 8, 8, 3)", "like (N, H, W, C)", "images.transpose(0, 3,"],
+            ["(4, 8, 8, 3)", "images.transpose(0, 3,"],
         ),
         ({"images": OK[:, 0]}, ["(4, 8, 8)", "images[:, None]"]),
         ({"images": OK[:, :2]}, ["(4, 2, 8, 8)", "C = 1 or 3"]),
@@ -812,6 +833,12 @@ OK = np.zeros((4, 3, 8, 8), np.uint8)
          ["1,200 different labels for 1,200 pictures", "classes"]),
         ({"images": OK, "labels": np.zeros(4)},
          ["labels is float64 (4,)", "integers (N,)", "labels.astype(int)"]),
+        ({"images": OK, "labels": np.zeros((4, 1))}, ["store labels.ravel().astype(int)"]),
+        ({"images": OK, "labels": np.full(4, 0.5)}, ["store np.unique(labels, return_inverse=True)[1]"]),
+        ({"images": OK, "captions": np.zeros((4, 0), str)}, ["captions is <U1 (4, 0)"]),
+        ({"images": OK, "factors": np.zeros((4, 0))}, ["factors is float64 (4, 0)"]),
+        ({"images": OK, "factors": np.full((4, 1), 1e300)}, ["none of them NaN or infinite"]),
+        ({"images": OK, "factors": np.zeros((4, 2)), "factor_names": ["a", "a"]}, ["all different"]),
         ({"images": OK, "labels": np.eye(4, dtype=int)},
          ["labels is int64 (4, 4)", "integers (N,)", "labels.argmax(1)"]),
         ({"images": OK, "labels": list("abca")},
@@ -855,6 +882,14 @@ OK = np.zeros((4, 3, 8, 8), np.uint8)
 def test_bad_npz(tmp_path, arrays, words):
     np.savez(tmp_path / "bad.npz", **arrays)
     one_line(lambda: load(tmp_path / "bad.npz", tmp_path), tmp_path / "bad.npz", *words)
+
+
+@pytest.mark.parametrize("key", ["images", "test_images"])
+def test_values_of_0_and_1_in_bytes(tmp_path, key):
+    np.savez(tmp_path / "a.npz", **({"images": noise(4, 1, 8, 8), "test_images": noise(4, 1, 8, 8)}
+                                    | {key: noise(4, 1, 8, 8) // 128}))
+    one_line(lambda: load(tmp_path / "a.npz", tmp_path), f"{key.replace('_', ' ')} with values from 0 to 1",
+             "by 255")
 
 
 def test_damaged_npz(tmp_path):
@@ -953,9 +988,11 @@ def test_birds_hold_out_the_last_quarter_of_classes(tmp_path, birds):
 def test_lists_of_classes_decide_the_split(tmp_path, birds, file, lines, held):
     (birds / file).write_text("\n".join(lines) + "\n")
     d = load(birds, tmp_path, size=8)
-    assert sorted(set(d.labels.tolist())) == [i for i in range(4) if i not in held]
+    names = sorted(p.name for p in (birds / "text_c10").iterdir())
+    assert {d.classes[k] for k in d.labels} == {names[i] for i in range(4) if i not in held}
+    assert d.labels.max() == 3 - len(held)  # no number of a class that is held out is left between them
     if held:
-        assert sorted(set(d.test_labels.tolist())) == held
+        assert {d.classes[k] for k in d.test_labels} == {names[i] for i in held}
     else:
         assert d.test_images is None and "test_captions" not in d.extra
 
@@ -1276,6 +1313,21 @@ def test_warp_of_nothing_and_of_edges_and_its_gradient():
     assert (torch.autograd.grad(data.warp(x).sum(), x)[0] != 0).any()
     with torch.autocast("cpu", torch.bfloat16):             # what is left alone stays sharp
         torch.testing.assert_close(data.warp(x, share=0.0), x, atol=1e-4, rtol=0)
+
+
+# ---- what is held out, and what tells classes apart -----------------------------------------------------
+
+
+def test_cut():
+    assert data.cut(600, 50, 6) == 550 and data.cut(60, 50, 6) == 50 and data.cut(5, 50, 6) == 3
+    assert data.cut(10, 50, 5, least=4) == 6
+    for n in (0, 1, 3):
+        one_line(lambda n=n: data.cut(n, 50, 6), f"{n} picture", "expected 4 at least, as 2 are held out")
+
+
+def test_tell():
+    assert data.tell(torch.tensor([0, 1])) and data.tell(torch.tensor([3, -1, 5]))
+    assert not any(map(data.tell, (None, torch.tensor([2, 2]), torch.tensor([1, -1]))))
 
 
 # ---- minibatches -----------------------------------------------------------------------------------------

@@ -521,3 +521,66 @@ def test_no_command_line_makes_a_traceback(name, tmp_path, monkeypatch, capsys):
             raise AssertionError("main() ended")
 
     holds()
+
+
+# ------------------------------------------------------------------------------- sets that allow no measurement
+
+BRIEFLY = {"gan": [], "cgan": ["--nn-samples", "50"], "infogan": [], "vaegan": ["--net", "28"],
+           "dcgan": ["--net", "svhn"], "aae": ["--task", "likelihood", "--samples", "50"]}
+
+
+def briefly(name, path, out):
+    """results.json of two steps; None if the set was refused, in one line and before the first step."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(sys, "excepthook", sys.excepthook)
+        try:
+            importlib.import_module(name).main(
+                ["--dataset", str(path), "--data-dir", str(out), "--out", str(out), "--device", "cpu", "--steps",
+                 "2", "--batch-size", "2", "--width", ".02", "--log-every", "1", *BRIEFLY[name]])
+        except UserError as e:
+            assert "\n" not in str(e) and not any(f.stat().st_size for f in out.glob("*/metrics.jsonl"))
+            return None
+    (found,) = out.glob("*/results.json")
+    return json.loads(found.read_text(), parse_constant=pytest.fail)["results"]
+
+
+@pytest.mark.parametrize("name, kind", [
+    *((name, "one class") for name in BRIEFLY), ("gan", "one rare class"), ("cgan", "one rare class"),
+    ("vaegan", "one rare class"), ("vaegan", "other classes"), ("gan", "one test picture"), ("vaegan", "flat")])
+def test_no_measure_of_what_cannot_be_measured(name, kind, tmp_path):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(256, size=(40, 1, 28, 28), dtype=np.uint8), np.arange(40) % 2
+    test, test_y = x[:6], y[:6]
+    if kind == "one class":
+        y, test_y = 0 * y, 0 * test_y
+    elif kind == "one rare class":  # among those held out
+        y, test, test_y = 0 * y, None, None
+        y[prepare.shuffled(range(40))[-1]] = 1
+    elif kind == "other classes":
+        test_y = test_y + 2
+    elif kind == "one test picture":
+        test, test_y = test[:1], test_y[:1]
+    else:
+        x = np.broadcast_to(x[:, :, :1, :1], x.shape)
+        test = x[:6]
+    arrays = {"images": x, "labels": y, "test_images": test, "test_labels": test_y}
+    np.savez(tmp_path / "set.npz", **{k: a for k, a in arrays.items() if a is not None})
+    found = briefly(name, tmp_path / "set.npz", tmp_path)
+    assert (found is None) == (name == "cgan")
+    keys = {k for entry in (found or {}).values() for k in entry} | set(found or {})
+    judged = {"frechet", "agreement", "ig-cls", "vg-knn", "vg-attr"}
+    if kind in ("one class", "one rare class"):
+        assert not judged & keys, found
+    if kind == "one test picture":
+        assert "frechet" not in keys
+    if name == "vaegan" and kind == "flat":
+        assert found["vg-celeba-samples"]["value"] is None
+
+
+@pytest.mark.parametrize("name, n", [("aae", 1), ("aae", 3), ("dcgan", 1), ("gan", 5), ("infogan", 2),
+                                     ("vaegan", 3), ("vaegan", 4)])
+def test_a_handful_of_pictures(name, n, tmp_path):
+    x = np.random.default_rng(0).integers(256, size=(n, 1, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "set.npz", images=x)
+    found = briefly(name, tmp_path / "set.npz", tmp_path)
+    assert n > 1 or found is None

@@ -420,6 +420,17 @@ def test_frechet_against_numpy_where_covariances_do_not_commute():
     assert M.frechet(a, b) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_no_measure_of_what_is_not_finite(bad):
+    x = normal(8, 3).float()
+    odd = x.clone()
+    odd[2, 1] = bad
+    for measure in (lambda: M.frechet(odd, x), lambda: M.frechet(x, odd), lambda: M.parzen_ll(odd, x, 0.2),
+                    lambda: M.parzen(x, odd, x), lambda: M.matching(odd.numpy())):
+        with pytest.raises(UserError, match="finite"):
+            measure()
+
+
 def test_frechet_of_a_set_and_itself_is_zero_also_with_fewer_points_than_dimensions():
     for n in (200, 10):
         a = normal(n, 30) * 10

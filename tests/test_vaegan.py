@@ -515,6 +515,13 @@ def test_knn_error_against_numpy():
     assert vaegan.knn_error(line, labels, torch.zeros(1, 1), torch.tensor([1])) == 0
     assert vaegan.knn_error(line, labels, torch.zeros(1, 1), torch.tensor([3])) == 100
     assert vaegan.knn_error(*map(torch.tensor, (f, y, f, y)), k=1) == 0
+    for offset in (1e4, 1e5):   # numbers far from 0 with small differences
+        moved = [torch.tensor(a).float() + offset for a in (f, q)]
+        near, there = [a.double() - offset for a in moved], [torch.tensor(a) for a in (y, t)]
+        assert vaegan.knn_error(moved[0], there[0], moved[1], there[1]) == \
+            vaegan.knn_error(near[0], there[0], near[1], there[1])
+    with pytest.raises(UserError, match="1 that are NaN or infinite"):
+        vaegan.knn_error(torch.tensor([[0.0], [math.nan]]), labels[:2], torch.zeros(1, 1), labels[:1])
 
 
 def test_sharpness_and_distance():
