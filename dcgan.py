@@ -49,7 +49,8 @@ from common.metrics import need, shapes
 # minibatch in turn, pictures drawn with their own batch's statistics, SVHN's settings.
 
 ALL = dict(batch_size=128, lr=2e-4, weight_decay=1e-5, eps=1e-8, scale=(-1.0, 1.0), turns=True,
-           batch_stats=True, together=False, deduplicate=False)
+           batch_stats=True, together=False, deduplicate=False,
+           clf_steps=None)                  # of the classifier that judges; None: 12 epochs, at most 1,500
 PAPER = {       # steps: updates of D, half of the minibatches in the paper's epochs; the others are G's
     "64": ALL | dict(net="64", size=64, dz=100, normal=False,
                      steps=34_000),                                 # faces: 25 epochs of 350,000
@@ -65,6 +66,7 @@ TUNED = {name: dict(
     batch_stats=False,                 # a picture is a function of its z alone; not measured
     eps=1e-5) for name in PAPER}       # torch's default; not measured
 TUNED["lsun"]["steps"] = 107_700       # 5 epochs again
+QUICK = {"64": dict(size=32, width=0.125, batch_size=32, lr=3e-4, steps=4000, clf_steps=300)}
 
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -243,7 +245,7 @@ def parse_args(argv=None):
         help="with --features: train D's architecture on 100 labels a class instead, the best of so many "
         "random settings [%(const)s]")
     args = run.parse(p, argv, free=("exemplars", "features", "supervised"), experiment=experiment,
-                     paper=PAPER, tuned=TUNED)
+                     paper=PAPER, tuned=TUNED, quick=QUICK)
     if args.net != "64" and args.size != 32:
         p.error(f"--size {args.size} found, 32 expected of --net {args.net}; --net 64 takes other sizes")
     if args.features and not args.resume:
@@ -631,7 +633,7 @@ def predictor(args, pictures, columns):
     both by eye.  And the share in % of the attributes that it gets right on the last tenth of the pictures,
     2,000 at most, which it has not seen."""
     y, n = torch.stack([*columns.values()], 1), data.cut(len(pictures.images), 2000, 10)
-    clf = metrics.classifier(pictures.images[:n], y[:n], args.device, args.data_dir)
+    clf = metrics.classifier(pictures.images[:n], y[:n], args.device, args.data_dir, args.clf_steps)
     right = (metrics.logits(clf, pictures.images[n:]) > 0).cpu() == (y[n:] > 0.5)
     return clf, 100 * right[:, [name != "azimuth" for name in columns]].double().mean().item()
 
@@ -987,7 +989,8 @@ def evaluate(r, G, pictures):
                 results["dcgan-window"], rows = forget(G, args, z, has, z_new[has_new], clf, names, word)
                 r.show("fig6", log.grid(rows, 10, args.scale))
     elif data.tell(pictures.labels) and pictures.labels.min() >= 0:
-        clf = metrics.classifier(pictures.images, pictures.labels, args.device, args.data_dir)
+        clf = metrics.classifier(pictures.images, pictures.labels, args.device, args.data_dir,
+                                 args.clf_steps)
     if clf is not None:
         real = pictures.images if pictures.test_images is None else pictures.test_images
         real = real[::-(-len(real) // POOL)]                # strided: a test part may be sorted by class

@@ -55,7 +55,8 @@ CODE = dict(
     weight_decay=2e-5 / 64, eps=1e-8 / 64,      # deeppy: 2 x 1e-5 and 1e-8 for gradients summed over 64
     decay_all=False,                # architectures.py: weights alone, without those of mu and log sigma^2
     code_init=True,                 # deeppy/filler.py, deeppy/expr/nnet/batch_normalization.py
-    noise=0.0, average=0.0, gating=False)       # model/aegan.py has gating, the paper does not mention it
+    noise=0.0, average=0.0, gating=False,       # model/aegan.py has gating, the paper does not mention it
+    clf_steps=None)                 # of the classifier that judges; None: 12 epochs, at most 1,500
 PAPER = {
     "64": CODE | dict(net=64, channels=3, z_dim=128),                       # Table 1; z: celeba_aegan.py
     "32": CODE | dict(net=32, channels=3, z_dim=128, gamma=5e-6,            # cifar_aegan.py
@@ -72,6 +73,9 @@ STABLE = dict(
     own_pass=False,                 # one pass through Dec and Dis_l less
     anneal=False, code_init=False, weight_decay=1e-5, eps=1e-8, decay_all=True)
 TUNED = {"64": STABLE, "32": STABLE | dict(z_dim=256, maps=256, units=2048), "28": STABLE}
+QUICK = {"64": dict(
+    net=32, maps=256, units=2048, z_dim=64, width=0.25, batch_size=32, average=0.998, steps=2000, clf_steps=300,
+    gamma=0.05, noise=0.3)}         # at 5e-3 and .2 samples are a pattern of noise after 1,000 steps
 
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -346,7 +350,7 @@ def parse_args(argv=None):
     add("--lr", type=positive, help="RMSProp's rate [3e-4]")
     add("--beside", metavar="RUN", nargs="+",
         help="with --resume: Figs. 3-5 with this run and these, of any --model and --gamma")
-    args = run.parse(p, argv, free=("beside",), experiment=experiment, paper=PAPER, tuned=TUNED)
+    args = run.parse(p, argv, free=("beside",), experiment=experiment, paper=PAPER, tuned=TUNED, quick=QUICK)
     if args.beside and not args.resume:
         p.error("--beside needs --resume RUN: the run that the others stand beside")
     if (args.model == "vae_dis") != bool(args.dis):
@@ -799,7 +803,7 @@ def evaluate(r, Enc, Dec, Dis, pictures):
     a, names, y, test = e["attributes"], e["names"], e["test_y"][:2000], pictures.test_images[:2000]
     x = scaled(args, test)
     if names:                                               # the paper's has the layers of Enc
-        regressor = metrics.classifier(pictures.images, a, args.device, args.data_dir)
+        regressor = metrics.classifier(pictures.images, a, args.device, args.data_dir, args.clf_steps)
 
     def unit(drawn):                                        # [-1, 1] -> [0, 1]
         return drawn / 2 + 0.5

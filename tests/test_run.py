@@ -1,5 +1,6 @@
 """A run's folder, flags, checkpoints, resume, signals and errors, each as a user meets them."""
 
+import importlib
 import json
 import math
 import os
@@ -458,6 +459,20 @@ def test_paper_tuned_quick_and_flags_in_their_order():
     assert settled("--lr", .5).given == ["lr"] and settled().cats == (10,)
     with pytest.raises(SystemExit):
         settled("--paper", "--quick")
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("gan", ""), ("dcgan", ""), ("dcgan", "--dataset celeba"), ("cgan", ""), ("infogan", ""), ("aae", ""),
+    ("aae", "--task semi"), ("vaegan", ""), ("vaegan", "--model vae")])
+def test_quick_settles_what_it_names_is_shorter_and_can_be_overruled(name, words):
+    script = importlib.import_module(name)
+    usual, quick = (script.parse_args([*words.split(), *more]) for more in ((), ["--quick"]))
+    row = script.QUICK[quick.experiment]
+    assert {k: getattr(quick, k) for k in row} == row and set(row) <= set(vars(usual))
+    work, usual_work = (a.steps * a.batch_size * a.width for a in (quick, usual))
+    assert quick.settings == "quick" and work < usual_work / 4
+    by_hand = script.parse_args([*words.split(), "--quick", "--steps", "7", "--width", "0.3"])
+    assert (by_hand.steps, by_hand.width, by_hand.batch_size) == (7, 0.3, quick.batch_size)
 
 
 def test_a_resumed_run_keeps_its_settings_whatever_the_defaults_are_by_then(tmp_path):
