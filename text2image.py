@@ -83,7 +83,8 @@ STABLE = dict(
     hardest=True,                # not measured: the hardest mismatch of each row counts by itself
     image_features="own")        # not measured: needs no download
 TUNED = dict.fromkeys(PAPER, STABLE)
-QUICK = {"scenes": dict(width=0.2, encoder_steps=1000, steps=2000, style_steps=100)}
+QUICK = {"scenes": dict(width=0.2, encoder_steps=1000, lr_phi=1e-3, steps=1500, average=0.99,
+                        style_steps=100)}
 
 NZ, NT, NH = 100, 128, 1024      # sizes of z, of the projected text and of h = phi_t(t)
 FEW = 2 ** 17                    # texts whose h are kept: 512 MB; of more they are read anew at each step
