@@ -1,10 +1,12 @@
 import math
 import re
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
 
+from common import data as data_sets
 from common import render
 from common.render import ATTRIBUTES, faces, heads, scenes, shapes
 
@@ -377,3 +379,27 @@ def test_texture_shade_and_background():
 def test_bad_shapes(arguments, words):
     with pytest.raises(ValueError, match=words):
         shapes(**arguments)
+
+
+def test_scenes_are_rendered_once_and_go_on_where_they_were_interrupted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(render, "SCENES", replace(render.SCENES, pictures=2000))
+    painted, paint = [], render.paint
+
+    def interrupted(attributes, style, *rest):
+        if len(painted) == 1:
+            painted.append(0)
+            raise KeyboardInterrupt
+        painted.append(len(style))
+        return paint(attributes, style, *rest)
+
+    monkeypatch.setattr(render, "paint", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data_sets.load("scenes", tmp_path, 16)
+    d, again = data_sets.load("scenes", tmp_path, 16), data_sets.load("scenes", tmp_path, 16)
+    assert painted == [1024, 0, 1024, 52]                                       # no block twice
+    assert "rendering scenes: 2,100 of 2,100" in capsys.readouterr().err
+    whole = scenes(2000, 16)
+    assert torch.equal(d.images, whole["images"]) and torch.equal(again.test_images, whole["test_images"])
+    assert set(d.extra) == set(whole) - {"images", "test_images"}
+    assert d.extra["test_captions"] == whole["test_captions"] and d.extra["held_out"] == whole["held_out"]
+    assert torch.equal(d.extra["style"], whole["style"])
