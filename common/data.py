@@ -50,7 +50,7 @@ PLACE = {  # torchvision set -> what to place in the data folder where it cannot
     "imagenet": "imagenet/ILSVRC2012_devkit_t12.tar.gz and imagenet/ILSVRC2012_img_train.tar",
     "lsun": "lsun/bedroom_train_lmdb/",
     "coco": "coco/annotations/captions_train2014.json and coco/train2014/*.jpg"}
-BUILT_IN = ("mnist", "faces", "shapes")
+BUILT_IN = ("mnist", "faces", "shapes", "scenes")
 BOX = {"celeba": (15, 40, 163, 188), "lfw": (50, 50, 200, 200)}  # left, top, right, bottom, as VAE/GAN's code
 ARRAYS = ("images", "labels", "test_images", "test_labels")
 COLUMNS = {"attributes": "attribute_names", "factors": "factor_names", "style": "style_names",
@@ -509,12 +509,14 @@ def stl10(root, size, channels, download):
 
 
 def rendered(name, root, size, channels):
-    """Images that render.py draws, with their ground truth; shapes are always in colour."""
+    """Images that render.py draws, with their ground truth; shapes and scenes are always in colour."""
     from common import render
-    channels = 3 if name == "shapes" else channels
+    channels = 3 if name in ("shapes", "scenes") else channels
 
     def make():
         say(f"rendering {name} {size}x{size}, once", sys.stderr)
+        if name == "scenes":
+            return painted(size)
         drawn = render.shapes(size=size) if name == "shapes" else \
             render.faces(size=size, channels=channels, plain=channels == 1)
         rest = {key: v if isinstance(v, (str, list)) else to_torch(v) for key, v in drawn.items()}
@@ -527,6 +529,22 @@ def rendered(name, root, size, channels):
             return (images[i:i + prepare.BLOCK] for i in range(start, len(images), prepare.BLOCK))
 
         return images.shape, blocks, rest
+
+    def painted(size):  # a block at a time
+        told = render.captioned(render.SCENES, render.SCENES.pictures, size)
+        attributes, style = (torch.cat([told[key], told[f"test_{key}"]]) for key in ("attributes", "style"))
+        n, live = len(style), sys.stderr.isatty()
+
+        def blocks(start):
+            for i in range(start, n, prepare.BLOCK):
+                rows = slice(i, i + prepare.BLOCK)
+                yield render.paint(attributes[rows], style[rows], size, render.SCENES).numpy()
+                done = min(n, i + prepare.BLOCK)
+                if live or done == n or done % (32 * prepare.BLOCK) == 0:
+                    say("\r" * live + f"rendering {name}: {done:,} of {n:,}  ", sys.stderr,
+                        "" if live and done < n else "\n")
+
+        return (n, 3, size, size), blocks, told | {"test_from": len(told["style"])}
 
     code = hashlib.sha256(Path(render.__file__).read_bytes()).hexdigest()[:16]  # new code renders anew
     return cached(root / "cache" / f"{name}-{size}x{channels}-{code}", make)

@@ -1,13 +1,14 @@
 """Rendered data sets with known ground truth, made on first use: nothing to download, every label exact.
 
-`shapes` are flat pictures of one or two objects, each with five English captions; an outline is a signed
-distance function, which says how much of a pixel it covers.  `faces` are shaded 3-D heads from a
+`shapes` and `scenes` are flat pictures of one or two objects, each with five English captions; an outline is
+a signed distance function, which says how much of a pixel it covers.  `faces` are shaded 3-D heads from a
 linear morphable model: each part (head, hair, hat, ...) is a cloud of points whose positions, normals and
 colours are linear in a head's coefficients.  So a batch of pictures is three matrix products, one scatter
 (the z-buffer) and one gather; nothing runs once per picture.
 """
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -354,54 +355,127 @@ def faces(n=20000, size=64, channels=3, seed=0, plain=False, device="cpu"):
             "attributes": attributes.to(device), "attribute_names": list(ATTRIBUTES)}
 
 
-# ---- Shapes: objects, words, pictures ----------------------------------------------------------------------
+# ---- Shapes and scenes: objects, words, pictures -----------------------------------------------------------
 
-OBJECT = {"size": ["small", "large"], "colour": ["red", "yellow", "green", "blue", "purple", "black"],
-          "shape": ["circle", "square", "triangle", "star", "cross"],
-          "texture": ["plain", "striped", "dotted"]}
+PALETTE = {"red": [.86, .13, .14], "orange": [.95, .49, .05], "yellow": [.97, .80, .08],
+           "green": [.13, .62, .24], "blue": [.12, .33, .85], "purple": [.56, .20, .70],
+           "brown": [.47, .27, .12], "black": [.10, .10, .11]}
+SIZES, TEXTURES = ["small", "large"], ["plain", "striped", "dotted"]
 RELATIONS, BACKGROUNDS = ["alone", "above", "left of"], ["plain", "chequered", "barred", "shaded"]
 STYLE = ["x", "y", "slip", "shade", "red", "green", "blue"]  # what no caption tells
-HELD_OUT = ["red cross", "yellow star", "green circle", "blue triangle", "purple square"]
-RGB = [[.86, .13, .14], [.97, .80, .08], [.13, .62, .24], [.12, .33, .85], [.56, .20, .70], [.10, .10, .11]]
 RADIUS = [8, 13]  # pictures are 64 units wide
 SYNONYMS = {"small": ["small", "little", "tiny"], "large": ["large", "big"], "circle": ["circle", "disc"],
-            "square": ["square", "box"], "cross": ["cross", "plus sign"], "plain": ["", "plain", "solid"],
+            "square": ["square", "box"], "cross": ["cross", "plus sign"], "diamond": ["diamond", "rhombus"],
+            "crescent": ["crescent", "moon"], "plain": ["", "plain", "solid"],
             "striped": ["striped", "stripy"], "dotted": ["dotted", "spotted"], "above": ["above", "over"],
             "below": ["below", "under"], "left of": ["left of", "to the left of"],
             "right of": ["right of", "to the right of"], "chequered": ["chequered", "checked"],
             "barred": ["barred"], "shaded": ["shaded"]}
 INVERSE = {"above": "below", "left of": "right of"}
+BESIDE = {"above": "above it", "below": "below it", "left of": "to its left", "right of": "to its right"}
+PATTERN = {"plain": "", "striped": " with stripes", "dotted": " with dots"}
 OPENINGS = ["", "", "there is ", "we see ", "this picture shows ", "a picture of "]
 GROUNDS = ["on a {} background", "against a {} background", "in front of a {} background"]
 
 
-def _distances(x, y):
-    """Signed distances of points from each outline of OBJECT["shape"], in radii; y is down."""
-    a, b = x.abs(), y.abs()
+@dataclass(frozen=True)
+class Words:
+    """What the captions of a set can say of an object, and which (colour, shape) pairs are held out."""
+
+    colours: tuple
+    shapes: tuple
+    held_out: tuple
+    varied: bool  # more forms of sentences
+    pictures: int
+    per_test: int  # pictures to train on for each one held out
+
+    @property
+    def object(self):
+        """Attribute of an object -> its values."""
+        return {"size": SIZES, "colour": list(self.colours), "shape": list(self.shapes), "texture": TEXTURES}
+
+
+SHAPES = Words(("red", "yellow", "green", "blue", "purple", "black"),
+               ("circle", "square", "triangle", "star", "cross"),
+               ("red cross", "yellow star", "green circle", "blue triangle", "purple square"),
+               varied=False, pictures=10000, per_test=5)
+SCENES = Words(tuple(PALETTE), (*SHAPES.shapes, "heart", "diamond", "crescent"),
+               ("red star", "orange diamond", "yellow circle", "green heart", "blue triangle",
+                "purple cross"),
+               varied=True, pictures=100000, per_test=20)
+
+
+# The signed distance of points from each outline, in radii: negative inside; y is down.
+
+def _circle(x, y):
+    return (x * x + y * y).sqrt() - .96
+
+
+def _square(x, y):
+    return torch.maximum(x.abs(), y.abs()) - .86
+
+
+def _triangle(x, y):
     up = .32 - y
-    triangle = torch.maximum(-up, .866 * a + .5 * up) - .64
-    star, up = a, .08 - y
+    return torch.maximum(-up, .866 * x.abs() + .5 * up) - .64
+
+
+def _star(x, y):
+    x, up = x.abs(), .08 - y
     for cos, sin in ((.809017, -.587785), (-.809017, -.587785)):  # fold the plane into a tenth of it
-        beyond = 2 * (cos * star + sin * up).clamp(min=0)
-        star, up = star - beyond * cos, up - beyond * sin
-    star = .8047 * star.abs() + .5937 * (up - 1.12)  # the edge from a tip (0, 1.12) to a notch
-    return [(x * x + y * y).sqrt() - .96, torch.maximum(a, b) - .86, triangle, star,
-            torch.maximum(torch.maximum(a, b) - .98, torch.minimum(a, b) - .36)]
+        beyond = 2 * (cos * x + sin * up).clamp(min=0)
+        x, up = x - beyond * cos, up - beyond * sin
+    return .8047 * x.abs() + .5937 * (up - 1.12)  # the edge from a tip (0, 1.12) to a notch
 
 
-def _caption(words, draw, whole):
+def _cross(x, y):
+    a, b = x.abs(), y.abs()
+    return torch.maximum(torch.maximum(a, b) - .98, torch.minimum(a, b) - .36)
+
+
+def _heart(x, y):
+    """Two quarters of a square's side and half circles on them (Inigo Quilez), 1.6 radii a unit."""
+    a, up = x.abs() / 1.6, .58 - y / 1.6
+    lobe = ((a - .25) ** 2 + (up - .75) ** 2).sqrt() - .353553
+    t = .5 * (a + up).clamp(min=0)
+    side = torch.minimum(a * a + (up - 1) ** 2, (a - t) ** 2 + (up - t) ** 2).sqrt() * (a - up).sign()
+    return 1.6 * torch.where(a + up > 1, lobe, side)
+
+
+def _diamond(x, y):
+    return .8137 * x.abs() + .5812 * y.abs() - .62  # half as wide again as high: .76 and 1.07
+
+
+def _crescent(x, y):
+    disc, bite = (x * x + y * y).sqrt() - .98, ((x - .45) ** 2 + y * y).sqrt() - .70
+    return torch.maximum(disc, -bite)
+
+
+OUTLINES = {"circle": _circle, "square": _square, "triangle": _triangle, "star": _star, "cross": _cross,
+            "heart": _heart, "diamond": _diamond, "crescent": _crescent}
+
+
+def _caption(words, draw, whole, varied):
     """A sentence on a picture's attributes `words`, on all of them if `whole`; draw() makes its choices."""
     def pick(of):
         return of[int(draw() * len(of))]
 
     def noun(size, colour, shape, texture):
-        size, texture, shape = (pick(SYNONYMS.get(w, [w])) for w in (size, texture, shape))
-        return " ".join(w for w in ("a", size, texture, colour, shape) if w)
+        size, look, shape = (pick(SYNONYMS.get(w, [w])) for w in (size, texture, shape))
+        form = draw() if varied else 0
+        if form > .8:
+            return f"a {size} {colour} {shape}{PATTERN[texture]}"
+        end = f" in {colour}" * (form > .6)
+        return " ".join(w for w in ("a", size, look, "" if end else colour, shape) if w) + end
 
     text, relation, ground = noun(*words[:4]), *words[8:]
     if relation != "alone":
         nouns, swap = [text, noun(*words[4:8])], draw() < .5
-        text = f" {pick(SYNONYMS[INVERSE[relation] if swap else relation])} ".join(nouns[::-1 if swap else 1])
+        first, second = nouns[::-1 if swap else 1]
+        if varied and draw() < .3:  # the second one is where the first one is not
+            text = f"{first} with {second} {BESIDE[relation if swap else INVERSE[relation]]}"
+        else:
+            text = f"{first} {pick(SYNONYMS[INVERSE[relation] if swap else relation])} {second}"
     opening, place = pick(OPENINGS), draw()
     if not whole and place < .4:
         return opening + text
@@ -410,43 +484,59 @@ def _caption(words, draw, whole):
 
 
 @torch.no_grad()
-def scenes(attributes, style, size=64):
-    """The renderer behind `shapes`: draw attributes (n, 10) and style (n, 7) -> uint8 (n, 3, size, size)."""
+def paint(attributes, style, size=64, words=SHAPES):
+    """The renderer behind `shapes` and `scenes`: draw attributes (n, 10) and style (n, 7)
+    -> uint8 (n, 3, size, size)."""
     def cover(d):  # the share of a pixel whose middle is d units outside an edge
         return (.5 - d * (size / 64)).clamp(0, 1)
 
     centre = (torch.arange(size) + .5) * (64 / size) - 32
+    rgb = torch.tensor([PALETTE[colour] for colour in words.colours])
     gy, gx = torch.meshgrid(centre, centre, indexing="ij")
     checks = ((gx + 32) // 16 + (gy + 32) // 16) % 2
     grounds = torch.stack([0 * gx, .17 * checks, .17 * ((gx + 32) // 8 % 2), (gy + 32) / 180])
+    # An object is drawn in a window of its own; no outline reaches further than 17 units from its middle.
+    half = math.ceil(17 * size / 64) + 2
+    window, edge = torch.arange(-half, half), F.pad(centre, (half, half))
     images = torch.empty(len(style), 3, size, size, dtype=torch.uint8)
-    for start in range(0, len(style), 500):
-        a, s = (t[start:start + 500] for t in (attributes, style))
-        picture = s[:, 4:, None, None] * (1 - grounds[a[:, 9]])[:, None]
+    for start in range(0, len(style), 250):
+        a, s = (t[start:start + 250] for t in (attributes, style))
+        picture = F.pad(s[:, 4:, None, None] * (1 - grounds[a[:, 9]])[:, None], (half,) * 4)
         for i, side in ((0, -1), (1, 1)):
-            there = torch.ones(len(a), dtype=torch.bool) if i == 0 else a[:, 8] > 0
+            there = torch.arange(len(a)) if i == 0 else a[:, 8].nonzero()[:, 0]
             b, v = a[there, 4 * i:4 * i + 4], s[there]
             pair, flat = (a[there, 8] > 0).float(), a[there, 8] == 2
             along, across = (torch.where(flat, v[:, j], v[:, 1 - j]) for j in (0, 1))
             along = torch.where(pair > 0, 15 * side + 3 * along, 14 * along)
             across = torch.where(pair > 0, 12 * across + 4 * side * v[:, 2], 14 * across)
-            x = gx - torch.where(flat, along, across).view(-1, 1, 1)
-            y = gy - torch.where(flat, across, along).view(-1, 1, 1)
+            middle = torch.stack([torch.where(flat, across, along), torch.where(flat, along, across)], 1)
+            row, column = (((middle + 32) * (size / 64)).long()[..., None] + half + window).unbind(1)
+            y = edge[row][:, :, None] - middle[:, 0].view(-1, 1, 1)
+            x = edge[column][:, None] - middle[:, 1].view(-1, 1, 1)
+            y, x = y.expand(-1, -1, 2 * half), x.expand(-1, 2 * half, -1)
             r = torch.tensor(RADIUS, dtype=torch.float32)[b[:, 0]].view(-1, 1, 1)
-            outlines = torch.stack(_distances(x / r, y / r), 1)
-            d = r * outlines[torch.arange(len(b)), b[:, 2]]
-            stripes = 6 * (((x + y) * .1179 % 1 - .5).abs() - .25)
-            dots = ((x / 6 + .5) % 1 - .5) ** 2 + ((y / 6 + .5) % 1 - .5) ** 2
-            light = torch.stack([0 * x, cover(stripes), cover(6 * dots.sqrt() - 1.8)], 1)
-            light = .72 * light[torch.arange(len(b)), b[:, 3]] * cover(d + 1.2)  # inside a rim of full colour
-            paint = (torch.tensor(RGB)[b[:, 1]] + .09 * v[:, 3:4]).clamp(0, 1)[..., None, None]
-            paint = paint + (1 - paint) * light[:, None]
-            picture[there] += cover(d)[:, None] * (paint - picture[there])
-        images[start:start + 500] = picture.clamp(0, 1).mul(255).add(.5).to(torch.uint8)
+            d, light = torch.empty_like(x), torch.zeros_like(x)
+            for k in b[:, 2].unique():
+                of = b[:, 2] == k
+                d[of] = r[of] * OUTLINES[words.shapes[k]](x[of] / r[of], y[of] / r[of])
+            of = b[:, 3] == 1
+            light[of] = cover(6 * (((x[of] + y[of]) * .1179 % 1 - .5).abs() - .25))
+            of = b[:, 3] == 2
+            dots = ((x[of] / 6 + .5) % 1 - .5) ** 2 + ((y[of] / 6 + .5) % 1 - .5) ** 2
+            light[of] = cover(6 * dots.sqrt() - 1.8)
+            light = .72 * light * cover(d + 1.2)  # inside a rim of full colour
+            colour = (rgb[b[:, 1]] + .09 * v[:, 3:4]).clamp(0, 1)[..., None, None]
+            colour = colour + (1 - colour) * light[:, None]
+            where = there.view(-1, 1, 1, 1), torch.arange(3).view(1, 3, 1, 1), row[:, None, :, None], \
+                column[:, None, None]
+            under = picture[where]
+            picture[where] = under + cover(d)[:, None] * (colour - under)
+        picture = picture[..., half:-half, half:-half]
+        images[start:start + 250] = picture.clamp(0, 1).mul(255).add(.5).to(torch.uint8)
     return images
 
 
-def _scene_draw(n, seed, first, other):
+def _scene_draw(n, seed, first, other, counts):
     """-> attributes, style, and (n, 85) numbers in [0, 1) for the captions' choices.
 
     first, other: (colour, shape) pairs that one object and the other may have; which is object 1 is drawn.
@@ -456,7 +546,7 @@ def _scene_draw(n, seed, first, other):
     def pick(column, of):
         return torch.tensor(of)[(draw[:, column] * len(of)).long()]
 
-    relation, counts = pick(0, range(len(RELATIONS))), [len(v) for v in OBJECT.values()]
+    relation = pick(0, range(len(RELATIONS)))
     objects = [torch.stack([pick(i, range(2)), *pick(i + 1, pairs).T, pick(i + 2, range(3))], 1)
                for i, pairs in ((2, first), (5, other))]
     swap = (draw[:, 1:2] < .5) & (relation[:, None] > 0)
@@ -468,11 +558,36 @@ def _scene_draw(n, seed, first, other):
     return attributes, torch.cat([2 * draw[:, 9:13] - 1, pale], 1), draw[:, 15:]
 
 
-def shapes(n=10000, size=64, seed=0):
+def captioned(words, n, size=64, seed=0):
+    """All of `shapes` or `scenes` but the pictures, which `paint` draws of attributes and style."""
+    if n < 5:
+        raise UserError(f"expected n >= 5, found {n}")
+    if not 16 <= size <= 256:
+        raise UserError(f"expected size 16..256, found {size}")
+    names = words.object
+    pairs = [(i, j) for i in range(len(words.colours)) for j in range(len(words.shapes))]
+    held = [(i, j) for i, j in pairs if f"{words.colours[i]} {words.shapes[j]}" in words.held_out]
+    seen = [pair for pair in pairs if pair not in held]
+    values = [*names.values(), *([*v, "none"] for v in names.values()), RELATIONS, BACKGROUNDS]
+    out = {"attribute_names": [*(f"{k} {i}" for i in (1, 2) for k in names), "relation", "background"],
+           "attribute_values": [list(v) for v in values], "style_names": list(STYLE),
+           "held_out": list(words.held_out)}
+    counts = [len(v) for v in names.values()]
+    for part, m, first, other in (("", n, seen, seen), ("test_", n // words.per_test, held, pairs)):
+        attributes, style, chances = _scene_draw(m, 2 * seed + bool(part), first, other, counts)
+        captions = []
+        for row, chance in zip(attributes.tolist(), chances.tolist()):
+            told, draw = [v[k] for v, k in zip(values, row)], iter(chance).__next__
+            captions.append([_caption(told, draw, i == 0, words.varied) for i in range(5)])
+        out |= {f"{part}attributes": attributes, f"{part}style": style, f"{part}captions": captions}
+    return out
+
+
+def shapes(n=SHAPES.pictures, size=64, seed=0):
     """n pictures of one or two objects, and n / 5 for tests with combinations held out of them.
 
     -> dict of
-    images            uint8 (n, 3, size, size); each of test_images has an object of HELD_OUT, five pairs of
+    images            uint8 (n, 3, size, size); each of test_images has an object of held_out, five pairs of
                         colour and shape that are in no training picture
     attributes        int64 (n, 10), indices into attribute_values, and test_attributes: what captions tell
     attribute_names   size 1, colour 1, shape 1, texture 1, the same of object 2, relation, background
@@ -488,23 +603,16 @@ def shapes(n=10000, size=64, seed=0):
     Values are equally likely, pairs held out aside.  A seed gives the same pictures to the bit, and the first
     ones do not depend on n.  Raises UserError, a ValueError: n < 5, size not in 16..256.
     """
-    if n < 5:
-        raise UserError(f"expected n >= 5, found {n}")
-    if not 16 <= size <= 256:
-        raise UserError(f"expected size 16..256, found {size}")
-    pairs = [(i, j) for i in range(len(OBJECT["colour"])) for j in range(len(OBJECT["shape"]))]
-    held = [(i, j) for i, j in pairs if f"{OBJECT['colour'][i]} {OBJECT['shape'][j]}" in HELD_OUT]
-    seen = [pair for pair in pairs if pair not in held]
-    values = [*OBJECT.values(), *([*v, "none"] for v in OBJECT.values()), RELATIONS, BACKGROUNDS]
-    out = {"attribute_names": [*(f"{k} {i}" for i in (1, 2) for k in OBJECT), "relation", "background"],
-           "attribute_values": [list(v) for v in values], "style_names": list(STYLE),
-           "held_out": list(HELD_OUT)}
-    for part, m, first, other in (("", n, seen, seen), ("test_", n // 5, held, pairs)):
-        attributes, style, chances = _scene_draw(m, 2 * seed + bool(part), first, other)
-        captions = []
-        for row, chance in zip(attributes.tolist(), chances.tolist()):
-            words, draw = [v[k] for v, k in zip(values, row)], iter(chance).__next__
-            captions.append([_caption(words, draw, whole=i == 0) for i in range(5)])
-        out |= {f"{part}images": scenes(attributes, style, size), f"{part}attributes": attributes,
-                f"{part}style": style, f"{part}captions": captions}
-    return out
+    return _painted(SHAPES, n, size, seed)
+
+
+def scenes(n=SCENES.pictures, size=64, seed=0):
+    """As `shapes`, with 8 colours and 8 shapes, six of the 64 pairs held out, and more forms of sentences;
+    n / 20 pictures for tests."""
+    return _painted(SCENES, n, size, seed)
+
+
+def _painted(words, n, size, seed):
+    told = captioned(words, n, size, seed)
+    return told | {f"{part}images": paint(told[f"{part}attributes"], told[f"{part}style"], size, words)
+                   for part in ("", "test_")}

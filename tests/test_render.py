@@ -1,10 +1,14 @@
 import math
+import re
+import zlib
+from dataclasses import replace
 
 import pytest
 import torch
 
+from common import data as data_sets
 from common import render
-from common.render import ATTRIBUTES, faces, heads, shapes
+from common.render import ATTRIBUTES, faces, heads, scenes, shapes
 
 
 @pytest.fixture(scope="module")
@@ -181,65 +185,85 @@ def test_errors_say_what_was_expected_and_found(arguments, words):
 
 # ---- Shapes ------------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def captioned():
-    return shapes(400, size=32)
+MAKE, WORDS = {"shapes": shapes, "scenes": scenes}, {"shapes": render.SHAPES, "scenes": render.SCENES}
 
 
-def attributes_of(words):
-    """The row of attributes that a caption tells, and whether it tells the background."""
+@pytest.fixture(scope="module", params=["shapes", "scenes"])
+def captioned(request):
+    """A set's words and some of its pictures."""
+    return WORDS[request.param], MAKE[request.param](400, size=32)
+
+
+def attributes_of(sentence, words):
+    """The row of attributes that a caption tells, and the background if it tells it."""
     canonical = {s: k for k, synonyms in render.SYNONYMS.items() for s in synonyms if s}
+    canonical |= {"above it": "above", "below it": "below", "to its left": "left of",
+                  "to its right": "right of", "with stripes": "striped", "with dots": "dotted"}
     for synonym, name in sorted(canonical.items(), key=lambda pair: -len(pair[0])):
-        words = words.replace(synonym, name.replace(" ", "_"))
-    inverse = {v.replace(" ", "_"): k.replace(" ", "_") for k, v in render.INVERSE.items()}
-    words = words.split()
-    ground = next((words[i - 1] for i, w in enumerate(words) if w == "background"), None)
-    objects, relation = [], "alone"
-    for i, w in enumerate(words):
-        if w in render.OBJECT["shape"]:
-            texture = words[i - 2] if words[i - 2] in render.OBJECT["texture"] else "plain"
-            size = words[i - 2] if words[i - 2] in render.OBJECT["size"] else words[i - 3]
-            objects.append([size, words[i - 1], w, texture])
-        elif w in inverse or w in inverse.values():
-            relation = w
-    if relation in inverse:
-        objects, relation = objects[::-1], inverse[relation]
+        sentence = re.sub(rf"\b{synonym}\b", name.replace(" ", "_"), sentence)
+    ground = re.search(r"(\w+) background", sentence)
+    sentence = re.sub(r"(on|against|in front of) a \w+ background", "", sentence)
+    nouns = [m.start() for m in re.finditer(r"\b(small|large)\b", sentence)]
+    objects = []
+    for noun in (sentence[i:j] for i, j in zip(nouns, [*nouns[1:], None])):
+        found = [[w for w in re.findall(r"\w+", noun) if w in values] for values in words.object.values()]
+        found[3] = found[3][:1] or ["plain"]
+        assert [len(f) for f in found] == [1] * 4, sentence
+        objects.append([f[0] for f in found])
+    inverse = {v.replace(" ", "_"): k for k, v in render.INVERSE.items()}
+    direct = {k.replace(" ", "_"): k for k in render.INVERSE}
+    told = [w for w in re.findall(r"\w+", sentence) if w in {*inverse, *direct}]
+    relation = "alone"
+    if told:
+        word, = told
+        relation = direct.get(word) or inverse[word]
+        # "a above b", but "a with b above it"
+        if (word in inverse) != (" with a " in sentence):
+            objects = objects[::-1]
     objects += [["none"] * 4] * (2 - len(objects))
-    return [*objects[0], *objects[1], relation.replace("_", " ")], ground
+    return [*objects[0], *objects[1], relation], ground and ground[1]
 
 
 def test_shapes_are_what_the_docstring_says(captioned):
-    d = captioned
-    for part, n in (("", 400), ("test_", 80)):
+    words, d = captioned
+    colours, kinds = len(words.colours), len(words.shapes)
+    tests = 400 // words.per_test
+    assert (colours, kinds, tests) in ((6, 5, 80), (8, 8, 20))
+    for part, n in (("", 400), ("test_", tests)):
         assert d[f"{part}images"].shape == (n, 3, 32, 32) and d[f"{part}images"].dtype == torch.uint8
         assert d[f"{part}attributes"].shape == (n, 10) and d[f"{part}attributes"].dtype == torch.int64
         assert d[f"{part}style"].shape == (n, 7) and d[f"{part}style"].dtype == torch.float32
         assert [len(five) for five in d[f"{part}captions"]] == [5] * n
     a, style = d["attributes"], d["style"]
-    assert [len(v) for v in d["attribute_values"]] == [2, 6, 5, 3, 3, 7, 6, 4, 3, 4]
-    assert (a.amax(0) + 1).tolist() == [2, 6, 5, 3, 3, 7, 6, 4, 3, 4] and a.min() == 0
+    counts = [2, colours, kinds, 3, 3, colours + 1, kinds + 1, 4, 3, 4]
+    assert [len(v) for v in d["attribute_values"]] == counts
+    assert (a.amax(0) + 1).tolist() == counts and a.min() == 0
     assert len(d["attribute_names"]) == 10 and len(d["style_names"]) == 7
     alone = a[:, 8] == 0
-    assert torch.equal(a[:, 4:8] == torch.tensor([2, 6, 5, 3]), alone[:, None].expand(-1, 4))
+    none = torch.tensor([2, colours, kinds, 3])
+    assert torch.equal(a[:, 4:8] == none, alone[:, None].expand(-1, 4))
     assert style[:, :4].abs().max() <= 1 and style[:, 4:].min() >= 0 and style[:, 4:].max() <= 1
 
 
 def test_captions_tell_the_attributes(captioned):
-    d, told = captioned, 0
+    words, d = captioned
+    said, grounds = [], 0
     for part in ("", "test_"):
         for row, five in zip(d[f"{part}attributes"].tolist(), d[f"{part}captions"]):
             names = [values[k] for values, k in zip(d["attribute_values"], row)]
             for i, caption in enumerate(five):
-                found, ground = attributes_of(caption)
+                found, ground = attributes_of(caption, words)
                 assert found == names[:9], caption
                 assert ground in ((names[9],) if i == 0 else (names[9], None)), caption
-                told += ground is not None
-    assert .6 < told / 2400 < .85
-    assert len({c for five in d["captions"] for c in five}) > 1500
+                grounds += ground is not None
+                said.append(caption)
+    assert .6 < grounds / len(said) < .85 and len(set(said)) > .75 * len(said)
+    forms = [sum(form in caption for caption in said) / len(said) for form in (" with a ", " with dots")]
+    assert all(share > .05 for share in forms) if words.varied else forms == [0, 0]
 
 
 def test_held_out_pairs_are_in_every_test_picture_and_in_no_other(captioned):
-    d = captioned
+    words, d = captioned
 
     def pairs(part):
         values = d["attribute_values"]
@@ -247,22 +271,38 @@ def test_held_out_pairs_are_in_every_test_picture_and_in_no_other(captioned):
                 for row in d[f"{part}attributes"].tolist()]
 
     held = set(d["held_out"])
-    assert len(held) == 5 and not any(held & p for p in pairs("")) and all(held & p for p in pairs("test_"))
-    assert len(set.union(*pairs(""))) == 25 and len(set.union(*pairs("test_"))) > 25
+    assert not any(held & p for p in pairs("")) and all(held & p for p in pairs("test_"))
+    assert [len({pair.split()[i] for pair in held}) for i in (0, 1)] == [len(held)] * 2
+    assert len(held) == {30: 5, 64: 6}[len(words.colours) * len(words.shapes)]
+    assert len(set.union(*pairs(""))) == len(words.colours) * len(words.shapes) - len(held)
+    assert len(set.union(*pairs("test_"))) > 15
+
+
+def test_shapes_are_those_of_old_runs():
+    d = shapes(100)
+    told = zlib.crc32(repr(d["captions"] + d["test_captions"]).encode())
+    for key in ("attributes", "style"):
+        told = zlib.crc32(d[key].numpy(), told)
+    assert told == 1081708011
+    weight = torch.arange(100 * 3 * 64 * 64).view(100, 3, 64, 64) % 8191 / 8191
+    assert (d["images"] * weight).double().mean().item() == pytest.approx(86.94001769149948, rel=1e-6)
 
 
 def test_shapes_are_the_same_for_a_seed_and_do_not_depend_on_n(captioned):
-    few = shapes(10, size=32)
-    for part, n in (("", 10), ("test_", 2)):
-        assert few[f"{part}captions"] == captioned[f"{part}captions"][:n]
+    words, d = captioned
+    make = scenes if words.varied else shapes
+    few = make(40, size=32)
+    for part, n in (("", 40), ("test_", 40 // words.per_test)):
+        assert few[f"{part}captions"] == d[f"{part}captions"][:n]
         for key in ("images", "attributes", "style"):
-            assert torch.equal(few[part + key], captioned[part + key][:n])
-    assert not torch.equal(shapes(10, size=32, seed=1)["images"], few["images"])
+            assert torch.equal(few[part + key], d[part + key][:n])
+    assert not torch.equal(make(40, size=32, seed=1)["images"], few["images"])
 
 
-def scene(relation, one, two=(2, 6, 5, 3), ground=0, style=(0, 0, 0, 0, .9, .9, .9), size=64):
+def scene(relation, one, two=(2, 6, 5, 3), ground=0, style=(0, 0, 0, 0, .9, .9, .9), size=64,
+          words=render.SHAPES):
     a = torch.tensor([[*one, *two, relation, ground]])
-    return render.scenes(a, torch.tensor([style], dtype=torch.float32), size)[0].float()
+    return render.paint(a, torch.tensor([style], dtype=torch.float32), size, words)[0].float()
 
 
 def ink(x, level=60):
@@ -288,6 +328,20 @@ def test_outlines_have_their_areas_and_reach():
     star = ink(scene(0, (1, 5, 3, 0)))
     assert (star ^ star.flip(1)).sum() <= 6 and star[:20].any()                 # upright, a tip at the top
     assert star.sum() < areas[0]
+
+
+def test_hearts_diamonds_and_crescents():
+    r, black = 13, 7
+    d, R, bite = .45, .98, .70                                                  # two circles of a crescent
+    x = (d ** 2 + R ** 2 - bite ** 2) / (2 * d)
+    lens = R ** 2 * math.acos(x / R) + bite ** 2 * math.acos((d - x) / bite) - d * (R ** 2 - x ** 2) ** .5
+    areas = [1.6 ** 2 * (.5 + math.pi / 8), 2 * .62 / .8137 * .62 / .5812, math.pi * R ** 2 - lens]
+    for kind, area in zip((5, 6, 7), areas):
+        x = scene(0, (1, black, kind, 0), words=render.SCENES)
+        assert ((230 - x[0]) / (230 - 26)).sum() == pytest.approx(area * r ** 2, rel=.02)
+        left, top = (ink(x) ^ ink(x).flip(1)).sum(), ink(x)[:32].sum() / ink(x).sum()
+        assert left > 40 if kind == 7 else left <= 2                            # open to the right
+        assert (.55 if kind == 5 else .45) < top < (.75 if kind == 5 else .55)  # a heart is wide at the top
 
 
 def test_edges_are_smooth_at_every_size():
@@ -325,3 +379,27 @@ def test_texture_shade_and_background():
 def test_bad_shapes(arguments, words):
     with pytest.raises(ValueError, match=words):
         shapes(**arguments)
+
+
+def test_scenes_are_rendered_once_and_go_on_where_they_were_interrupted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(render, "SCENES", replace(render.SCENES, pictures=2000))
+    painted, paint = [], render.paint
+
+    def interrupted(attributes, style, *rest):
+        if len(painted) == 1:
+            painted.append(0)
+            raise KeyboardInterrupt
+        painted.append(len(style))
+        return paint(attributes, style, *rest)
+
+    monkeypatch.setattr(render, "paint", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data_sets.load("scenes", tmp_path, 16)
+    d, again = data_sets.load("scenes", tmp_path, 16), data_sets.load("scenes", tmp_path, 16)
+    assert painted == [1024, 0, 1024, 52]                                       # no block twice
+    assert "rendering scenes: 2,100 of 2,100" in capsys.readouterr().err
+    whole = scenes(2000, 16)
+    assert torch.equal(d.images, whole["images"]) and torch.equal(again.test_images, whole["test_images"])
+    assert set(d.extra) == set(whole) - {"images", "test_images"}
+    assert d.extra["test_captions"] == whole["test_captions"] and d.extra["held_out"] == whole["held_out"]
+    assert torch.equal(d.extra["style"], whole["style"])

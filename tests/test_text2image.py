@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import script
 from PIL import Image
+from sklearn.metrics import adjusted_rand_score
 from torch import nn
 
 import text2image
@@ -46,10 +47,53 @@ def test_what_is_not_kept_of_a_sentence_is_said():
     assert " and " in remark("é" * 202)
 
 
-def test_all_captions_of_shapes_can_be_read():
-    d = render.shapes(500, size=16)
+@pytest.mark.parametrize("make", [render.shapes, render.scenes])
+def test_all_captions_of_shapes_can_be_read(make):
+    d = make(500, size=16)
     said = [c for part in ("captions", "test_captions") for five in d[part] for c in five]
     assert not any(map(remark, said)) and max(map(len, said)) <= 201
+
+
+def captioned(*captions):
+    return text2image.Part(None, [[s] for s in captions], None, None, None, None)
+
+
+def test_what_is_not_kept_of_all_captions_is_said():
+    assert text2image.remark_on_all(captioned("a red box", "A blue box!")) == ""
+    assert text2image.remark_on_all(captioned("a café", "a bar")) == \
+        "9.1 % of all symbols are read as blanks, such as é (not in the alphabet)"
+    long = "a red box".ljust(202)
+    assert text2image.remark_on_all(captioned(long, "a", "b", "c")) == \
+        "25 % of the sentences are cut after 201 symbols"
+    said = text2image.remark_on_all(captioned("红色的圆 1", "蓝色的方 2" + "a" * 201))
+    assert said.startswith("3.9 % of all symbols") and " and 50 % of the sentences are cut" in said
+
+
+@pytest.mark.parametrize("captions", [("красный круг", "синий квадрат, большой"), ("红色的圆", "蓝色的方"),
+                                      ("a box", "A box."), ("a" * 300, "a" * 201 + "b")])
+def test_captions_that_read_alike_are_refused(captions, tiny, tmp_path):
+    with pytest.raises(UserError, match="captions that differ expected"):
+        text2image.remark_on_all(captioned(*captions))
+
+
+def test_a_run_on_captions_that_read_alike_ends_in_one_line(tiny, tmp_path):
+    d = np.load(tiny)
+    captions = np.array([f"{'красный' if i % 2 else 'синий'} {i % 7 * '!'}" for i in range(30)])
+    np.savez(tmp_path / "ru.npz", images=d["images"][:30], captions=captions)
+    result = script("text2image.py", *NARROW, "--dataset", tmp_path / "ru.npz", "--out", tmp_path)
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
+    assert "read '' in the letters a-z" in result.stderr and not list(tmp_path.glob("*/checkpoint.pt"))
+
+
+def test_texts_that_are_all_but_alike_are_not_blown_up():
+    torch.manual_seed(0)
+    train = part()
+    train.t = encode(["a red box"]).repeat(12, 5, 1)
+    train.t[::2, :, 200] = 1                                                    # all that differs
+    nets, _, steps = built(train=train)
+    steps.embed()
+    h = text2image.texts_of(nets.phi_t, train.t, "cpu")
+    assert 0 < h.std((0, 1)).mean() < 0.02 and h.square().mean().sqrt() <= 5.001
 
 
 def test_one_text_or_the_mean_of_several():
@@ -307,6 +351,23 @@ def test_texts_are_scaled_to_the_spread_that_G_begins_with():
     assert nets.phi_t.scale == 1                                                # h as phi_t gives it
 
 
+@pytest.mark.parametrize("words", [[], ["--captions", "3"]])
+def test_texts_of_a_large_set_are_read_anew(words, monkeypatch):
+    """As those that are kept, and by a phi_t that does not learn."""
+    kept, anew = [], []
+    for few, found in ((2 ** 17, kept), (0, anew)):
+        monkeypatch.setattr(text2image, "FEW", few)
+        nets, _, steps = built(*words)
+        steps.embed()
+        nets.G.register_forward_pre_hook(lambda net, given, found=found: found.append(given[1]))
+        nets.G_bar.register_forward_pre_hook(lambda net, given, found=found: found.append(given[1]))
+        torch.manual_seed(1)
+        assert "phi_t" not in moved(steps.gan, nets)[0] | moved(steps.style, nets)[0]
+    assert len(kept) == len(anew) == 2 and not anew[0].requires_grad
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(kept, anew))
+    assert kept[0].std() > 0.03
+
+
 def test_rates_fall_over_the_second_half_of_a_phase():
     _, opts, _ = built()
     tuned, paper = (text2image.parse_args(words) for words in ([], ["--paper", "--dataset", "birds"]))
@@ -439,16 +500,32 @@ def test_the_papers_settings():
         paper = dict(text2image.PAPER[name])
         assert paper.pop("style_steps") > 0                                     # S: nothing is published
         assert paper == {k: v[name] if isinstance(v, dict) else v for k, v in PUBLISHED.items()}
-    shapes, birds = text2image.PAPER["shapes"], text2image.PAPER["birds"]       # a set of ours
+    assert text2image.PAPER["scenes"] == text2image.PAPER["shapes"]             # sets of ours
+    shapes, birds = text2image.PAPER["shapes"], text2image.PAPER["birds"]
     assert {k for k in birds if shapes[k] != birds[k]} == {"phi_t", "image_features", "views"}
     for words, name in ((["--dataset", "data/birds"], "birds"), (["--dataset", "x/flowers.npz"], "flowers"),
-                        (["--dataset", "coco"], "coco"), ([], "shapes")):
+                        (["--dataset", "coco"], "coco"), ([], "scenes"), (["--dataset", "shapes"], "shapes")):
         a = text2image.parse_args([*words, "--paper"])
         assert a.experiment == name and a.settings == "paper"
         assert {k: getattr(a, k) for k in text2image.PAPER[name]} == text2image.PAPER[name]
         a = text2image.parse_args([*words, "--lr-G", "1e-3"])
         assert a.settings == "tuned" and a.lr_G == 1e-3
         assert a.together and a.noise == 0.1 and a.image_features == "own" and a.variant == "cls"
+
+
+def test_other_steps_shorten_the_other_phases_too(folder):
+    def phases(*words):
+        a = text2image.parse_args([*words])
+        return a.encoder_steps, a.steps, a.style_steps
+
+    assert phases() == (5000, 20000, 2000) and phases("--steps", "2") == (1, 2, 1)
+    assert phases("--steps", "2000") == (500, 2000, 200)
+    assert phases("--steps", "2000", "--style-steps", "0", "--encoder-steps", "7") == (7, 2000, 0)
+    assert phases("--steps", "834", "--paper", "--dataset", "birds") == (300, 831 + 3, 20)
+    quick = text2image.QUICK["scenes"]
+    assert phases("--quick") == tuple(quick[k] for k in ("encoder_steps", "steps", "style_steps"))
+    assert phases("--quick", "--steps", str(quick["steps"] // 2))[0] == quick["encoder_steps"] // 2
+    assert phases("--resume", str(folder), "--steps", "40") == (2, 40, 2)        # those of the run
 
 
 def test_one_step_of_G_raises_what_it_ascends():
@@ -518,6 +595,15 @@ def test_style_verification():
     assert text2image.verify(style[:4], style[:4])[0] == 0                      # no pair in any fold
     y = text2image.clusters(torch.tensor([[0.0], [0.1], [5], [5.1], [5.2]]), 2)
     assert y[0] == y[1] != y[2] == y[3] == y[4]
+    assert len(text2image.clusters(torch.ones(6, 2), 3)) == 6                   # nothing to tell apart
+
+
+def test_clusters_are_found_whatever_the_seed():
+    for seed in range(20):
+        torch.manual_seed(seed)
+        y = torch.arange(3).repeat_interleave(40)
+        x = torch.tensor([[0.0, 0], [9, 0], [0, 9]])[y] + torch.randn(120, 2) + 1e3
+        assert adjusted_rand_score(y, text2image.clusters(x, 3)) == 1
 
 
 def test_lines_between():
@@ -564,7 +650,7 @@ def test_parts(tiny, tmp_path):
             text2image.parts_of(a)
     np.savez(tmp_path / "bare.npz", images=d["images"][:30])
     a.dataset = str(tmp_path / "bare.npz")
-    with pytest.raises(UserError, match="no captions: expected shapes, coco"):
+    with pytest.raises(UserError, match="no captions: expected scenes, shapes, coco"):
         text2image.parts_of(a)
 
 
@@ -633,6 +719,9 @@ def test_prompts(folder, tmp_path, capsys):
     more.write_text("\n")
     with pytest.raises(UserError, match="is empty: a sentence a line expected"):
         text2image.main(["--resume", str(folder), "--prompts", str(more)])
+    for unread in ("", " !?", "красный круг"):
+        with pytest.raises(UserError, match="has none of the letters and digits that phi_t reads"):
+            text2image.main(["--resume", str(folder), "--prompt", unread])
     with pytest.raises(SystemExit):
         text2image.main(["--prompt", "a red circle"])
 
