@@ -225,12 +225,13 @@ PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">
 @media (prefers-color-scheme: dark) { :root { --back: #15171a; --card: #1e2125; --ink: #e8e8e6;
   --soft: #9aa0a9; --line: #3a3f47; --blue: #8ab4ff; --on: #10131a; --bad: #ff8a80 } }
 * { box-sizing: border-box }
-body { margin: 0 auto; max-width: 68rem; padding: 1.25rem; background: var(--back); color: var(--ink);
+body { margin: 0 auto; max-width: 72rem; padding: 1.25rem; background: var(--back); color: var(--ink);
   font: 15px/1.4 system-ui, sans-serif; accent-color: var(--blue) }
 h1 { font-size: 1rem; margin: 0 0 1rem; overflow-wrap: anywhere }
-form { display: grid; grid-template-columns: 26rem minmax(0, 1fr); gap: 2rem; align-items: start }
+form { display: grid; grid-template-columns: 28rem minmax(0, 1fr); gap: 2rem; align-items: start }
 #pictures { position: sticky; top: 1.25rem; background: var(--back) }
-img { display: block; width: 100%; image-rendering: pixelated; background: var(--line) }
+img { display: block; width: 100%; background: var(--line) }
+#one { image-rendering: pixelated }        /* 28rem: a multiple of 28, 32 and 64 pixels */
 #rows { position: relative; margin: .5rem 0 }
 #rows div { position: absolute; inset: 0; display: grid; grid-template: 1fr 1fr / repeat(8, 1fr) }
 #rows button { all: unset; cursor: pointer; border: 2px solid var(--back) }
