@@ -27,8 +27,8 @@ class Knob:
     """One thing to ask of a generator: a label, a code, an attribute, a sentence.
 
     It sets one column of an input (n, ...), or all of it if `whole`.  `names`: those of its categories; else
-    it is a number, of which `low` to `high` are worth trying.  read: what a user types -> the value in the
-    input, ValueError if it is none; tell: a row's value -> what to write in labels.csv.
+    it is a number, of which `low` to `high`, as a user types them, are worth trying.  read: what a user types
+    -> the value in the input, ValueError if it is none; tell: a row's value -> what to write in labels.csv.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Knob:
     read: callable = None
     tell: callable = None
     whole: bool = False
-    start: object = None        # what a page shows at first, None: the middle, or the first category
+    start: object = None        # what --explore shows at first, as a user types it; None: see control()
 
     def value(self, text):
         """The value that `text` stands for.  UserError: another kind of value."""
