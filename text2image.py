@@ -39,7 +39,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import UserError, data, log, metrics, run
+from common import UserError, data, export, log, metrics, run
 from common.fuse import Adam, autocast, average, averaged, descend, frozen, fuse, place, sampling, set_rate
 
 # --------------------------------------------------------------------------------------------------- settings
@@ -397,8 +397,8 @@ def main(argv=None):
     args = parse_args(argv)
     sentences = sentences_of(args)
     r = run.Run(args)
-    if sentences:
-        return draw_prompts(r, sentences)
+    if r.drawing:
+        return draw_prompts(r, sentences) if sentences else export.main(r, drawer)
     pictures, train, test = parts_of(args)
     unread = remark_on_all(train)
     if unread and r.lead:
@@ -407,9 +407,7 @@ def main(argv=None):
     nets, opts, steps = build(args, train)
     if args.encoder and not args.resume:
         run.fetch(args.encoder, OTHER, args.device, phi_t=nets.phi_t, phi_v=nets.phi_v)
-    r.keep(**vars(nets), **vars(opts), batches=batches)
-    if args.sample:
-        return sample(r, nets, test)
+    r.keep(lambda: {"t": test.t[:1000, 0]}, **vars(nets), **vars(opts), batches=batches)
     if args.beside:
         return draw_beside(r, nets, pictures, test)
 
@@ -470,6 +468,8 @@ def parse_args(argv=None):
     if not args.resume:                                     # other --steps: the other phases in proportion
         for key in {"encoder_steps", "style_steps"} - {*args.given}:
             setattr(args, key, max(1, round(default[key] * args.steps / default["steps"])))
+    if args.prompt and (args.sample or args.explore):        # of this sentence alone
+        args.set, args.prompt = [*(args.set or ()), f"prompt={args.prompt[-1]}"], None
     if (args.prompt or args.prompts or args.beside) and not args.resume:
         p.error("--prompt, --prompts and --beside need --resume RUN: the run whose G draws")
     return args
@@ -903,10 +903,26 @@ def label_of(variant):
     return "GAN" if variant == "gan" else f"GAN-{variant.upper()}"
 
 
-def sample(r, nets, test):
-    """--sample: single pictures, each of a held-out caption drawn at random."""
-    h = texts_of(nets.phi_t, test.t[:, 0], r.args.device)
-    return r.sample(lambda n: draw(nets.G_bar, h[torch.randint(len(h), (n,), device=h.device)]), (-1.0, 1.0))
+def drawer(args, saved):
+    """What a trained run draws with: z and the symbols t of a sentence, by default held-out captions."""
+    phi_t, _, G, _, _ = networks(argparse.Namespace(**vars(args) | {"image_features": "own"}))
+    t = saved["about"]["t"].to(args.device)
+
+    def read(sentence):
+        if not legible(sentence):
+            raise ValueError("a sentence in the letters a-z")
+        return encode([sentence])[0]
+
+    def tell(row):
+        return "".join(ALPHABET[i - 1] if i else " " for i in row.tolist()).rstrip()
+
+    def draws(n):
+        z = torch.randn(n, NZ, device=args.device)
+        return z, t[torch.randint(len(t), (n,), device=args.device)]
+
+    return export.Drawer(lambda z, t: G(z, phi_t.scale * phi_t(t)), draws, {"phi_t": phi_t, "G_bar": G},
+                         {"z": [], "t": [export.Knob("prompt", read=read, tell=tell, whole=True)]},
+                         (-1.0, 1.0), size=250)
 
 
 def draw_beside(r, nets, pictures, test):
@@ -925,13 +941,16 @@ def draw_beside(r, nets, pictures, test):
 
 def draw_prompts(r, sentences):
     """--prompt: a row of pictures for each sentence, as prompts.png."""
-    args, nets = r.args, trained(r.args, r.args.resume)
+    args, (draws, _) = r.args, export.load(r, drawer)
     for i, sentence in enumerate(sentences, 1):
         if remark(sentence):
-            print(f"prompt {i} is {remark(sentence)}")
-    h = h_of(nets.phi_t, sentences, args.device).repeat_interleave(args.n, 0)
-    log.save_png(r.folder / "prompts.png", sheet(draw(nets.G_bar, h).split(args.n), sentences))
-    print(f"{len(sentences)} rows of {args.n} pictures in {r.folder / 'prompts.png'}")
+            log.say(f"prompt {i} is {remark(sentence)}")
+    with r.aside():
+        z, _ = draws.draw(args.n * len(sentences))
+        x = draws.pictures((z, encode(sentences).to(args.device).repeat_interleave(args.n, 0)))
+    r.folder.mkdir(parents=True, exist_ok=True)
+    log.save_png(r.folder / "prompts.png", sheet((2 * x - 1).split(args.n), sentences))
+    log.say(f"{len(sentences)} rows of {args.n} pictures in {r.folder / 'prompts.png'}")
 
 
 # ------------------------------------------------------------------------------------------------ the numbers

@@ -245,8 +245,9 @@ class Run:
 
     @property
     def drawing(self):
-        """Whether the run is only to be drawn from: --sample, --export or --explore."""
-        return bool(self.args.sample or self.args.export or self.args.explore)
+        """Whether the run is only to be drawn from: --sample, --export, --explore, text2image's --prompt."""
+        flags = ("sample", "export", "explore", "prompt", "prompts")
+        return any(getattr(self.args, flag, None) for flag in flags)
 
     def _lead_alone(self, act):
         """Let rank 0 do what can fail; its refusal ends the other ranks too."""

@@ -14,7 +14,7 @@ from test_gpu import RUNS, folder  # noqa: F401 (a fixture)
 from common import UserError, export, run
 
 NETS = ["gan", "gan convolutions", "cgan", "cgan dcgan28", "dcgan", "aae prior", "aae likelihood", "aae style",
-        "aae semi", "aae cluster", "aae reduce", "vaegan", "vaegan vae", "infogan", "infogan faces"]
+        "aae semi", "aae cluster", "aae reduce", "vaegan", "vaegan vae", "text2image", "infogan", "infogan faces"]
 PAPER = {"cgan dcgan28": ["--paper"], "dcgan": ["--paper"]}     # drawn with each batch's own statistics
 
 
