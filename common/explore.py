@@ -16,19 +16,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl
 
 import torch
-from einops import rearrange
 from PIL import Image
 
 from common import UserError, log
 from common.log import say
 
-ROWS, COLUMNS = 16, 8       # small pictures on the page: one for each of 16 random inputs
-MOST = 6                    # directions of z
-LONGEST = 8000              # characters of a request
+ROWS = 16           # random inputs on the page, each with a small picture
+MOST = 6            # directions of z
+LONGEST = 8000      # characters of a request
 
 
 def serve(draws, title, wishes):
     """Serve the page until Ctrl-C.  draws: a Drawer.  wishes: name of a knob -> its first value as text."""
+    say("drawing a few hundred pictures to find out what moves them")
     server = Server(draws, title, wishes)
     say(f"http://127.0.0.1:{server.port}/   (Ctrl-C ends it)")
     try:
@@ -48,7 +48,7 @@ class Explorer:
         free = [i for i, (t, knobs) in enumerate(zip(self.random, draws.inputs.values()))
                 if t.is_floating_point() and not knobs]
         self.z = free[0] if free else None
-        self.directions = directions(draws, self.z) if free else torch.zeros(0, 1)
+        self.directions = directions(draws, self.z) if free else ()
         self.rows = functools.lru_cache(8)(self._rows)
 
     def _rows(self, seed):
@@ -56,16 +56,15 @@ class Explorer:
         return self.draws.draw(ROWS)
 
     def picture(self, fields):
-        """PNG of what (name, text) pairs ask for: seed; row, or all=1; z, steps along each direction in
-        standard deviations; knob.NAME, where an empty text leaves random values.  UserError: a bad value."""
+        """PNG of what (name, text) pairs ask for: seed and row of the random input; z, a step along each
+        direction in standard deviations; knob.NAME, random if empty.  UserError: a bad value."""
         asked = dict(fields)
         seed = number("seed", asked.get("seed", ""), int, 0, 2**63 - 1)
         row = number("row", asked.get("row", ""), int, 0, ROWS - 1)
         steps = torch.tensor([number("z", text, float, -100, 100) for name, text in fields if name == "z"])
         if len(steps) != len(self.directions):
             raise UserError(f"z {len(steps)} times found: {len(self.directions)} times expected")
-        rows = slice(None) if asked.get("all") == "1" else slice(row, row + 1)
-        inputs = [t[rows].clone() for t in self.rows(seed)]
+        inputs = [t[row:row + 1].clone() for t in self.rows(seed)]
         if len(steps):
             z = inputs[self.z]
             z += (steps @ self.directions).to(z).view(z.shape[1:])
@@ -73,11 +72,10 @@ class Explorer:
         if not all(t.isfinite().all() for t in inputs):
             raise UserError("a value too large for float32 found")
         torch.manual_seed(seed)     # for a generator with noise of its own
-        x = self.draws.pictures(inputs)
-        columns = COLUMNS if len(x) > 1 else 1
-        array = rearrange(log.to_uint8(x), "(r c) k h w -> (r h) (c w) k", c=columns).numpy()
+        x = log.to_uint8(self.draws.pictures(inputs)[0])
         file = io.BytesIO()
-        Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(file, "PNG", compress_level=1)
+        image = Image.fromarray((x[0] if len(x) == 1 else x.permute(1, 2, 0)).numpy())
+        image.save(file, "PNG", compress_level=1)
         return file.getvalue()
 
     def page(self, title):
@@ -86,7 +84,7 @@ class Explorer:
         knobs = [control(knob, self.wishes.get(name, knob.start), drawn[name])
                  for name, (_, _, knob) in self.draws.knobs.items()]
         steps = [slider(f"direction {i + 1}", "z", -3, 3, 0) for i in range(len(self.directions))]
-        rows = [f'<button type="button" title="Take z {i + 1}"></button>' for i in range(ROWS)]
+        rows = [f'<button type="button" title="Take z {i + 1}"><img alt=""></button>' for i in range(ROWS)]
         parts = {"TITLE": escape(title), "SEED": str(self.seed), "KNOBS": "".join(knobs),
                  "STEPS": "".join(steps), "ROWS": "".join(rows)}
         return re.sub(r"\[\[(\w+)\]\]", lambda found: parts[found[1]], PAGE)
@@ -232,10 +230,10 @@ form { display: grid; grid-template-columns: 28rem minmax(0, 1fr); gap: 2rem; al
 #pictures { position: sticky; top: 1.25rem; background: var(--back) }
 img { display: block; width: 100%; background: var(--line) }
 #one { image-rendering: pixelated }        /* 28rem: a multiple of 28, 32 and 64 pixels */
-#rows { position: relative; margin: .5rem 0 }
-#rows div { position: absolute; inset: 0; display: grid; grid-template: 1fr 1fr / repeat(8, 1fr) }
-#rows button { all: unset; cursor: pointer; border: 2px solid var(--back) }
-#rows [aria-pressed=true] { border: 3px solid var(--blue) }
+#rows { display: grid; grid-template-columns: repeat(8, 1fr); gap: 4px; margin: .5rem 0 }
+#rows button { all: unset; cursor: pointer }
+#rows [aria-pressed=true] { outline: 3px solid var(--blue); outline-offset: -1px }
+#rows img { aspect-ratio: 1 }
 #pictures p { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; margin: 0 }
 #said { flex: 1; color: var(--soft); font-size: .85rem; overflow-wrap: anywhere }
 #said.bad { color: var(--bad); flex-basis: 100%; order: 1 }
@@ -267,8 +265,7 @@ fieldset label:has(:checked) { background: var(--blue); border-color: var(--blue
   form { grid-template-columns: minmax(0, 1fr); gap: .5rem }
   #pictures { top: 0; padding: .5rem 0; z-index: 1 } #one { width: min(100%, 34vh); margin: 0 auto } }
 </style></head><body><h1>[[TITLE]]</h1><form autocomplete="off">
-<div id="pictures"><img id="one" alt="What the generator draws">
-<div id="rows"><img id="all" alt=""><div>[[ROWS]]</div></div>
+<div id="pictures"><img id="one" alt="What the generator draws"><div id="rows">[[ROWS]]</div>
 <p><span id="said" role="status"></span>
 <label>seed<input type="number" name="seed" value="[[SEED]]" min="0"></label>
 <button type="button" id="another">New z</button><button type="reset">Reset</button></p></div>
@@ -277,28 +274,26 @@ fieldset label:has(:checked) { background: var(--blue); border-color: var(--blue
 [[STEPS]]</section></div></form><script>
 const form = document.forms[0], said = document.getElementById("said")
 const buttons = [...document.querySelectorAll("#rows button")]
-let row = 0, busy = false, one = false, all = false, slow = 0, timer
+const one = document.getElementById("one"), small = new Set()    // rows whose small pictures are old
+let row = 0, large = false, busy = false
 function say(text, className = "") { Object.assign(said, {textContent: text, className}) }
-async function draw(id) {
-  const asked = new URLSearchParams(new FormData(form)), image = document.getElementById(id)
-  asked.append("row", row); asked.append("all", +(id === "all"))
-  const start = performance.now(), answer = await fetch("/draw?" + asked)
-  if (!answer.ok) { all = false; return say(await answer.text(), "bad") }
+async function draw(image, row) {
+  const start = performance.now()
+  const answer = await fetch("/draw?" + new URLSearchParams([...new FormData(form), ["row", row]]))
+  if (!answer.ok) { small.clear(); return say(await answer.text(), "bad") }
   URL.revokeObjectURL(image.src)
   image.src = URL.createObjectURL(await answer.blob())
   await image.decode()
-  const ms = performance.now() - start
-  if (id === "all") slow = ms
-  else say(`${ms.toFixed(0)} ms`)
+  if (image === one) say(`${(performance.now() - start).toFixed(0)} ms`)
 }
-async function pump() {     // one request at a time, the large picture first; only the newest values are sent
+async function pump() {     // one request at a time, the large picture first, always with the newest values
   if (busy) return
   busy = true
   try {
-    while (one || all) {
-      const id = one ? "one" : "all"
-      if (one) one = false; else all = false
-      await draw(id)
+    while (large || small.size) {
+      const [next] = small
+      if (large) { large = false; await draw(one, row) }
+      else { small.delete(next); await draw(buttons[next].firstChild, next) }
     }
   } catch { say("no answer: start the program again", "bad") }
   busy = false
@@ -306,9 +301,8 @@ async function pump() {     // one request at a time, the large picture first; o
 function changed() {
   for (const label of document.querySelectorAll("label:has(output)"))
     label.querySelector("output").textContent = (+label.querySelector("input").value).toFixed(2)
-  buttons.forEach((b, i) => b.setAttribute("aria-pressed", i === row))
-  one = true; all = slow < 60; clearTimeout(timer)
-  if (!all) timer = setTimeout(() => { all = true; pump() }, 250)   // a slow generator: when the sliders rest
+  buttons.forEach((b, i) => { b.setAttribute("aria-pressed", i === row); small.add(i) })
+  large = true
   pump()
 }
 buttons.forEach((b, i) => b.onclick = () => { row = i; changed() })
