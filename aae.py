@@ -478,8 +478,8 @@ def split(pictures, args):
     if test[1] is None:
         test = test[0], torch.full((len(test[0]),), -1)
     if not (free or 0 <= test[1].max() <= labels[:cut].max()):
-        raise UserError(f"{args.dataset} has test pictures without labels, or with others than those to train "
-                        f"on, by which {args.task} is judged")
+        raise UserError(f"{args.dataset} has test pictures without labels, or with others than those "
+                        f"to train on, by which {args.task} is judged")
     if not free and not data.tell(labels[:cut]):
         raise UserError(f"{args.dataset} has one class: --task {args.task} expects two or more")
     return {"train": (images[:cut], labels[:cut]), "valid": valid, "test": test}
@@ -695,8 +695,8 @@ def drawer(args, saved):
     m, blank = about["m"], torch.zeros(about["shape"])
     _, P, _ = networks(args, m, blank, blank)
     names = tuple(about["names"] or ()) if len(about["names"] or ()) == m else tuple(range(m))
-    knobs = [export.Knob(f"z{i + 1}", -3 * args.std, 3 * args.std) for i in range(2)] if args.z_dim == 2 else []
-    inputs = {"z": knobs}
+    plane = [export.Knob(f"z{i + 1}", -3 * args.std, 3 * args.std) for i in range(2)]
+    inputs = {"z": plane if args.z_dim == 2 else []}
     if m:
         inputs["y"] = [export.Knob("label" if about["names"] else "cluster", names=names, whole=True)]
 

@@ -307,7 +307,7 @@ def parse_args(argv=None):
 
 def experiment(args):
     """The row of PAPER and TUNED: the network."""
-    digits = "dcgan28" if args.quick else "mlp"             # perceptrons heed no label for many thousand steps
+    digits = "dcgan28" if args.quick else "mlp"             # perceptrons ignore the label for long
     return args.net or {"mnist": digits, "fashion-mnist": digits, "kmnist": digits, "shapes": "tags"}.get(
         args.dataset, "dcgan32")
 
@@ -515,7 +515,7 @@ def drawer(args, saved):
     rated = saved.get("best", {"ll": -math.inf}).get("ll", 0) > -math.inf   # else stopped before keep_best()
 
     def function(z, y):
-        n = y.shape[0]                                      # not len(): torch.export would fix it
+        n = y.shape[0]                                      # exports fix len()
         if args.batch_stats:                                # a batch of all labels, as in training
             z = torch.cat([z, sample_z(args.batch_size, args, z.device)])
             y = torch.cat([y, torch.arange(args.batch_size, device=y.device) % K])

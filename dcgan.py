@@ -199,7 +199,8 @@ def main(argv=None):
     check(args, pictures)
     batches = minibatches(r, pictures.images)
     G, D, opt_D, opt_G, train_step = build(args, pictures.images.shape[1])
-    r.keep(lambda: {"channels": pictures.images.shape[1]}, G=G, D=D, opt_D=opt_D, opt_G=opt_G, batches=batches)
+    r.keep(lambda: {"channels": pictures.images.shape[1]}, G=G, D=D, opt_D=opt_D, opt_G=opt_G,
+           batches=batches)
     if args.weights and not args.resume:
         return keep_released(r, G, D, pictures.images)
     if args.features:
@@ -496,7 +497,7 @@ def drawer(args, saved):
     def function(z):
         if not args.batch_stats:
             return G(z)
-        return G(torch.cat([z, sample_z(half, args, z.device)]))[:z.shape[0]]   # len() would fix it in an export
+        return G(torch.cat([z, sample_z(half, args, z.device)]))[:z.shape[0]]   # exports fix len()
 
     return export.Drawer(function, lambda n: (latents(n, args),), {"G": G}, {"z": []}, args.scale, **rest)
 

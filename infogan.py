@@ -454,7 +454,8 @@ def drawer(args, saved):
     knobs = [export.Knob(f"c{i + 1}", names=tuple(range(k))) for i, k in enumerate(args.cats)]
     end = 2.0 if args.net == "mnist" else 1.0
     codes = [export.Knob(f"c{len(knobs) + i + 1}", -end, end) for i in range(args.m)]
-    return export.Drawer(lambda z, c, u: G(join(z, c, u, args)), lambda n: sample_latent(n, args, args.device),
+    return export.Drawer(lambda z, c, u: G(join(z, c, u, args)),
+                         lambda n: sample_latent(n, args, args.device),
                          {"G": G}, {"z": [], "c": knobs, "u": codes}, args.scale)
 
 

@@ -74,7 +74,8 @@ STABLE = dict(
     anneal=False, code_init=False, weight_decay=1e-5, eps=1e-8, decay_all=True)
 TUNED = {"64": STABLE, "32": STABLE | dict(z_dim=256, maps=256, units=2048), "28": STABLE}
 QUICK = {"64": dict(
-    net=32, maps=256, units=2048, z_dim=64, width=0.25, batch_size=32, average=0.998, steps=2000, clf_steps=300,
+    net=32, maps=256, units=2048, z_dim=64, width=0.25, batch_size=32, average=0.998, steps=2000,
+    clf_steps=300,
     gamma=0.05, noise=0.3)}         # at 5e-3 and .2 samples are a pattern of noise after 1,000 steps
 
 
@@ -532,7 +533,8 @@ def prepare(args, pictures):
             raise UserError(f"{args.dataset}: {key} are not numbers ({n}, A), a row for each picture")
     lacking = pictures.test_images is not None and (test_labels is None or test_labels.max() > labels.max())
     stay = n if pictures.test_images is not None else data.cut(n, 2000, 10)
-    if labels is None or not data.tell(labels[:stay]) or lacking or not 0 <= labels.min() <= labels.max() < 100:
+    if (labels is None or lacking or not data.tell(labels[:stay])
+            or not 0 <= labels.min() <= labels.max() < 100):
         labels = test_labels = None                         # too few to measure with, or too many to ask for
     if labels is not None and not keys:
         keys, extra["attribute_names"] = ["attributes"], pictures.classes or []
@@ -634,18 +636,22 @@ def drawer(args, saved):
     names, y = about["names"], about["y"].to(args.device)
     _, Dec, _ = networks(args, y.shape[1])
     if args.conditional:
-        def standard_value(i):
-            mean, std = about["mean"][i].item(), about["std"][i].item()
-            return {"read": lambda text: (float(text) - mean) / std, "tell": lambda v: f"{round(float(v) * std + mean, 4):g}"}
+        def knob(name, mean, std):                          # in the attribute's own units
+            return export.Knob(name, read=lambda text: (float(text) - mean) / std,
+                               tell=lambda v: f"{round(float(v) * std + mean, 4):g}")
 
-        knobs = [export.Knob(name, **standard_value(i)) for i, name in enumerate(names)]
+        knobs = [knob(*each) for each in zip(names, about["mean"].tolist(), about["std"].tolist())]
         return export.Drawer(Dec, lambda n: (torch.randn(n, args.z_dim, device=args.device), pick(y, n)),
                              {"Dec_bar": Dec}, {"z": [], "y": knobs}, (-1.0, 1.0))
     vectors = about.get("vectors", torch.zeros(0, args.z_dim)).to(args.device)
+
+    def draws(n):
+        z = torch.randn(n, args.z_dim, device=args.device)
+        return z, z.new_zeros(n, len(vectors))
+
     return export.Drawer(
-        lambda z, a: Dec(z + a @ vectors, z[:, :0]),
-        lambda n: (torch.randn(n, args.z_dim, device=args.device), torch.zeros(n, len(vectors), device=args.device)),
-        {"Dec_bar": Dec}, {"z": [], "a": [export.Knob(name, -1.5, 1.5) for name in names]}, (-1.0, 1.0))
+        lambda z, a: Dec(z + a @ vectors, z[:, :0]), draws, {"Dec_bar": Dec},
+        {"z": [], "a": [export.Knob(name, -1.5, 1.5, start=0) for name in names]}, (-1.0, 1.0))
 
 
 def plane(args, Dec, n):

@@ -1,4 +1,4 @@
-"""Use a trained generator: --sample, --grid, --real, --set, --export.  Needs the checkpoint, not the pictures.
+"""Use a trained generator: --sample, --grid, --real, --set, --export.  This needs no pictures but for --real.
 
 Each script describes what draws in one function, drawer(args, saved) -> Drawer.  `saved` holds the parts of
 the checkpoint by name, and under "about" what the script told Run.keep() of its data.
@@ -54,7 +54,8 @@ class Knob:
         except (ValueError, IndexError, OverflowError) as e:
             known = [*map(str, self.names[:20]), *["..."] * (len(self.names) > 20)]
             expected = f"one of {', '.join(known)}" if known else "a number"
-            raise UserError(f"{self.name} {text!r} found: expected {str(e) if self.read else expected}") from None
+            expected = str(e) if self.read else expected
+            raise UserError(f"{self.name} {text!r} found: expected {expected}") from None
 
     def shown(self, value):
         """The value as text."""
@@ -66,7 +67,7 @@ class Knob:
 class Drawer(nn.Module):
     """What draws: forward(*inputs) -> pictures (n, C, H, W) in [0, 1].
 
-    function: the inputs, tensors (n, ...), -> pictures in `scale`.  draw(n): a tuple of n random rows of each.
+    function: the inputs, tensors (n, ...), -> pictures in `scale`.  draw(n): n random rows of each input.
     nets: name in the checkpoint -> module.  inputs: name -> its knobs, in the order of function's arguments.
     within: a context that puts `nets` into the mode they draw in.  size: rows at a time.
     """
@@ -134,13 +135,13 @@ def load(r, drawer):
     """(Drawer, the parts of the checkpoint that it was made from) of the run or file that --resume names."""
     args = r.args
     saved = read(args.resume) if Path(args.resume).is_file() else r.parts_saved()
-    old = UserError(f"{args.resume} was written by another version of {args.script}.py and cannot be drawn from")
     try:
         draws = drawer(args, saved)
         for name, net in draws.nets.items():
             net.load_state_dict({k: saved[name][k] for k in net.state_dict()})
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as e:
-        raise old from e
+        raise UserError(f"{args.resume} lacks what draws: another version of the script wrote it.  Go on "
+                        "with --resume and a few more --steps") from e
     return draws.to(args.device), saved
 
 
@@ -156,8 +157,8 @@ def wishes_of(args):
 
 
 def sample(r, draws, wishes):
-    """--sample N: N pictures as samples/00000.png and so on, with samples/labels.csv, which says what each was
-    asked to be; with --grid one picture, grid.png; with --real as many real pictures too, as real/."""
+    """--sample N: N pictures as samples/00000.png and so on, and in samples/labels.csv what each was asked to
+    be; with --grid one picture, grid.png; with --real as many real pictures too, in real/."""
     args, n = r.args, r.args.sample
     inputs = draws.ask(draws.draw(n), wishes)
     r.folder.mkdir(parents=True, exist_ok=True)
@@ -248,7 +249,8 @@ def traced(draws):
 def signature(draws):
     """What the program takes, for whoever opens it: a list of inputs with type, shape and columns."""
     def column(knob):
-        return {"name": knob.name} | ({"names": knob.names} if knob.names else {"low": knob.low, "high": knob.high})
+        limits = {"names": knob.names} if knob.names else {"low": knob.low, "high": knob.high}
+        return {"name": knob.name} | limits
 
     return [{"name": name, "dtype": str(t.dtype).removeprefix("torch."), "shape": ["n", *t.shape[1:]],
              "columns": [column(k) for k in knobs if not k.whole]}
@@ -266,9 +268,9 @@ def write(path, draws, saved, r):
             about[key] = value
     for name, net in draws.nets.items():
         arrays |= {f"{name}/{key}": t for key, t in net.state_dict().items()}
-    half = {k: t.detach().to(torch.bfloat16).view(torch.uint16).numpy() if t.is_floating_point() else t.numpy()
-            for k, t in arrays.items()}
     floating = [k for k, t in arrays.items() if t.is_floating_point()]
+    half = {k: (t.to(torch.bfloat16).view(torch.int16) if k in floating else t).numpy()
+            for k, t in arrays.items()}
     with path.open("wb") as f:
         np.savez_compressed(f, settings=json.dumps(r.shipped()), about=json.dumps(about),
                             bfloat16=json.dumps(floating), **half)

@@ -80,7 +80,7 @@ def parser(file, doc, **defaults):
     add("--skip-bad", action="store_true", help="leave out pictures that cannot be read")
     add("--steps", type=number(int, 1), help=f"iterations [{own['steps']}]")
     add("--batch-size", type=number(int, 2), help=f"images a step, on each rank [{own['batch_size']}]")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of everything random [%(default)s]")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed [%(default)s]")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ... [%(default)s: cuda if there is one]")
     add("--amp", action=flag, help="bfloat16 matrix products [where the hardware has them]")
     add("--compile", action=flag, help="torch.compile the whole step [--no-compile]")
@@ -89,12 +89,12 @@ def parser(file, doc, **defaults):
     add("--save-every", type=number(int, 1), default=1000, help="steps between checkpoints [%(default)s]")
     add("--resume", metavar="RUN", help="go on from the checkpoint in this run's folder, with its flags")
     add("--check", action="store_true", help="exit with 1 if the header's metric is missed")
-    add = p.add_argument_group("use a trained run, of --resume: its folder, or a file of --export").add_argument
+    add = p.add_argument_group("use a trained run: --resume RUN, or a file of --export").add_argument
     add("--sample", type=number(int, 1), metavar="N", help="write N single PNGs and stop")
     add("--grid", action="store_true", help="with --sample: one PNG that shows all")
     add("--real", action="store_true", help="with --sample: as many real pictures beside, for FID tools")
     add("--label", help="short for --set label=LABEL")
-    add("--set", action="append", metavar="NAME=VALUE", help="what to draw: a label, a code, an attribute ...")
+    add("--set", action="append", metavar="NAME=VALUE", help="what to draw: a label, a code, an attribute")
     add("--export", metavar="FILE", help="what draws, as a program of torch.export (.pt2) or weights (.npz)")
     add("--explore", metavar="RUN", help="what draws, with sliders in a browser; RUN needs no --resume")
     p.set_defaults(script=script, **defaults)
@@ -236,8 +236,8 @@ class Run:
         self.folder = Path(args.resume or Path(args.out) / f"{args.script}-{label}")
         if args.resume and self.folder.is_file():  # of --export: it has no folder of its own
             if not self.drawing:
-                raise UserError(f"{args.resume} holds what draws, not a run: expected with --sample, --export "
-                                "or --explore")
+                raise UserError(f"{args.resume} holds what draws, not a run: expected with --sample, "
+                                "--export or --explore")
             self.folder = Path(args.out) / self.folder.stem
         self.lock = None
         if not args.resume:
@@ -435,8 +435,9 @@ class Run:
         for name, part in self.parts.items():
             if isinstance(part, torch.nn.Module) and not all(t.isfinite().all() for t in part.parameters()):
                 raise UserError(self._diverged(f"a parameter of {name} is infinite or NaN"))
-        state = {"script": self.args.script, "step": self.step, "world": self.world, "parts": parts, "about": about,
-                 "random": torch.get_rng_state(), "settings": json.dumps(self._trained_with())}
+        state = {"script": self.args.script, "step": self.step, "world": self.world, "parts": parts,
+                 "about": about, "random": torch.get_rng_state(),
+                 "settings": json.dumps(self._trained_with())}
         if self.random:
             state[f"random_{torch.device(self.args.device).type}"] = self.random.get_rng_state()
         path = self.folder / "checkpoint.pt"
@@ -532,7 +533,8 @@ class Run:
 
     def shipped(self):
         """The settings that --export FILE.npz keeps: those of the run, but for its paths."""
-        return {k: v for k, v in self.kept.items() if k not in (*ANEW, "data_dir", "out", "name", "dis", "encoder")}
+        dropped = {*ANEW, "data_dir", "out", "name", "dis", "encoder"}
+        return {k: v for k, v in self.kept.items() if k not in dropped}
 
     def results(self, results, passed=True):
         """Write results.json and print a line a number; with --check exit with 1 unless `passed`.
