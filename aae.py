@@ -477,8 +477,7 @@ def split(pictures, args):
     if test[1] is None:
         test = test[0], torch.full((len(test[0]),), -1)
     if not (free or 0 <= test[1].max() <= labels[:cut].max()):
-        raise UserError(f"{args.dataset} has test pictures without labels, or with others than those to train "
-                        f"on, by which {args.task} is judged")
+        raise UserError(f"{args.dataset} has test pictures without the labels by which {args.task} is judged")
     if not free and not data.tell(labels[:cut]):
         raise UserError(f"{args.dataset} has one class: --task {args.task} expects two or more")
     return {"train": (images[:cut], labels[:cut]), "valid": valid, "test": test}

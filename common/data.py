@@ -249,7 +249,7 @@ def npz(path):
         if kind in arrays:
             names = [f"{kind[:-1]} {i + 1}" for i in range(arrays[kind].shape[1])]
             arrays.setdefault(COLUMNS[kind], names)
-    for key, a in arrays.items():  # shuffled, so that a part of the rows, the last or the first, has all classes
+    for key, a in arrays.items():  # shuffled, so that the first rows, or the last, have all classes
         part = "test_" if key.startswith("test_") else ""
         if len(a) == rows[part] and not key.endswith(NAMES):
             arrays[key] = a[shuffled(range(len(a)))] if torch.is_tensor(a) else shuffled(a)

@@ -523,7 +523,7 @@ def test_no_command_line_makes_a_traceback(name, tmp_path, monkeypatch, capsys):
     holds()
 
 
-# ------------------------------------------------------------------------------- sets that allow no measurement
+# ----------------------------------------------------------------------------- sets that allow no measurement
 
 BRIEFLY = {"gan": [], "cgan": ["--nn-samples", "50"], "infogan": [], "vaegan": ["--net", "28"],
            "dcgan": ["--net", "svhn"], "aae": ["--task", "likelihood", "--samples", "50"]}
@@ -535,8 +535,8 @@ def briefly(name, path, out):
         m.setattr(sys, "excepthook", sys.excepthook)
         try:
             importlib.import_module(name).main(
-                ["--dataset", str(path), "--data-dir", str(out), "--out", str(out), "--device", "cpu", "--steps",
-                 "2", "--batch-size", "2", "--width", ".02", "--log-every", "1", *BRIEFLY[name]])
+                ["--dataset", str(path), "--data-dir", str(out), "--out", str(out), "--device", "cpu",
+                 "--steps", "2", "--batch-size", "2", "--width", ".02", "--log-every", "1", *BRIEFLY[name]])
         except UserError as e:
             assert "\n" not in str(e) and not any(f.stat().st_size for f in out.glob("*/metrics.jsonl"))
             return None
