@@ -34,7 +34,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", "
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")      # of SUFFIXES; an EPS file runs a program
 GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B")     # Pillow's modes without colour
 SPLIT = re.compile(r"(train|test|val)(ing|id|idation)?([ _-]?(set|images|data|pictures|[0-9]+))*",
-                   re.IGNORECASE)          # folders that are parts of a set: train, Test, val2017, training_set
+                   re.IGNORECASE)          # parts of a set: train, Test, val2017, training_set
 LITTER = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")   # left by other systems
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # EXIF orientation -> upright
 BLOCK = 1024           # images decoded, written and checked at a time; another value voids what is prepared
@@ -95,7 +95,8 @@ def folder(path, root, size, channels, skip_bad=False):
 def walk(path):
     """-> {picture's path below `path`: [bytes, time of change]}, and a Counter of what was left out and why.
 
-    Links are followed last, and no folder or file is read twice.  Hidden files and folders are ignored, and LITTER.
+    Links are followed last, and no folder or file is read twice.  Hidden ones are ignored, and
+    LITTER.
     """
     found, left_out, seen, links, folders = {}, Counter(), set(), [], [str(path)]
     root, prefix = os.path.realpath(path), len(os.path.join(path, ""))
@@ -137,8 +138,8 @@ def walk(path):
 def layout(files, path):
     """-> {"": {file: class}}, with folders train/ and test/ also "test_".  Class None: no sub-folders.
 
-    A lone folder around all others, or around all of a part, is a wrapper, not a class.  val/ is the test part
-    if there is no test/.  What lies beside train/ and test/ is in neither.
+    A lone folder around all others, or around all of a part, is a wrapper, not a class.  val/ is the test
+    part if there is no test/.  What lies beside train/ and test/ is in neither.
     """
     def top(f, depth):
         return unicodedata.normalize("NFC", f.split("/", depth + 1)[depth]) if f.count("/") > depth else None

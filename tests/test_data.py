@@ -767,7 +767,7 @@ def test_an_npz_is_shuffled_whatever_its_order(tmp_path, labels):
         assert d.labels.tolist() == labels[order].tolist() and set(d.labels[6:].tolist()) == {0, 1, 2}
     assert d.extra["captions"] == [str(k) for k in order]
     assert d.extra["tag_names"] == [str(k) for k in i]
-    order = (d.test_images[:, 0, 0, 0] // 20).tolist()  # of these too: a figure or a number may take the first
+    order = (d.test_images[:, 0, 0, 0] // 20).tolist()  # a figure may show the first
     assert sorted(order) == i.tolist() != order
     if labels is not None:
         assert d.test_labels.tolist() == (i[order] // 4).tolist()

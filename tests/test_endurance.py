@@ -546,7 +546,8 @@ def briefly(name, path, out):
 
 @pytest.mark.parametrize("name, kind", [
     *((name, "one class") for name in BRIEFLY), ("gan", "one rare class"), ("cgan", "one rare class"),
-    ("vaegan", "one rare class"), ("vaegan", "other classes"), ("gan", "one test picture"), ("vaegan", "flat")])
+    ("vaegan", "one rare class"), ("vaegan", "other classes"), ("gan", "one test picture"),
+    ("vaegan", "flat")])
 def test_no_measure_of_what_cannot_be_measured(name, kind, tmp_path):
     rng = np.random.default_rng(0)
     x, y = rng.integers(256, size=(40, 1, 28, 28), dtype=np.uint8), np.arange(40) % 2
