@@ -487,7 +487,8 @@ def sentences_of(args):
     sentences = list(args.prompt or ())
     if args.prompts:
         try:
-            sentences += [s.strip() for s in Path(args.prompts).read_text().splitlines() if s.strip()]
+            sentences += [s.strip() for s in Path(args.prompts).read_text("utf-8-sig").splitlines()
+                          if s.strip()]
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"--prompts {args.prompts} cannot be read ({data.brief(e)})") from None
         if not sentences:

@@ -533,8 +533,8 @@ def prepare(args, pictures):
             raise UserError(f"{args.dataset}: {key} are not numbers ({n}, A), a row for each picture")
     lacking = pictures.test_images is not None and (test_labels is None or test_labels.max() > labels.max())
     stay = n if pictures.test_images is not None else data.cut(n, 2000, 10)
-    if (labels is None or lacking or not data.tell(labels[:stay])
-            or not 0 <= labels.min() <= labels.max() < 100):
+    tell = labels is not None and data.tell(labels[:stay])
+    if not tell or lacking or not 0 <= labels.min() <= labels.max() < 100:
         labels = test_labels = None                         # too few to measure with, or too many to ask for
     if labels is not None and not keys:
         keys, extra["attribute_names"] = ["attributes"], pictures.classes or []

@@ -1,12 +1,15 @@
 """What a run leaves behind: TensorBoard events, metrics.jsonl, progress lines, and figures as PNG files."""
 
+import atexit
 import contextlib
 import errno
 import functools
 import json
 import math
 import os
+import shutil
 import sys
+import tempfile
 import textwrap
 import time
 
@@ -15,7 +18,7 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils import tensorboard
 
 from common import UserError
 
@@ -49,6 +52,21 @@ def write_text(path, text):
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+class SummaryWriter(tensorboard.SummaryWriter):
+    """TensorBoard's, which cannot write to a folder whose name is not UTF-8: it gets a link to that."""
+
+    def __init__(self, folder, **more):
+        try:
+            str(folder).encode()
+        except UnicodeEncodeError:
+            place = tempfile.mkdtemp()
+            atexit.register(shutil.rmtree, place, ignore_errors=True)
+            link = os.path.join(place, "run")
+            os.symlink(os.path.abspath(folder), link)
+            folder = link
+        super().__init__(folder, **more)
 
 
 class Logger:

@@ -27,7 +27,7 @@ def need(ok, expected, found):
 def finite(*tensors):
     """Raise a UserError if a number among them is NaN or infinite: a measure of it would say nothing."""
     bad = sum(int((~t.isfinite()).sum()) for t in tensors)
-    need(not bad, "finite numbers", f"{bad} that are NaN or infinite: networks that diverged?")
+    need(not bad, "finite numbers to measure", f"{bad} that are NaN or infinite")
 
 
 def shapes(*tensors):

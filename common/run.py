@@ -184,7 +184,7 @@ def _saved(folder, script):
     time."""
     path = Path(folder) / "args.json"
     try:
-        saved = export.settings_in(folder) if Path(folder).is_file() else json.loads(path.read_text())
+        saved = export.settings_in(folder) if Path(folder).is_file() else json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} not found: the folder of an earlier run expected") from None
     except (OSError, ValueError) as e:
@@ -555,7 +555,7 @@ class Run:
                                "torchvision": version("torchvision"), "numpy": np.__version__},
                   "date": time.strftime("%Y-%m-%d"), "results": results}
         log.animate(sorted((self.folder / "frames").glob("*.png")), self.folder / "training.gif")
-        flat = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in settings.items()}
+        flat = {k: v if isinstance(v, (int, float)) else data.printable(v) for k, v in settings.items()}
         numbers = {k: r["value"] for k, r in results.items() if isinstance(r["value"], (int, float))}
         for summary in hparams(flat, numbers):  # add_hparams() would open another event file
             self._board().file_writer.add_summary(summary, self.step)

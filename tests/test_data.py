@@ -677,6 +677,20 @@ def test_name_of_a_prepared_folder(tmp_path, pictures):
     assert [p.name for p in cache_of(tmp_path)] == [f"f-8xown-{digest}"]
 
 
+def test_the_lock_of_windows(tmp_path, monkeypatch, capsys):
+    """msvcrt's lock is one byte, and is refused while another process has it."""
+    refusals = [PermissionError(13, "denied"), PermissionError(13, "denied"), None]
+
+    def locking(number, mode, size):
+        if error := refusals.pop(0):
+            raise error
+
+    monkeypatch.setattr(prepare, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(LK_NBLCK=2, locking=locking))
+    with prepare.locked(tmp_path / "set.lock"):
+        assert not refusals and capsys.readouterr().err.count("waiting") == 1
+
+
 def test_slower_of_two_without_locks(tmp_path, pictures, monkeypatch):
     """Where there are no file locks, a process that finds another's whole set at the end takes that."""
     decode, remove, rename, faster = prepare.decode, prepare.shutil.rmtree, Path.rename, []

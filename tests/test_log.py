@@ -197,3 +197,14 @@ def test_progress_survives_a_terminal_that_is_closed(tmp_path, monkeypatch):
     logger.progress(1)
     logger.close()
     assert logger.shown > 0 and len(log.history(tmp_path)) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are Unicode there")
+def test_a_folder_whose_name_is_not_utf_8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    logger = log.Logger(folder, steps=1, images_per_step=1)
+    logger.add({"a": 1.0})
+    logger.write(1)
+    logger.close()
+    assert [f.stat().st_size > 0 for f in folder.glob("events.out.*")] == [True]
