@@ -367,7 +367,7 @@ def train_encoder(r, nets, opts, steps, batches, test):
         set_rate(opts.opt_phi, phi_rate(args, (end - step + 1) / args.encoder_steps))
         r.log(steps.encoder(*next(batches)))
     if end > begin and r.lead:
-        print_retrieval(args, nets, test)
+        print_retrieval(args, nets, first(test, 2000))
 
 
 def train_gan(r, nets, opts, steps, batches, test):
