@@ -23,7 +23,7 @@ together.  One run trains the encoders phi_t and phi_v, then G and D, then the s
     python text2image.py                    (built-in scenes; full width wants a GPU)
     python text2image.py --quick            (narrow networks and few steps, for a CPU)
     python text2image.py --dataset data/birds --paper
-    python text2image.py --resume runs/text2image-scenes --prompt "a large red circle above a blue box" --n 8
+    python text2image.py --resume runs/text2image-scenes --prompt "a red circle above a box"
 """
 
 import argparse

@@ -9,10 +9,12 @@ import math
 import os
 import pickle
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import zipfile
 from importlib.metadata import version
@@ -66,27 +68,31 @@ def parser(file, doc, **defaults):
     """
     script = Path(file).stem
     sys.excepthook = _one_line(script)
-    p = argparse.ArgumentParser(prog=f"python {script}.py", epilog=doc, allow_abbrev=False,
+    p = argparse.ArgumentParser(prog=f"python {script}.py", usage="%(prog)s [--flag value ...]",
+                                epilog=_epilog(script, doc), allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("run").add_argument
     flag = argparse.BooleanOptionalAction
     add("--dataset", help="a name, a folder of images or an .npz file [%(default)s]")
-    add("--data-dir", default="data", help="where data sets are kept and downloaded to [%(default)s]")
-    add("--out", default="runs", help="where the run's folder is made [%(default)s]")
+    add("--data-dir", metavar="DIR", default="data", help="where data sets are kept [%(default)s]")
+    add("--out", metavar="DIR", default="runs", help="where the run's folder is made [%(default)s]")
     add("--name", default="", help="ending of the run's folder, to tell runs apart")
     own = {k: "%(default)s" if k in defaults else "the experiment's" for k in ("steps", "batch_size")}
     add("--paper", action="store_true", help="the settings of the paper alone [tuned in places]")
     add("--quick", action="store_true", help="narrow and short, for a look on a CPU")
     add("--skip-bad", action="store_true", help="leave out pictures that cannot be read")
-    add("--steps", type=number(int, 1), help=f"iterations [{own['steps']}]")
-    add("--batch-size", type=number(int, 2), help=f"images a step, on each rank [{own['batch_size']}]")
+    add("--steps", metavar="N", type=number(int, 1), help=f"iterations [{own['steps']}]")
+    add("--batch-size", metavar="N", type=number(int, 2),
+        help=f"images a step, on each rank [{own['batch_size']}]")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed [%(default)s]")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ... [%(default)s: cuda if there is one]")
     add("--amp", action=flag, help="bfloat16 matrix products [where the hardware has them]")
     add("--compile", action=flag, help="torch.compile the whole step [--no-compile]")
     add("--graph", action=flag, help="the step as one CUDA graph [on a GPU]")
-    add("--log-every", type=number(int, 1), default=100, help="steps between log lines [%(default)s]")
-    add("--save-every", type=number(int, 1), default=1000, help="steps between checkpoints [%(default)s]")
+    add("--log-every", metavar="N", type=number(int, 1), default=100,
+        help="steps between log lines [%(default)s]")
+    add("--save-every", metavar="N", type=number(int, 1), default=1000,
+        help="steps between checkpoints [%(default)s]")
     add("--resume", metavar="RUN", help="go on from the checkpoint in this run's folder, with its flags")
     add("--check", action="store_true", help="exit with 1 if the header's metric is missed")
     add = p.add_argument_group("use a trained run: --resume RUN, or a file of --export").add_argument
@@ -99,6 +105,21 @@ def parser(file, doc, **defaults):
     add("--explore", metavar="RUN", help="what draws, with sliders in a browser; RUN needs no --resume")
     p.set_defaults(script=script, **defaults)
     return p
+
+
+def _epilog(script, doc):
+    """What ends the help, in 80 columns: title, authors and commands of a script's header."""
+    title, *_ = doc.strip().split("\n\n")
+    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, 79)] + [""]
+    for line in re.findall(r"^ +(python .*)", doc, re.MULTILINE):
+        command, _, remark = (part.strip() for part in line.partition("  "))
+        parts = textwrap.wrap(command, 75, initial_indent="  ", subsequent_indent="      ")
+        lines += [*(part + " \\" for part in parts[:-1]), parts[-1]]
+        if remark and len(parts[-1]) + len(remark) < 78:
+            lines[-1] += f"  {remark}"
+        elif remark:
+            lines.append(f"      {remark}")
+    return "\n".join([*lines, "", f"Equations, and where each stands: the first lines of {script}.py"])
 
 
 def parse(p, argv=None, free=(), experiment=None, paper=None, tuned=None, quick=None):

@@ -45,8 +45,12 @@ def test_every_name_that_a_header_points_to_exists(path):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=NAMES)
 def test_help_reads_and_names_every_flag(path):
-    result = script(path.name, "--help")
-    assert result.returncode == 0 and header(path).splitlines()[0] in result.stdout
+    result = script(path.name, "--help", COLUMNS="80")
+    assert result.returncode == 0 and header(path).splitlines()[0][:60] in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    text = " ".join(result.stdout.replace('"', "").replace("\\\n", "").split())
+    for name, words in commands(header(path)):
+        assert name != path.stem or " ".join(["python", path.name, *words]) in text, words
     for flag in ("--dataset", "--steps", "--resume", "--sample", "--check", "--no-graph"):
         assert flag in result.stdout
 
