@@ -113,7 +113,8 @@ def _epilog(script, doc):
     lines = [part for line in title.splitlines() for part in textwrap.wrap(line, 79)] + [""]
     for line in re.findall(r"^ +(python .*)", doc, re.MULTILINE):
         command, _, remark = (part.strip() for part in line.partition("  "))
-        parts = textwrap.wrap(command, 75, initial_indent="  ", subsequent_indent="      ")
+        parts = textwrap.wrap(command, 77, initial_indent="  ", subsequent_indent="      ",
+                              break_on_hyphens=False)
         lines += [*(part + " \\" for part in parts[:-1]), parts[-1]]
         if remark and len(parts[-1]) + len(remark) < 78:
             lines[-1] += f"  {remark}"
