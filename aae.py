@@ -562,7 +562,7 @@ def D_sees(z, y, c, args, m):
 
 def Q_sees(x, args):
     """Pictures of the last two phases: x, or a little turned, stretched, sheared and moved (--warp)."""
-    return data.warp(x, args.warp)
+    return data.warp(x, args.warp) if args.warp else x
 
 
 def disagreement(Q_bar, x, a, args):

@@ -363,7 +363,8 @@ def D_sees(D, x, x_fake, args, detach=False):
 
     x None: the samples alone.  First, half of each batch is warped by args.warp and noise is added to all.
     """
-    x_fake, x = (t if t is None else data.warp(t, args.warp, share=0.5) for t in (x_fake, x))
+    if args.warp:
+        x_fake, x = (t if t is None else data.warp(t, args.warp, share=0.5) for t in (x_fake, x))
     if args.noise:
         x_fake, x = (t if t is None else t + args.noise * torch.randn_like(t) for t in (x_fake, x))
     if args.together:
