@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("gan", "cgan", "dcgan", "text2image", "infogan", "aae", "vaegan")
 NEEDED = ("commit", "seed", "step", "seconds", "machine", "mode", "versions", "date", "results")
 SETTINGS = ("paper", "tuned", "quick", "other")
-LOCAL = {"data-dir", "out", "name", "resume", "sample", "check", "device", "log-every", "save-every", "n",
+LOCAL = {"data-dir", "out", "name", "resume", "sample", "grid", "real", "set", "label", "export", "explore",
+         "check", "device", "log-every", "save-every", "n",
          "prompt", "prompts", "beside", "exemplars"}  # of one machine, or of what is drawn: not kept
 CHOICE = {"dataset", "net", "task", "prior", "model", "encoder", "labels", "clusters", "z-dim", "factor",
           "variant", "conditional", "attributes", "features", "dis", "phi-t", "image-features"}
