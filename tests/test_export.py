@@ -4,10 +4,12 @@ draws what the script itself draws, and the exported program and the shipped wei
 import csv
 import importlib
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, script
 from PIL import Image
 from test_gpu import RUNS, folder  # noqa: F401 (a fixture)
 
@@ -20,32 +22,32 @@ PAPER = {"cgan dcgan28": ["--paper"], "dcgan": ["--paper"]}     # drawn with eac
 
 
 def trained(name, folder, out, *more):  # noqa: F811
-    """(script, folder of a run of two steps without its figures)."""
-    script = importlib.import_module(name.split()[0])
+    """(module, folder of a run of two steps without its figures)."""
+    module = importlib.import_module(name.split()[0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "report", lambda *_: None)
-        script.main([*RUNS[name][0], "--width", ".1", "--steps", "2", "--batch-size", "8", "--seed", "3",
+        patch.setattr(module, "report", lambda *_: None)
+        module.main([*RUNS[name][0], "--width", ".1", "--steps", "2", "--batch-size", "8", "--seed", "3",
                      "--no-amp", "--out", str(out), "--data-dir", str(folder), *more])
     made, = out.iterdir()
-    return script, made
+    return module, made
 
 
-def drawer(script, where):
-    args = script.parse_args(["--resume", str(where), "--sample", "1", "--device", "cpu"])
+def drawer(module, where):
+    args = module.parse_args(["--resume", str(where), "--sample", "1", "--device", "cpu"])
     r = run.Run(args)
     with r.aside():
-        return export.load(r, script.drawer)[0]
+        return export.load(r, module.drawer)[0]
 
 
 @pytest.mark.parametrize("name", NETS)
 def test_files_draw_what_the_run_draws_without_its_data(name, folder, tmp_path, monkeypatch):  # noqa: F811
     with monkeypatch.context() as patch:
         patch.chdir(folder)
-        script, made = trained(name, folder, tmp_path / "runs", *PAPER.get(name, []))
+        module, made = trained(name, folder, tmp_path / "runs", *PAPER.get(name, []))
     monkeypatch.chdir(tmp_path)                                 # the data are elsewhere now
     for file in ("g.pt2", "g.npz"):
-        script.main(["--resume", str(made), "--export", str(tmp_path / file)])
-    draws = drawer(script, made)
+        module.main(["--resume", str(made), "--export", str(tmp_path / file)])
+    draws = drawer(module, made)
     inputs = draws.draw(4)
     torch.manual_seed(0)                                        # of dropout and fresh z, where G has them
     x = draws.pictures(inputs)
@@ -54,18 +56,30 @@ def test_files_draw_what_the_run_draws_without_its_data(name, folder, tmp_path, 
     torch.manual_seed(0)
     assert torch.allclose(program(*inputs), x, atol=1e-5)
     assert len(program(*(t[:1] for t in inputs))) == 1
-    shipped = drawer(script, tmp_path / "g.npz")
+    shipped = drawer(module, tmp_path / "g.npz")
     torch.manual_seed(0)
     assert torch.allclose(shipped.pictures(inputs), x, atol=0.05)       # bfloat16
     numbers = sum(t.numel() for t in draws.nets.state_dict().values())
     assert (tmp_path / "g.npz").stat().st_size < 2.1 * numbers + 9e4
 
-    script.main(["--resume", str(made), "--sample", "12", "--seed", "5"])
+    module.main(["--resume", str(made), "--sample", "12", "--seed", "5"])
     drawn = sorted((made / "samples").glob("*.png"))
     assert [f.name for f in drawn] == [f"{i:05d}.png" for i in range(12)]
     if draws.knobs:
         rows = list(csv.DictReader((made / "samples" / "labels.csv").open()))
         assert len(rows) == 12 and list(rows[0]) == ["file", *draws.knobs]
+
+
+def test_the_lines_of_readme_draw(folder, tmp_path, monkeypatch):  # noqa: F811
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        infogan, made = trained("infogan", folder, tmp_path / "runs")
+        infogan.main(["--resume", str(made), "--export", str(tmp_path / "g.pt2")])
+    made.rename(tmp_path / "runs" / "infogan-mnist")
+    block, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    block = re.sub(r"(x = .*)", r"\1; print(*x.shape, bool(0 <= x.min() < x.max() <= 1))", block)
+    result = script("-c", block, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert result.stdout.splitlines() == ["16 1 28 28 True"] * 2, result.stderr
 
 
 def test_labels_come_in_turn_and_can_be_set(folder, tmp_path, monkeypatch):  # noqa: F811
