@@ -77,7 +77,7 @@ def test_the_lines_of_readme_draw(folder, tmp_path, monkeypatch):  # noqa: F811
         infogan.main(["--resume", str(made), "--export", str(tmp_path / "g.pt2")])
     made.rename(tmp_path / "runs" / "infogan-mnist")
     block, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    block = re.sub(r"(x = .*)", r"\1; print(*x.shape, bool(0 <= x.min() < x.max() <= 1))", block)
+    block = re.sub(r"(x = .*)", r"\1\nprint(*x.shape, bool(0 <= x.min() < x.max() <= 1))", block)
     result = script("-c", block, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert result.stdout.splitlines() == ["16 1 28 28 True"] * 2, result.stderr
 
