@@ -531,7 +531,7 @@ class Run:
         if name == "samples" and self.logger:  # a frame of training.gif
             (self.folder / "frames").mkdir(exist_ok=True)
             log.save_png(self.folder / "frames" / f"{self.step + 1:08d}.png", log.smaller(image, 480))
-        self._board().add_image(name, image, self.step)
+        self._board().add_image(f"figures/{name}", image, self.step)
         self._board().flush()
 
     def _board(self):
@@ -577,7 +577,8 @@ class Run:
                                "torchvision": version("torchvision"), "numpy": np.__version__},
                   "date": time.strftime("%Y-%m-%d"), "results": results}
         log.animate(sorted((self.folder / "frames").glob("*.png")), self.folder / "training.gif")
-        flat = {k: v if isinstance(v, (int, float)) else data.printable(v) for k, v in settings.items()}
+        flat = {k: v if isinstance(v, (int, float)) else data.printable(v) for k, v in settings.items()
+                if k not in FREE or k == "dataset"}
         numbers = {k: r["value"] for k, r in results.items() if isinstance(r["value"], (int, float))}
         for summary in hparams(flat, numbers):  # add_hparams() would open another event file
             self._board().file_writer.add_summary(summary, self.step)
