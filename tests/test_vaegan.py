@@ -596,7 +596,8 @@ def test_a_conditional_gan_and_the_vae_that_measures_with_its_Dis(digits, tmp_pa
 
 def test_the_tables_say_how_long_the_classifier_trains(digits, tmp_path, monkeypatch):
     steps, classifier = [], vaegan.metrics.classifier
-    monkeypatch.setattr(vaegan.metrics, "classifier", lambda *words: steps.append(words[4]) or classifier(*words))
+    monkeypatch.setattr(vaegan.metrics, "classifier",
+                        lambda *words: steps.append(words[4]) or classifier(*words))
     monkeypatch.setitem(vaegan.PAPER["28"], "clf_steps", 3)
     vaegan.main(small(digits, tmp_path, "--steps", 1, "--model", "vae"))
     assert steps == [3]
