@@ -468,8 +468,9 @@ def test_paper_tuned_quick_and_flags_in_their_order():
 def test_quick_settles_what_it_names_is_shorter_and_can_be_overruled(name, words):
     script = importlib.import_module(name)
     usual, quick = (script.parse_args([*words.split(), *more]) for more in ((), ["--quick"]))
-    row, known = script.QUICK[quick.experiment], set(vars(usual)).union(*script.PAPER.values())
-    assert {k: getattr(quick, k) for k in row} == row and set(row) <= known
+    row = script.QUICK[quick.experiment]
+    assert {k: getattr(quick, k) for k in row} == row and set(row) <= set(vars(usual))
+    assert script.experiment(quick) == quick.experiment     # a resumed run finds its row
     work, usual_work = (a.steps * a.batch_size * a.width ** 2 for a in (quick, usual))  # multiplications
     assert quick.settings == "quick" and work < usual_work / 4
     by_hand = script.parse_args([*words.split(), "--quick", "--steps", "7", "--width", "0.3"])
