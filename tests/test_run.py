@@ -477,6 +477,13 @@ def test_quick_settles_what_it_names_is_shorter_and_can_be_overruled(name, words
     assert (by_hand.steps, by_hand.width, by_hand.batch_size) == (7, 0.3, quick.batch_size)
 
 
+@pytest.mark.parametrize("name", ["gan", "dcgan", "cgan", "text2image", "infogan", "aae", "vaegan"])
+def test_no_setting_of_a_table_has_the_name_of_a_flag_that_all_scripts_share(name):
+    script, shared = importlib.import_module(name), set(vars(run.parser("x.py", "").parse_args([])))
+    named = set().union(*script.PAPER.values(), *script.TUNED.values(), *script.QUICK.values())
+    assert named & shared <= {"steps", "batch_size"}        # whose defaults the tables may replace
+
+
 def test_a_resumed_run_keeps_its_settings_whatever_the_defaults_are_by_then(tmp_path):
     r = run.Run(settled("--out", tmp_path, "--device", "cpu", "--quick", "--seed", 4))
     r.keep(part=Part())
