@@ -85,7 +85,8 @@ TUNED = dict.fromkeys(PAPER, FAST) | {
     "semi": INFER, "semi-svhn": INFER | dict(where="all"),
     "cluster": UNLABELLED, "reduce": INFER | dict(hold=0.1), "reduce-0": UNLABELLED | dict(hold=0.1),
 }
-QUICK = {"prior-mixture": dict(steps=3000)}
+QUICK = {"prior-mixture": dict(steps=3000), "style": dict(width=0.5, steps=6000),
+         "semi": dict(width=0.5, steps=4000, nn_steps=1000)}
 
 
 # --------------------------------------------------------------------------------------------------- networks

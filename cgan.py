@@ -89,9 +89,8 @@ TUNED = {                                  # mlp, 2,500 steps at --width .25: PA
         batch_stats=False, average=0.999),                                          # not measured
     "dcgan32": dict(steps=10000, turns=False, batch_stats=False, average=0.999),    # not measured
 }
-QUICK = {
-    "dcgan28": dict(width=0.25, batch_size=64, steps=3500, noise=0.3, nn_samples=5000),
-}
+QUICK = {"dcgan28": dict(width=0.25, batch_size=64, steps=5000, nn_samples=5000,
+                         noise=0.5)}                # .3, 3,500 steps: 29.9 % 1-NN error in place of 24.3
 
 
 # --------------------------------------------------------------------------------------------------- networks

@@ -49,8 +49,7 @@ from common.metrics import need, shapes
 # minibatch in turn, pictures drawn with their own batch's statistics, SVHN's settings.
 
 ALL = dict(batch_size=128, lr=2e-4, weight_decay=1e-5, eps=1e-8, scale=(-1.0, 1.0), turns=True,
-           batch_stats=True, together=False, deduplicate=False,
-           clf_steps=None)                  # of the classifier that judges; None: 12 epochs, at most 1,500
+           batch_stats=True, together=False, deduplicate=False)
 PAPER = {       # steps: updates of D, half of the minibatches in the paper's epochs; the others are G's
     "64": ALL | dict(net="64", size=64, dz=100, normal=False,
                      steps=34_000),                                 # faces: 25 epochs of 350,000
@@ -245,6 +244,7 @@ def parse_args(argv=None):
     add("--supervised", type=run.number(int, 1), nargs="?", const=TRIALS, metavar="TRIALS",
         help="with --features: train D's architecture on 100 labels a class instead, the best of so many "
         "random settings [%(const)s]")
+    p.set_defaults(clf_steps=None)                          # of the classifier that judges; None: its own
     args = run.parse(p, argv, free=("exemplars", "features", "supervised"), experiment=experiment,
                      paper=PAPER, tuned=TUNED, quick=QUICK)
     if args.net != "64" and args.size != 32:

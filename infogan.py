@@ -79,7 +79,8 @@ TUNED = {
     "svhn": ONE_PASS, "celeba": ONE_PASS, "chairs": ONE_PASS, "chairs-width": ONE_PASS,
     "faces": STABLE, "faces-elevation": STABLE, "faces-lighting": STABLE, "faces-width": STABLE,
 }
-QUICK = {"mnist": dict(width=0.25, steps=1500, warm_up=600, gan_steps=300)}
+QUICK = {"mnist": dict(width=0.25, steps=4000, gan_steps=400),
+         "faces": dict(width=0.25, steps=3000)}
 
 
 # --------------------------------------------------------------------------------------------------- networks

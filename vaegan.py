@@ -50,13 +50,12 @@ CODE = dict(
     loss="minimax",                 # Eq. 9: Dec descends L_GAN
     steps=37500, anneal=True,       # aegan.py: 150 epochs of 250 batches, the rate falls to almost 0
     gamma=1e-5, terms=16384,        # celeba_aegan.py, for a sum over the 256 x 8 x 8 features of Dis_l
-    real=0.66 / 0.17,               # celeba_aegan.py: log Dis(x) weighs .66, the other two .17 each
+    weigh_real=0.66 / 0.17,         # celeba_aegan.py: log Dis(x) weighs .66, the other two .17 each
     own_pass=True,                  # model/aegan.py: L_llike from a pass of X and X~ alone
     weight_decay=2e-5 / 64, eps=1e-8 / 64,      # deeppy: 2 x 1e-5 and 1e-8 for gradients summed over 64
     decay_all=False,                # architectures.py: weights alone, without those of mu and log sigma^2
     code_init=True,                 # deeppy/filler.py, deeppy/expr/nnet/batch_normalization.py
-    noise=0.0, average=0.0, gating=False,       # model/aegan.py has gating, the paper does not mention it
-    clf_steps=None)                 # of the classifier that judges; None: 12 epochs, at most 1,500
+    noise=0.0, average=0.0, gating=False)       # model/aegan.py has gating, the paper does not mention it
 PAPER = {
     "64": CODE | dict(net=64, channels=3, z_dim=128),                       # Table 1; z: celeba_aegan.py
     "32": CODE | dict(net=32, channels=3, z_dim=128, gamma=5e-6,            # cifar_aegan.py
@@ -69,13 +68,12 @@ STABLE = dict(
     loss="non-saturating",          # -log Dis(x~) has a gradient where Dis wins
     noise=0.2,                      # else Dis wins on high-frequency texture
     average=0.999,                  # EMA: the raw weights oscillate
-    real=1.0,                       # Eq. 10 as printed; not measured, like all that follows
+    weigh_real=1.0,                 # Eq. 10 as printed; not measured, like all that follows
     own_pass=False,                 # one pass through Dec and Dis_l less
     anneal=False, code_init=False, weight_decay=1e-5, eps=1e-8, decay_all=True)
 TUNED = {"64": STABLE, "32": STABLE | dict(z_dim=256, maps=256, units=2048), "28": STABLE}
-QUICK = {"64": dict(
-    net=32, maps=256, units=2048, z_dim=64, width=0.25, batch_size=32, average=0.998, steps=2000,
-    clf_steps=300,
+QUICK = {"32": dict(
+    z_dim=64, width=0.25, batch_size=32, average=0.998, steps=2000, clf_steps=300,
     gamma=0.05, noise=0.3)}         # at 5e-3 and .2 samples are a pattern of noise after 1,000 steps
 
 
@@ -250,7 +248,7 @@ def build(args, dy):
         a, a_tilde, a_p = a.split(n)
         f, f_tilde = (x, x_tilde) if pixels else (f[:n].detach(), f[n:2 * n])       # Dis_l(x) is a constant
         prior, llike = L_prior(mu, log_var), L_llike(f, f_tilde)
-        gan = L_GAN(a, a_tilde, a_p, real=args.real)                        # Eq. 10
+        gan = L_GAN(a, a_tilde, a_p, real=args.weigh_real)                  # Eq. 10
         # All gradients are at the old parameters, each network's of its own terms alone (Eq. 9).  Dis ascends
         # L_GAN and Dec descends it: it is a log-likelihood, and Alg. 1 as printed has the opposite signs.
         scalars = {"L_prior": prior, "L_llike": llike, "L_GAN": gan} | watch(a, a_p, a_tilde)
@@ -351,6 +349,7 @@ def parse_args(argv=None):
     add("--lr", type=positive, help="RMSProp's rate [3e-4]")
     add("--beside", metavar="RUN", nargs="+",
         help="with --resume: Figs. 3-5 with this run and these, of any --model and --gamma")
+    p.set_defaults(clf_steps=None)                          # of the classifier that judges; None: its own
     args = run.parse(p, argv, free=("beside",), experiment=experiment, paper=PAPER, tuned=TUNED, quick=QUICK)
     if args.beside and not args.resume:
         p.error("--beside needs --resume RUN: the run that the others stand beside")
@@ -361,14 +360,14 @@ def parse_args(argv=None):
     if "gamma" in args.given:
         args.terms = None                                   # as it is, whatever the number of features
     if args.gating and not args.paper:
-        args.real = 2.0                                     # balanced where Dis = 1/2, as the thresholds are
+        args.weigh_real = 2.0                               # balanced where Dis = 1/2, as the thresholds are
     return args
 
 
 def experiment(args):
-    """The row of PAPER and TUNED: the size of pictures, 64 unless the data set has small ones."""
+    """The row of PAPER and TUNED: the size of pictures, 64 (--quick: 32) unless the set has small ones."""
     small = {"cifar10": 32, "cifar100": 32, "svhn": 32, "mnist": 28, "fashion-mnist": 28, "kmnist": 28}
-    return str(args.net or small.get(args.dataset, 64))
+    return str(args.net or small.get(args.dataset, 32 if args.quick else 64))
 
 
 # ------------------------------------------------------- the authors' optimizer, what TUNED adds to the paper

@@ -122,11 +122,11 @@ def test_a_flag_wins_over_both_tables():
     assert (a.average, a.drop_samples, a.lr, a.z) == (0.5, True, 0.3, (0, 1))
 
 
-@pytest.mark.parametrize("dataset, name", [("mnist", "mlp"), ("kmnist", "mlp"), ("shapes", "tags"),
-                                           ("cifar100", "dcgan32"), ("x.npz", "dcgan32")])
+@pytest.mark.parametrize("dataset, name", [("mnist", "mlp"), ("mnist --quick", "dcgan28"), ("kmnist", "mlp"),
+                                           ("shapes", "tags"), ("cifar100", "dcgan32"), ("x.npz", "dcgan32")])
 def test_a_data_set_chooses_its_network(dataset, name):
-    assert cgan.parse_args(["--dataset", dataset]).net == name
-    assert cgan.parse_args(["--dataset", dataset, "--net", "dcgan28"]).net == "dcgan28"
+    assert cgan.parse_args(["--dataset", *dataset.split()]).net == name
+    assert cgan.parse_args(["--dataset", *dataset.split(), "--net", "dcgan28"]).net == "dcgan28"
 
 
 # ----------------------------------------------------------------------------------------------- networks

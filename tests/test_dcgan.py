@@ -695,6 +695,17 @@ def test_a_run_draws_figures_and_writes_numbers(heads):
     assert -1 <= results["dcgan-turn"]["value"] <= 1
 
 
+def test_the_tables_say_how_long_the_predictor_trains(monkeypatch):
+    steps, faces = [], render.faces(n=20, size=32)
+    classifier = dcgan.metrics.classifier
+    monkeypatch.setattr(dcgan.metrics, "classifier",
+                        lambda *words: steps.append(words[4]) or classifier(*words))
+    pictures = dcgan.data.Data("faces", faces.pop("images"), extra=faces)
+    settings = argparse.Namespace(device="cpu", data_dir=None, clf_steps=3)
+    dcgan.predictor(settings, pictures, dcgan.attributes(pictures.extra))
+    assert steps == [3]
+
+
 def test_features_of_a_run_on_other_data(heads, tmp_path, monkeypatch):
     folder, _ = heads
     before = (folder / "results.json").read_text()

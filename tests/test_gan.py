@@ -405,6 +405,7 @@ def test_too_few_pictures_are_refused_before_training(digits, tmp_path):
 
 @pytest.mark.parametrize("words, data, key, paper", [
     (["--dataset", "mnist"], "mnist", "gan-mnist-ll", 225),
+    (["--dataset", "mnist", "--width", "0.5"], "mnist", "gan-mnist-ll", None),
     (["--dataset", "my/mnist.npz"], "mnist", "gan-mnist-on-mnist-ll", None),
     (["--dataset", "faces"], "faces", "gan-tfd-on-faces-ll", None),
     (["--dataset", "tfd.npz", "--net", "tfd"], "tfd", "gan-tfd-on-tfd-ll", None),

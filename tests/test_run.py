@@ -462,17 +462,26 @@ def test_paper_tuned_quick_and_flags_in_their_order():
 
 
 @pytest.mark.parametrize(("name", "words"), [
-    ("gan", ""), ("dcgan", ""), ("dcgan", "--dataset celeba"), ("cgan", ""), ("infogan", ""), ("aae", ""),
+    ("gan", ""), ("dcgan", ""), ("dcgan", "--dataset celeba"), ("cgan", ""), ("infogan", ""),
+    ("infogan", "--dataset faces"), ("aae", ""), ("aae", "--task style"),
     ("aae", "--task semi"), ("vaegan", ""), ("vaegan", "--model vae")])
 def test_quick_settles_what_it_names_is_shorter_and_can_be_overruled(name, words):
     script = importlib.import_module(name)
     usual, quick = (script.parse_args([*words.split(), *more]) for more in ((), ["--quick"]))
     row = script.QUICK[quick.experiment]
     assert {k: getattr(quick, k) for k in row} == row and set(row) <= set(vars(usual))
-    work, usual_work = (a.steps * a.batch_size * a.width for a in (quick, usual))
+    assert script.experiment(quick) == quick.experiment     # a resumed run finds its row
+    work, usual_work = (a.steps * a.batch_size * a.width ** 2 for a in (quick, usual))  # multiplications
     assert quick.settings == "quick" and work < usual_work / 4
     by_hand = script.parse_args([*words.split(), "--quick", "--steps", "7", "--width", "0.3"])
     assert (by_hand.steps, by_hand.width, by_hand.batch_size) == (7, 0.3, quick.batch_size)
+
+
+@pytest.mark.parametrize("name", ["gan", "dcgan", "cgan", "text2image", "infogan", "aae", "vaegan"])
+def test_no_setting_of_a_table_has_the_name_of_a_flag_that_all_scripts_share(name):
+    script, shared = importlib.import_module(name), set(vars(run.parser("x.py", "").parse_args([])))
+    named = set().union(*script.PAPER.values(), *script.TUNED.values(), *script.QUICK.values())
+    assert named & shared <= {"steps", "batch_size"}        # whose defaults the tables may replace
 
 
 def test_a_resumed_run_keeps_its_settings_whatever_the_defaults_are_by_then(tmp_path):

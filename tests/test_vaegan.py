@@ -34,7 +34,7 @@ CODE = {  # files: github.com/andersbll/autoencoding_beyond_pixels at 1906387 an
     "steps": 150 * 250, "anneal": True,  # aegan.py: n_epochs, GammaAnnealer; celeba_aegan.py: epoch_size
     "gamma": 1e-5,  # recon_vs_gan_weight in celeba_aegan.py
     "terms": 256 * 8 * 8,  # Table 1: the third strided convolution, recon_depth in celeba_aegan.py
-    "real": 0.66 / ((1 - 0.66) / 2),  # real_vs_gen_weight in celeba_aegan.py, model/aegan.py
+    "weigh_real": 0.66 / ((1 - 0.66) / 2),  # real_vs_gen_weight in celeba_aegan.py, model/aegan.py
     "own_pass": True,  # discriminator_recon in model/aegan.py
     "weight_decay": 2 * 1e-5 / 64, "eps": 1e-8 / 64,  # architectures.py, deeppy/parameter.py, learn_rules.py
     "decay_all": False,  # wdecay in architectures.py, none in NormalEncoder of model/ae.py
@@ -60,7 +60,8 @@ def test_paper_is_PAPER_alone_and_a_flag_wins():
         found = {k: vars(a)[k] for k in vaegan.PAPER[row]}
         assert a.settings == "tuned" and found == vaegan.PAPER[row] | vaegan.TUNED[row]
     assert vaegan.parse_args(["--paper", "--noise", ".1"]).noise == 0.1
-    assert vaegan.parse_args(["--gating"]).real == 2 and vaegan.parse_args(["--gating", "--paper"]).real > 3
+    assert vaegan.parse_args(["--gating"]).weigh_real == 2
+    assert vaegan.parse_args(["--gating", "--paper"]).weigh_real > 3
 
 
 def test_gamma_is_for_a_likelihood_of_so_many_terms():
@@ -592,6 +593,15 @@ def test_a_conditional_gan_and_the_vae_that_measures_with_its_Dis(digits, tmp_pa
         vaegan.main(small(digits, tmp_path, "--model", "vae_dis", "--dis", gan, "--name", "other"))
     with pytest.raises(UserError, match=r"cannot be read \(No such file.*: a run with --model gan"):
         vaegan.main(small(digits, tmp_path, "--model", "vae_dis", "--dis", tmp_path, "--name", "none"))
+
+
+def test_the_tables_say_how_long_the_classifier_trains(digits, tmp_path, monkeypatch):
+    steps, classifier = [], vaegan.metrics.classifier
+    monkeypatch.setattr(vaegan.metrics, "classifier",
+                        lambda *words: steps.append(words[4]) or classifier(*words))
+    monkeypatch.setitem(vaegan.PAPER["28"], "clf_steps", 3)
+    vaegan.main(small(digits, tmp_path, "--steps", 1, "--model", "vae"))
+    assert steps == [3]
 
 
 @pytest.mark.parametrize("model", ["vaegan", "vae", "gan"])
