@@ -13,7 +13,7 @@ from conftest import ROOT, script
 from PIL import Image
 from test_gpu import RUNS, folder  # noqa: F401 (a fixture)
 
-from common import UserError, export, run
+from common import UserError, data, export, run
 
 NETS = ["gan", "gan convolutions", "cgan", "cgan dcgan28", "dcgan", "aae prior", "aae likelihood",
         "aae style", "aae semi", "aae cluster", "aae reduce", "vaegan", "vaegan vae", "text2image", "infogan",
@@ -80,6 +80,32 @@ def test_the_lines_of_readme_draw(folder, tmp_path, monkeypatch):  # noqa: F811
     block = re.sub(r"(x = .*)", r"\1\nprint(*x.shape, bool(0 <= x.min() < x.max() <= 1))", block)
     result = script("-c", block, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert result.stdout.splitlines() == ["16 1 28 28 True"] * 2, result.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "weights").glob("*.npz")), ids=lambda p: p.stem)
+def test_shipped_generators_draw(path, tmp_path, monkeypatch):
+    assert path.stat().st_size <= 1.5e6
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(path.stem)
+    draws = drawer(module, path)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        inputs = draws.draw(64)
+        x = draws.pictures(inputs)
+    assert x.std(0).mean() > 0.1                                # pictures differ
+    assert x.std((1, 2, 3)).mean() > 0.1                        # and are not flat
+    if path.stem in ("cgan", "aae"):                            # and obey: a label's mean is its digit's
+        labels = data.load("mnist", ROOT / "data")
+        means = torch.stack([labels.images[:5000][labels.labels[:5000] == k].float().mean(0) for k in range(10)])
+        drawn = torch.stack([x[inputs[1] == k].mean(0) for k in range(10)])
+        near = torch.corrcoef(torch.cat([drawn.flatten(1), means.flatten(1) / 255]))[:10, 10:].argmax(1)
+        assert (near == torch.arange(10)).float().mean() >= 0.8
+
+
+def test_there_is_one_shipped_generator_a_script():
+    files = [*(ROOT / "weights").glob("*.npz")]
+    assert {p.stem for p in files} == {p.stem for p in ROOT.glob("*.py")}
+    assert sum(p.stat().st_size for p in files) <= 8e6
 
 
 def test_labels_come_in_turn_and_can_be_set(folder, tmp_path, monkeypatch):  # noqa: F811
