@@ -2,17 +2,17 @@
 Ian Goodfellow, Jean Pouget-Abadie, Mehdi Mirza, Bing Xu, David Warde-Farley, Sherjil Ozair, Aaron Courville,
 Yoshua Bengio, 2014.  arXiv:1406.2661
 
-A generator G turns noise z into pictures; a discriminator D tells them from data; G learns from D's mistakes.
+A generator G turns noise z into pictures.  A discriminator D tells samples from data; G learns to fool D.
 
     Eq. 1    min_G max_D  V(D, G) = E_x[log D(x)] + E_z[log(1 - D(G(z)))]                -> V()
-    Alg. 1   k steps of D up V on fresh minibatches, then one of G                       -> train_step()
+    Alg. 1   k steps of D on V with fresh minibatches, then one step of G                -> train_step()
     Sec. 3   G ascends log D(G(z)) in place of descending log(1 - D(G(z)))               -> log_D()
     Eq. 2    D*(x) = p_data(x) / (p_data(x) + p_g(x))                                    -> D_star()
     Eq. 4-6  C(G) = E_data[log D*] + E_g[log(1 - D*)] = -log 4 + 2 JSD(p_data, p_g)      -> C()
     Thm. 1   C(G) = -log 4 at p_g = p_data, and nowhere lower                            -> toy()
     Table 1  log-likelihood of the test images under a Parzen window of samples          -> evaluate()
-    Fig. 1   D, p_data and p_g as training goes on, in one dimension                     -> toy()
-    Fig. 2   samples, and beside them the nearest training image                         -> fig2()
+    Fig. 1   D, p_data and p_g during training, in one dimension                         -> toy()
+    Fig. 2   samples, with the nearest training image in the last column                 -> fig2()
     Fig. 3   linear interpolation in z                                                   -> fig3()
 
     python gan.py                      (MNIST: Table 1, Figs. 2a and 3; --paper: the published settings)
@@ -36,11 +36,12 @@ from common import UserError, data, export, log, metrics, run
 from common.fuse import SGD, autocast, average, averaged, descend, frozen, fuse, place, sampling, set_rate
 
 # --------------------------------------------------------------------------------------------------- settings
-# The paper prints no settings.  These are of the authors' code, github.com/goodfeli/adversarial; the comments
-# name its files.  latent: z (n, dz) is uniform or normal, of unit variance; valid: pictures held out; norm:
-# largest norm of a unit's weights; gcn: norm of a picture; irange: bound on the first weights of G's last
-# layer.  Algorithm 1 prints G's step after D's, on fresh z (--alternate); the code makes both at once.
-# Lengths are published for TFD alone: 50 epochs, and 22 for stage 2, of 98,058 unlabelled pictures.
+# The paper prints no settings.  These come from the authors' code, github.com/goodfeli/adversarial; the
+# comments name its files.  latent: z (n, dz) is uniform or normal, with unit variance; valid: pictures held
+# out; norm: maximum norm of a unit's weights; gcn: norm of a picture after contrast(); irange: bound on the
+# initial weights of G's last layer.  In Algorithm 1, G steps after D on fresh z (--alternate); the code
+# updates both at once.  Training lengths are published only for TFD: 50 epochs of 98,058 unlabelled pictures,
+# and 22 epochs for stage 2.
 
 CODE = dict(k=1, alternate=False, loss="non-saturating", average=0.0, batch_size=100, latent="normal", dz=100,
             valid=10000, norm=None, gcn=None, irange=0.05, steps=50000)
@@ -84,8 +85,8 @@ class Maxout(nn.Module):
 
 
 def maxout_D(dim, n):
-    """D: x -> a (n,), the logit of D(x).  Dropout on the inputs of its layers keeps .8 of the pixels, scaled
-    by 1.25, and .5 of the units, scaled by 2."""
+    """D: x -> a (n,), the logit of D(x).  Dropout keeps each pixel with probability .8, scaled by 1.25,
+    and each hidden unit with probability .5, scaled by 2."""
     return nn.Sequential(
         nn.Flatten(), nn.Dropout(0.2), Maxout(dim, n, 5),
         nn.Dropout(0.5), Maxout(n, n, 5),
@@ -93,7 +94,7 @@ def maxout_D(dim, n):
 
 
 def mnist(ch):
-    """ch(n): n units, times --width."""
+    """ch(n): n units, scaled by --width."""
     G = nn.Sequential(
         nn.Linear(100, ch(1200)), nn.ReLU(),                                        # 1200
         nn.Linear(ch(1200), ch(1200)), nn.ReLU(),                                   # 1200
@@ -102,9 +103,9 @@ def mnist(ch):
 
 
 def networks(args, mean):
-    """(G, D): G(z) -> x (n, C, H, W), D(x) -> a (n,), of the authors' code.
+    """(G, D): G(z) -> x (n, C, H, W), D(x) -> a (n,), as in the authors' code.
 
-    `mean` (C, H, W): the training images' mean in [0, 1], which a G that ends in sigmoids begins with.
+    `mean` (C, H, W): mean training image in [0, 1]; sets the output bias of a G that ends in sigmoids.
     """
     def ch(n):
         return max(8, round(n * args.width))
@@ -125,8 +126,8 @@ def networks(args, mean):
 
 
 def uniform(net, bound, width=1.0):
-    """Weights Unif(-bound, bound), biases 0.  In nets of another `width`, the bound grows behind the first
-    layer such that sums over units keep their spread."""
+    """Weights Unif(-bound, bound), biases 0.  After the first layer, the bound is divided by sqrt(width) to
+    keep the variance of sums over units."""
     for i, (name, p) in enumerate(net.named_parameters()):
         b = bound if i == 0 else bound / width ** 0.5
         nn.init.zeros_(p) if name.endswith("bias") else nn.init.uniform_(p, -b, b)
@@ -159,13 +160,13 @@ def objective_G(a_fake, loss):
 
 
 def D_star(p_data, p_g):
-    """Eq. 2: the best discriminator for a fixed generator, p_data / (p_data + p_g).  1/2 where they agree."""
+    """Eq. 2: the optimal discriminator for a fixed G, p_data / (p_data + p_g).  1/2 where they agree."""
     return p_data / (p_data + p_g)
 
 
 def C(p_data, p_g, dx):
     """Eq. 4 by the rectangle rule on a grid of spacing dx: E_data[log D*] + E_g[log(1 - D*)], a float in
-    nats.  -log 4 at p_g = p_data, 0 where the two never meet."""
+    nats.  -log 4 at p_g = p_data, 0 if they do not overlap."""
     both = p_data + p_g
     return sum((torch.xlogy(p, p) - torch.xlogy(p, both)).sum().item() * dx for p in (p_data, p_g))
 
@@ -173,7 +174,7 @@ def C(p_data, p_g, dx):
 # --------------------------------------------------------------------------------------------------- training
 
 def build(args, mean, per_epoch):
-    """G, D, the EMA of G, the optimizers and the fused iteration of Algorithm 1; `mean`: see networks()."""
+    """G, D, the EMA of G, the optimizers and the fused step of Algorithm 1; `mean`: see networks()."""
     G, D = networks(args, mean)
     G, D, G_bar = place(args, G, D, averaged(G))
     opt_D, opt_G = SGD(D.parameters(), args.lr_D, 0.5), SGD(G.parameters(), args.lr_G, 0.5)
@@ -187,10 +188,10 @@ def build(args, mean, per_epoch):
                 x_fake = G(sample_z(n, args, x.device))
                 a_real, a_fake = D(x_real), D(x_fake)
             v = V(a_real, a_fake)
-            loss_D = -0.5 * v                                       # half of V: authors' code and its rates
+            loss_D = -0.5 * v                                       # half of V, as the code's rates assume
             if i < args.k or args.alternate:
                 descend(loss_D, opt_D)
-            else:       # G with the last, from the same draws, both at the old parameters: authors' code
+            else:       # authors' code: G with the last, both gradients on the same z at the old parameters
                 descend(loss_D, opt_D, -objective_G(a_fake, args.loss), opt_G)
         if args.alternate:                                          # Alg. 1 as printed: G on fresh z
             with amp, frozen(D):
@@ -199,16 +200,15 @@ def build(args, mean, per_epoch):
         anneal(opt_D, per_epoch), anneal(opt_G, per_epoch)
         if args.norm:
             bound(D, args.norm), bound(G, args.norm)
-        average(G_bar, G, args.average)                             # not the paper's; 0: G itself (--paper)
+        average(G_bar, G, args.average)                             # not the paper's; 0: no EMA (--paper)
         return {"V": v, "D(x)": a_real.float().sigmoid().mean(), "D(G(z))": a_fake.float().sigmoid().mean()}
 
     return G, D, G_bar, opt_D, opt_G, train_step
 
 
 def anneal(opt, per_epoch):
-    """After an update: the rate is divided by 1.000004 down to 1e-6; the momentum goes from .5 in epoch 1 to
-    .7 in epoch 250 in a straight line (the code moves it once an epoch).  In place, as a captured step needs.
-    """
+    """After each update: divide the rate by 1.000004, down to 1e-6, and raise the momentum linearly from .5
+    in epoch 1 to .7 in epoch 250 (authors' code: once an epoch).  Works in place, as a captured step must."""
     for group in opt.param_groups:
         group["lr"].div_(1.000004).clamp_(min=1e-6)
         group["momentum"].add_(0.2 / (249 * per_epoch)).clamp_(max=0.7)
@@ -226,7 +226,7 @@ def main(argv=None):
     batches = data.Batches(pictures.images, **r.feed | {"batch_size": args.k * args.batch_size})
     mean = pictures.images.float().mean(0) / 255
     G, D, G_bar, opt_D, opt_G, train_step = build(args, mean, batches.per_epoch)
-    best = copy.deepcopy(G_bar)                                     # by the likelihood of `valid`
+    best = copy.deepcopy(G_bar)                                     # highest likelihood of `valid` so far
     best.register_buffer("ll", torch.tensor(-math.inf, device=args.device))
     scale = values(pictures.images, args)
     r.keep(lambda: {"shape": list(mean.shape), "scale": list(scale)}, G=G, D=D, G_bar=G_bar, opt_D=opt_D,
@@ -254,17 +254,17 @@ def parse_args(argv=None):
     add("--net", choices=("mnist", "tfd", "cifar-fc", "cifar-conv"),
         help="networks and settings of the authors' code [tfd for faces, cifar-fc for cifar10, else mnist]")
     add("--width", type=positive, default=1.0, help="units and feature maps, as a fraction of the paper's")
-    add("--stage2", metavar="RUN", help="two more layers under the G of this run of --net tfd: TFD's stage 2")
-    add("--k", type=run.number(int, 1), help="steps of D for one of G, Alg. 1 [1]")
+    add("--stage2", metavar="RUN", help="TFD's stage 2: add two layers below the G of this --net tfd run")
+    add("--k", type=run.number(int, 1), help="steps of D for each step of G, Alg. 1 [1]")
     add("--alternate", action=argparse.BooleanOptionalAction,
-        help="G steps after D on fresh z, Alg. 1 as printed [with D; toy: after]")
+        help="update G after D, on fresh z, as printed in Alg. 1 [both at once; toy: after D]")
     add("--loss", choices=("non-saturating", "minimax"),
         help="what G ascends: log D(G(z)) of Sec. 3, or -log(1 - D(G(z))) of Eq. 1 [non-saturating]")
     add("--lr-D", type=positive,
-        help="D's first learning rate, divided by 1.000004 each step [MNIST .15; --paper: .1]")
+        help="D's initial learning rate, divided by 1.000004 each step [MNIST .15; --paper: .1]")
     add("--lr-G", type=positive, help="the same for G [MNIST .3; --paper: .1]")
     add("--average", type=run.number(float, 0, 1),
-        help="decay of the EMA of G that draws, 0: G itself [.9999; --paper: 0]")
+        help="decay of the EMA of G used for samples; 0: no EMA [.9999; --paper: 0]")
     return run.parse(p, argv, experiment=experiment, paper=PAPER, tuned=TUNED, quick=QUICK)
 
 
@@ -272,18 +272,18 @@ def experiment(args):
     """The row of PAPER and TUNED."""
     net = args.net or {"faces": "tfd", "cifar10": "cifar-fc", "toy": "toy"}.get(args.dataset, "mnist")
     if args.dataset == "toy" and (net != "toy" or args.width != 1):
-        raise UserError("--dataset toy has networks of its own: leave --net and --width out")
+        raise UserError("--dataset toy has its own networks: leave --net and --width out")
     if args.stage2 and net != "tfd":
-        raise UserError(f"--stage2 with --net {net} found: it is for --net tfd")
+        raise UserError(f"--stage2 found with --net {net}: it is for --net tfd")
     return "tfd-stage2" if args.stage2 else net
 
 
 # ------------------------------------------------------------------------------------------------------- data
 
 def split(pictures, args):
-    """(pictures without those held out, those held out): the last `args.valid`, a fifth at most.
+    """(training pictures, validation images): hold out the last `args.valid` images, at most a fifth.
 
-    A set without test images of its own gets half of those held out.
+    If the data set has no test images, half of the held-out images become the test images.
     """
     images, labels = pictures.images, pictures.labels
     test = pictures.test_images
@@ -296,7 +296,7 @@ def split(pictures, args):
 
 
 def seen(images, args):
-    """Pictures as the networks see them, on the device: in [0, 1], or with CIFAR-10's networks contrast().
+    """Network inputs on the device: pictures in [0, 1], or after contrast() for CIFAR-10's networks.
 
     images (n, C, H, W): uint8, or float in [0, 1].
     """
@@ -306,25 +306,25 @@ def seen(images, args):
 
 
 def contrast(x, norm=55.0):
-    """Each picture less its mean, scaled to Euclidean norm 55 (CIFAR-10, authors' code): (n, C, H, W)."""
+    """Subtract each picture's mean, scale to Euclidean norm 55 (CIFAR-10, authors' code).  x (n, C, H, W)."""
     x = x - x.mean((1, 2, 3), keepdim=True)
     return norm * x / x.flatten(1).norm(dim=1).clamp_min(1e-8).view(-1, 1, 1, 1)
 
 
 def values(train, args):
-    """The values that are drawn as black and white: 0 and 1, or what undoes contrast() on average."""
+    """The values to draw as black and white: 0 and 1, or those that invert contrast() on average."""
     if not args.gcn:
         return 0.0, 1.0
     x = train[:1000].float() / 255
     norm = (x - x.mean((1, 2, 3), keepdim=True)).flatten(1).norm(dim=1).mean().item()
-    norm = max(norm, 1e-8)                                          # pictures of one colour each
+    norm = max(norm, 1e-8)                                          # if every picture is flat
     return -x.mean().item() * args.gcn / norm, (1 - x.mean().item()) * args.gcn / norm
 
 
 # ---------------------------------------------------------------------------- networks of the other data sets
 
 def tfd(ch):
-    """Toronto faces; these are closed, the built-in ones stand in."""
+    """Toronto Face Database.  It is not public; the built-in faces take its place."""
     G = nn.Sequential(
         nn.Linear(100, ch(8000)), nn.ReLU(),                                        # 8000
         nn.Linear(ch(8000), ch(8000)), nn.Sigmoid(),                                # 8000
@@ -333,22 +333,22 @@ def tfd(ch):
 
 
 def start_tfd(G):
-    """The second layer's biases are -2; each unit of the last has 100 inputs with weights N(0, 1)."""
+    """Biases -2 in the second layer; in the last, each unit has 100 inputs with weights N(0, 1)."""
     nn.init.constant_(G[2].bias, -2.0)
     sparse(G[4].weight, 100)
 
 
 def sparse(weight, k):
-    """Each unit (row) gets `k` inputs, or all if there are fewer, with weights N(0, 1), the rest 0."""
+    """Give each unit (row) `k` inputs, or all if there are fewer, with weights N(0, 1); the rest are 0."""
     nn.init.zeros_(weight)
     columns = torch.rand(weight.shape).topk(min(k, weight.shape[1]), 1).indices
     weight.data.scatter_(1, columns, torch.randn(columns.shape))
 
 
 def under_trained(G, ch, args):
-    """TFD's stage 2: 100 -> 8000 -> 100 under the G of the run --stage2, all trained with a fresh D.
+    """TFD's stage 2: layers 100 -> 8000 -> 100 below the G of the run --stage2, all trained with a fresh D.
 
-    G: a network to hold that one; its EMA is taken, which with --paper is G itself at the end.
+    G: a network of that G's shape.  The weights loaded are the run's EMA of G; with --paper, its final G.
     """
     new = nn.Sequential(
         nn.Linear(100, ch(8000)), nn.ReLU(),                                        # 8000
@@ -408,7 +408,7 @@ class MaxoutConv(nn.Module):
 
 
 class UntiedBias(nn.Module):
-    """A bias of its own for every pixel of every channel."""
+    """A separate bias for every pixel of every channel."""
 
     def __init__(self, *shape):
         super().__init__()
@@ -426,9 +426,9 @@ def draw(G, args, n):
 
 
 def drawer(args, saved):
-    """What a trained run draws with: z -> pictures, by the G of the best likelihood."""
+    """Sampler of a trained run: z -> pictures, with the G of the highest likelihood."""
     if args.net == "toy":
-        raise UserError("a run on toy draws numbers, not pictures: see its fig1.png")
+        raise UserError("a toy run draws numbers, not pictures: see its fig1.png")
     G, _ = networks(args, torch.zeros(saved["about"]["shape"]))
     rated = saved.get("best", {"ll": -math.inf}).get("ll", 0) > -math.inf   # else stopped before keep_best()
     return export.Drawer(G, lambda n: (sample_z(n, args, args.device),), {"best" if rated else "G_bar": G},
@@ -436,8 +436,8 @@ def drawer(args, saved):
 
 
 def fig2(x, train, columns=10):
-    """Fig. 2: rows of samples x (n, C, H, W), the last column the nearest of `train` (Euclidean) to the
-    sample beside it."""
+    """Fig. 2: rows of samples x (n, C, H, W); the last column is the picture in `train` that is nearest
+    (Euclidean) to the sample on its left."""
     x = x.unflatten(0, (-1, columns - 1))
     nearest = torch.cdist(x[:, -1].flatten(1), train.flatten(1)).argmin(1)
     return torch.cat([x, train[nearest][:, None]], 1).flatten(0, 1)
@@ -454,9 +454,9 @@ def fig3(G, args, rows, columns):
 # ------------------------------------------------------------------------------------------------ the numbers
 
 def keep_best(r, best, G_bar, valid, scale):
-    """Copy G_bar to `best` if it makes `valid` likelier, at sigma .2 as the authors' monitor has it.
+    """Copy G_bar to `best` if the likelihood of `valid` improves, at sigma .2 as in the authors' monitor.
 
-    The paper does not say where it stopped.
+    The paper does not say when training stopped.
     """
     args = r.args
     x = draw(G_bar, args, 10000)
@@ -468,8 +468,8 @@ def keep_best(r, best, G_bar, valid, scale):
 
 
 def evaluate(args, best, pictures, valid):
-    """Table 1 for `best`: sigma by the validation images, mean and standard error over the test images, in
-    nats."""
+    """Table 1 for `best`: sigma chosen on the validation images; mean and standard error over the test
+    images, in nats."""
     x, test = draw(best, args, 10000), pictures.test_images
     window = metrics.parzen(x.flatten(1), *(seen(t, args).flatten(1) for t in (valid[:1000], test)))
     key = result_id(args, pictures)
@@ -477,7 +477,7 @@ def evaluate(args, best, pictures, valid):
     if key in TABLE_1 and args.width == 1:
         results[key]["paper"] = TABLE_1[key]
     if data.tell(pictures.labels) and len(test) > 1 and not args.gcn:
-        known = pictures.labels >= 0                        # stl10 has pictures without a label
+        known = pictures.labels >= 0                        # stl10 has unlabelled pictures
         train, labels = (t if known.all() else t[known] for t in (pictures.images, pictures.labels))
         clf = metrics.classifier(train, labels, args.device, args.data_dir)
         results["frechet"] = {"value": metrics.frechet_distance(clf, x[:len(test)], test)}
@@ -488,9 +488,9 @@ TABLE_1 = {"gan-mnist-ll": 225, "gan-tfd-ll": 2057}                             
 
 
 def result_id(args, pictures):
-    """gan-mnist-ll and so on where networks and data are the paper's, else gan-NETWORKS-on-DATA-ll.
+    """gan-mnist-ll etc. if networks and data are the paper's, else gan-NETWORKS-on-DATA-ll.
 
-    TFD cannot be downloaded: it is a folder or an .npz file of that name, and the paper's G that of stage 2.
+    TFD cannot be downloaded: a folder or .npz file named tfd counts as TFD.  The paper's G is stage 2's.
     """
     name, row = pictures.name, args.experiment
     own = {"mnist": args.dataset == "mnist", "tfd-stage2": name == "tfd"}.get(row, args.dataset == "cifar10")
@@ -516,7 +516,7 @@ def density(x, mean, std):
 
 
 def toy_networks():
-    """G(z) = w z + b with z ~ N(0, 1), so that p_g = N(b, w^2) is known; it begins far from the data."""
+    """G(z) = w z + b with z ~ N(0, 1), so p_g = N(b, w^2) is known.  It starts far from the data."""
     G = nn.Linear(1, 1)
     D = nn.Sequential(
         nn.Linear(1, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1), nn.Flatten(0))
@@ -525,7 +525,7 @@ def toy_networks():
 
 
 def toy(r):
-    """Fig. 1: the data are from N(0, 1).  First D alone learns D* of Eq. 2 (Prop. 1), then Algorithm 1 brings
+    """Fig. 1 with data from N(0, 1).  First D alone learns D* of Eq. 2 (Prop. 1), then Algorithm 1 brings
     C(G) to -log 4 (Thm. 1)."""
     args = r.args
     args.amp = False
@@ -534,7 +534,7 @@ def toy(r):
     p_data, dx = density(x, 0, 1), 10 / 2000
     alone = max(1, min(1000, args.steps // 5))              # steps of D alone
     when = [*dict.fromkeys((1, alone, 3 * alone // 2, args.steps))]
-    past = nn.Module()                                      # what a run that is resumed draws from before
+    past = nn.Module()                                      # what the figure needs after a resume
     past.register_buffer("curves", torch.zeros(4, 2, len(x)))       # D and p_g at the steps `when`
     past.register_buffer("error", torch.tensor(math.nan))
     r.keep(G=G, D=D, G_bar=G_bar, opt_D=opt_D, opt_G=opt_G, seen=past)
