@@ -1,18 +1,18 @@
 """Conditional Generative Adversarial Nets
 Mehdi Mirza, Simon Osindero, 2014.  arXiv:1411.1784
 
-Generator and discriminator both see a condition y: G draws the digit that y names, or tags the picture y.
+Generator and discriminator both see a condition y: G draws the digit y, or tags for the picture y.
 
     Eq. 2     min_G max_D  V(D, G) = E_x[log D(x|y)] + E_z[log(1 - D(G(z|y)))]       -> V()
     Fig. 1    z and y, or x and y, joined in one hidden representation               -> Joint
-    Sec. 4.1  multi-layer perceptrons for MNIST, y a digit's label                   -> mlp(), PAPER
+    Sec. 4.1  multi-layer perceptrons for MNIST; y is the digit's label              -> mlp(), PAPER
     Table 1   log-likelihood of test images under a Parzen window of samples         -> evaluate()
-    Fig. 2    samples, one label a row                                               -> rows()
-    Sec. 4.2  G draws the vector of a word that tags the picture y                   -> tags()
-    Table 2   the words nearest to most samples, beside a picture's own tags         -> tag(), tagging()
+    Fig. 2    samples, one label per row                                             -> rows()
+    Sec. 4.2  G generates word vectors that tag the picture y                        -> tags()
+    Table 2   words nearest to most samples, next to the picture's own tags          -> tag(), tagging()
 
 Radford et al., arXiv:1511.06434 (DCGAN), Sec. 8.1, supplementary
-    y beside the input of every layer                                                -> Labelled, dcgan28()
+    y appended to the input of every layer                                           -> Labelled, dcgan28()
     Table 3   error of a nearest-neighbour classifier fitted on samples              -> nn_error()
 
     python cgan.py                          (MNIST: Table 1 and Fig. 2; --paper: the published settings)
@@ -49,10 +49,10 @@ from common.fuse import (
 )
 
 # --------------------------------------------------------------------------------------------------- settings
-# z: range of Unif(low, high), or "normal".  init_G, init_D: see initialise().  turns: each minibatch trains
-# one network, G and D in turn.  drop_samples: dropout stays on when G draws.  batch_stats: BatchNorm uses the
-# statistics of each batch that G draws.  average: decay of the EMA of G's weights that draws, 0: G as it is.
-# noise: std of the noise on what D sees.  CGAN's authors published no code: where Sec. 4 is silent, GAN's.
+# z: range of Unif(low, high), or "normal".  init_G, init_D: see initialise().  turns: minibatches train G and
+# D alternately.  drop_samples: sample with dropout.  batch_stats: sample with each batch's own BatchNorm
+# statistics.  average: decay of the EMA of G used for samples; 0: no EMA.  noise: std of the noise added to
+# D's input.  CGAN's authors published no code: where Sec. 4 is silent, values come from GAN's code.
 
 CODE = dict(turns=False, batch_stats=False, drop_samples=False, average=0.0, noise=0.0, dropout=0.0)
 PERCEPTRONS = CODE | dict(
@@ -107,7 +107,7 @@ class Maxout(nn.Module):
 
 
 class Joint(nn.Module):
-    """Fig. 1: a layer for u (z or x), one for the condition y, then `both` on the two side by side."""
+    """Fig. 1: one layer for u (z or x), one for the condition y, then `both` on their concatenation."""
 
     def __init__(self, u, y, both):
         super().__init__()
@@ -122,7 +122,7 @@ def fc(i, o):
 
 
 def mlp(K, args, ch):
-    """Sec. 4.1: y (n, K) is a label, x (n, 1, 28, 28) a digit.  ch(n): n units, times --width."""
+    """Sec. 4.1: y (n, K) is a one-hot label, x (n, 1, 28, 28) a digit.  ch(n): n units, scaled by --width."""
     G = Joint(
         fc(100, ch(200)),                                                           # 200
         fc(K, ch(1000)),                                                            # 1000
@@ -142,7 +142,7 @@ def mlp(K, args, ch):
 def networks(args, K, mean=None, d=200):
     """(G, D): G(z, y) -> x for z (n, 100) and y (n, K); D(x, y) -> a (n,), the logit of D(x|y).
 
-    mean (1, 28, 28), mlp: the training images' mean in [0, 1].  d, tags: numbers in a word's vector.
+    mean (1, 28, 28), for mlp: mean training image in [0, 1].  d, for tags: size of a word vector.
     """
     def ch(n):
         return max(8, round(n * args.width))
@@ -151,13 +151,13 @@ def networks(args, K, mean=None, d=200):
     G, D = table[args.net](K, args, ch, *([d] if args.net == "tags" else []))
     initialise(G, args.init_G)
     initialise(D, args.init_D)
-    if args.net == "mlp":                                   # samples begin at the mean digit: GAN's code
+    if args.net == "mlp":                                   # GAN's code: samples start at the mean digit
         G.both[4].bias.data.copy_(mean.flatten().clamp(1e-7, 1 - 1e-7).logit())
     return G, D
 
 
 def initialise(net, how):
-    """Weights Unif(-how, how); "he": N(0, 2 / inputs); "normal": N(0, .02), as DCGAN.  Biases 0."""
+    """Weights Unif(-how, how); "he": N(0, 2 / inputs); "normal": N(0, .02), as in DCGAN.  Biases 0."""
     for name, p in net.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(p)
@@ -194,7 +194,7 @@ def log_D(a_fake):
 # --------------------------------------------------------------------------------------------------- training
 
 def build(args, K, mean=None, d=200):
-    """G, D, the EMA of G, optimizers, the fused step of Eq. 2, and G's own step for --turns."""
+    """G, D, the EMA of G, optimizers, the fused step of Eq. 2, and a step of G alone for --turns."""
     G, D = networks(args, K, mean, d)
     G, D, G_bar = place(args, G, D, averaged(G))
     perceptrons = args.net in ("mlp", "tags")
@@ -211,11 +211,11 @@ def build(args, K, mean=None, d=200):
         y = F.one_hot(y, K).float() if y.ndim == 1 else y
         z = sample_z(len(x), args, x.device)
         with amp:
-            x_fake = G(z, y)                            # samples have the conditions of the real pairs
+            x_fake = G(z, y)                            # same conditions as the real pairs
             a_real = D_sees(D, x, y, args)
             a_fake = D_sees(D, x_fake if together else x_fake.detach(), y, args)
         v = V(a_real, a_fake)
-        if together:                                    # GAN's code: one pass, both at the old parameters
+        if together:                                    # GAN's code: both gradients at old parameters
             descend(-half * v, opt_D, -log_D(a_fake), opt_G)
         else:
             descend(-half * v, opt_D)
@@ -225,7 +225,7 @@ def build(args, K, mean=None, d=200):
         return {"V": v, "D(x)": a_real.float().sigmoid().mean(), "D(G(z))": a_fake.float().sigmoid().mean()}
 
     @fuse(args)
-    def G_step(x, y):                                   # --turns: a minibatch of G's own
+    def G_step(x, y):                                   # --turns: this minibatch trains G alone
         y = F.one_hot(y, K).float() if y.ndim == 1 else y
         with amp:
             x_fake = G(sample_z(len(x), args, x.device), y)
@@ -256,7 +256,7 @@ def main(argv=None):
     G, D, G_bar, opt_D, opt_G, train_step, G_step = build(args, K, mean)
     parts = {"G": G, "D": D, "G_bar": G_bar, "opt_D": opt_D, "opt_G": opt_G, "batches": batches}
     best = G_bar
-    if args.net == "mlp":               # Sec. 4.1 stops at the best likelihood of the validation images
+    if args.net == "mlp":               # Sec. 4.1: early stopping on the validation likelihood
         best = parts["best"] = copy.deepcopy(G_bar)
         best.register_buffer("ll", torch.tensor(-math.inf, device=args.device))
 
@@ -287,35 +287,37 @@ def parse_args(argv=None):
     add = p.add_argument_group("conditional GAN").add_argument
     positive, flag = run.number(float, 0, open_low=True), argparse.BooleanOptionalAction
     add("--net", choices=PAPER,
-        help="mlp: Sec. 4.1; tags: Sec. 4.2; dcgan28, dcgan32: DCGAN Sec. 8.1 [mlp for MNIST and its kin, "
-             "tags for shapes, else dcgan32]")
+        help="mlp: Sec. 4.1; tags: Sec. 4.2; dcgan28, dcgan32: DCGAN Sec. 8.1 [mlp for mnist, "
+             "fashion-mnist and kmnist, tags for shapes, else dcgan32]")
     add("--width", type=positive, default=1.0, help="units and feature maps, as a fraction of the paper's")
-    add("--alternate", action=flag, help="mlp, tags: G steps after D, through the updated D [with D]")
-    add("--turns", action=flag, help="dcgan28, dcgan32: each minibatch trains one network, in turn [--paper]")
-    add("--lr", type=positive, help="first learning rate [mlp and tags .1, DCGAN's 2e-4]")
-    add("--noise", type=run.number(float, 0), help="std of the noise on what D sees [tags 1.5, else 0]")
-    add("--dropout", type=run.number(float, 0, 0.99), help="mlp, tags: of G's hidden units [.5]")
-    add("--drop-samples", action=flag, help="mlp, tags: G draws with dropout [drawn so, --paper without]")
-    add("--attributes", metavar="A,B", help="binary attributes whose combinations are the labels [the "
-        "data's own labels, faces glasses,hat]")
+    add("--alternate", action=flag, help="mlp, tags: update G after D, through the updated D [both at once]")
+    add("--turns", action=flag, help="dcgan28, dcgan32: minibatches train G and D alternately [--paper]")
+    add("--lr", type=positive, help="initial learning rate [mlp, tags .1; dcgan28, dcgan32 2e-4]")
+    add("--noise", type=run.number(float, 0), help="std of the noise added to D's input [tags 1.5, else 0]")
+    add("--dropout", type=run.number(float, 0, 0.99), help="mlp, tags: dropout rate of G's hidden units [.5]")
+    add("--drop-samples", action=flag, help="mlp, tags: sample with dropout [on; --paper: off]")
+    add("--attributes", metavar="A,B", help="binary attributes; their combinations are the labels [the "
+        "data's own labels; faces: glasses,hat]")
     add("--nn-samples", type=run.number(int, 1), default=50000,
-        help="samples that the nearest-neighbour classifier of DCGAN's Table 3 is fitted on [%(default)s]")
-    add("--average", type=run.number(float, 0, 1), help="decay of G's EMA that draws, 0: G as it is [.999]")
+        help="number of samples in the nearest-neighbour classifier of DCGAN's Table 3 [%(default)s]")
+    add("--average", type=run.number(float, 0, 1),
+        help="decay of the EMA of G used for samples; 0: no EMA [.999; --paper: 0]")
     return run.parse(p, argv, experiment=experiment, paper=PAPER, tuned=TUNED, quick=QUICK)
 
 
 def experiment(args):
     """The row of PAPER and TUNED: the network."""
-    digits = "dcgan28" if args.quick else "mlp"             # perceptrons ignore the label for long
+    digits = "dcgan28" if args.quick else "mlp"             # mlp takes many steps to use the label
     return args.net or {"mnist": digits, "fashion-mnist": digits, "kmnist": digits, "shapes": "tags"}.get(
         args.dataset, "dcgan32")
 
 
 def anneal(args, opts, step, per_epoch):
-    """Set the rate and the momentum of update `step`.
+    """Set the learning rate and the momentum for update `step`.
 
     mlp, tags: the rate is divided by lr_factor each update, down to lr_min; momentum rises linearly over
-    momentum_epochs (Sec. 4.1).  DCGAN's: the rate is constant, then linear to 0 over the second half.
+    momentum_epochs (Sec. 4.1).  dcgan28, dcgan32: the rate is constant, then falls linearly to 0 over the
+    second half.
     """
     t = step - 1
     if args.net in ("mlp", "tags"):
@@ -335,10 +337,10 @@ def D_sees(D, x, y, args):
     return D(x + args.noise * torch.randn_like(x) if args.noise else x, y)
 
 
-# ----------------------------------------------------------------------------- DCGAN's networks, its Sec. 8.1
+# -------------------------------------------------------------------------------- DCGAN's networks (Sec. 8.1)
 
 class Labelled(nn.Sequential):
-    """Every layer sees the label vector y (n, K) beside its input, as K constant maps beside feature maps."""
+    """Appends the label vector y (n, K) to every layer's input: K constant maps if that has feature maps."""
 
     def forward(self, h, y):
         for layer in self:
@@ -375,7 +377,7 @@ def bn(o, activation):
 
 
 def dcgan28(K, args, ch):
-    """MNIST.  ch(n): n units or feature maps, times --width."""
+    """MNIST.  ch(n): n units or feature maps, scaled by --width."""
     relu, lrelu, c = nn.ReLU(), nn.LeakyReLU(0.2), ch(128)
     G = Labelled(
         fc_bn(100 + K, ch(1024), relu),                                             # 1024
@@ -391,7 +393,7 @@ def dcgan28(K, args, ch):
 
 
 def dcgan32(K, args, ch):
-    """32 x 32 colour: DCGAN's network for SVHN with labels, which no paper has."""
+    """32 x 32 colour: DCGAN's network for SVHN with labels added.  Not in any paper."""
     relu, lrelu, c = nn.ReLU(), nn.LeakyReLU(0.2), ch(256)
     G = Labelled(
         nn.Sequential(fc_bn(100 + K, c * 4 * 4, relu), nn.Unflatten(1, (c, 4, 4))),         # 256 x 4 x 4
@@ -409,9 +411,9 @@ def dcgan32(K, args, ch):
 # ---------------------------------------------------------------------------------- pictures and their labels
 
 def labelled(args):
-    """(images, labels) to train on, those held out for validation, the test pair, and the K labels' names.
+    """Training, validation and test pairs (images, labels), and the names of the K labels.
 
-    The test pair is the validation pair if the data has none of its own.
+    The validation pair is also the test pair if the data has no usable test labels.
     """
     pictures = data.load(args.dataset, args.data_dir, args.size, args.channels, skip_bad=args.skip_bad)
     if args.attributes or pictures.labels is None:
@@ -421,12 +423,12 @@ def labelled(args):
         names = names.split(",")
         pictures.classes = [" ".join(name for i, name in enumerate(names) if k >> i & 1) or "none"
                             for k in range(2 ** len(names))]
-    has_label = pictures.labels >= 0                        # stl10 has pictures without one
+    has_label = pictures.labels >= 0                        # stl10 has unlabelled pictures
     images, labels = (t if has_label.all() else t[has_label] for t in (pictures.images, pictures.labels))
     split = data.cut(len(images), 10000, 6)
     train, valid = (images[:split], labels[:split]), (images[split:], labels[split:])
     if not data.tell(train[1]):
-        raise UserError(f"{pictures.name} has one label for all pictures to train on: expected two or more")
+        raise UserError(f"{pictures.name} has one label for all training pictures: expected two or more")
     K, test = int(labels.max()) + 1, (pictures.test_images, pictures.test_labels)
     if test[1] is None or test[1].max() >= K:
         test = valid
@@ -435,9 +437,9 @@ def labelled(args):
 
 
 def attribute_labels(pictures, names, prefix=""):
-    """Labels (N,) from attributes: bit i is the i-th of the binary attributes `names` ("glasses,hat").
+    """Labels (N,) from binary attributes: bit i is the i-th attribute in `names` ("glasses,hat").
 
-    prefix "test_": those of the test pictures, None if there are none.
+    prefix "test_": labels of the test pictures, None if they have none.
     """
     available, a = pictures.extra.get("attribute_names", []), pictures.extra.get(f"{prefix}attributes")
     unknown = [name for name in names.split(",") if name not in available]
@@ -458,7 +460,7 @@ def one_hot(y, K):
 
 @contextlib.contextmanager
 def drawing(G, args):
-    """sampling(G), with dropout if args.drop_samples, and each batch's statistics if args.batch_stats."""
+    """sampling(G), with dropout if args.drop_samples and batch statistics if args.batch_stats."""
     norms = [m for m in G.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
     with sampling(G):
         for m in G.modules():
@@ -466,7 +468,7 @@ def drawing(G, args):
                 m.train(args.drop_samples)
         for m in norms:
             m.train(args.batch_stats)
-            m.track_running_stats = not args.batch_stats    # the buffers stay as they are
+            m.track_running_stats = not args.batch_stats    # running statistics stay unchanged
         try:
             yield
         finally:
@@ -475,9 +477,9 @@ def drawing(G, args):
 
 
 def calibrated(G, args, labels, K):
-    """G with BatchNorm statistics of its own if it is an EMA: average() copies those of other weights.
+    """G, with its running statistics recomputed if it is an EMA: average() copies those of the raw weights.
 
-    They are those of 100 batches of samples with labels drawn from the training labels (N,).
+    Uses 100 batches of samples with labels drawn from the training labels (N,).
     """
     if args.average and not args.batch_stats and any(isinstance(m, nn.BatchNorm2d) for m in G.modules()):
         n = args.batch_size
@@ -487,10 +489,10 @@ def calibrated(G, args, labels, K):
 
 
 def draw(G, args, y, z=None):
-    """Pictures (n, C, H, W) in [0, 1] of the label vectors y (n, K), from fresh noise or from z (n, 100)."""
+    """Pictures (n, C, H, W) in [0, 1] for label vectors y (n, K), from fresh noise or from z (n, 100)."""
     z = sample_z(len(y), args, y.device) if z is None else z
     most = args.batch_size if args.batch_stats else 500
-    size = -(-len(y) // -(-len(y) // most))                 # batches of about one size: none has one picture
+    size = -(-len(y) // -(-len(y) // most))                 # about equal batches: none has one picture
     with drawing(G, args):
         x = metrics.batched(lambda *part: G(*part).float(), z, y, size=size)
     low, high = args.scale
@@ -498,14 +500,14 @@ def draw(G, args, y, z=None):
 
 
 def rows(G, args, K, columns, shared=False):
-    """Fig. 2: row i has `columns` pictures of label i, ten labels at most; `shared`: a column has one z."""
+    """Fig. 2: one label per row, at most ten, with `columns` pictures each; `shared`: one z per column."""
     y = torch.linspace(0, K - 1, min(K, 10), device=args.device).round().long()
     z = sample_z(columns, args, args.device).repeat(len(y), 1) if shared else None
     return draw(G, args, one_hot(y.repeat_interleave(columns), K), z)
 
 
 def drawer(args, saved):
-    """What a trained run draws with: z and a label, of which --sample takes each in turn."""
+    """Sampler of a trained run: z and a label -> pictures.  --sample cycles through the labels."""
     if args.net == "tags":
         raise UserError("a run with --net tags draws words, not pictures: see its table2.md")
     about = saved["about"]
@@ -527,7 +529,7 @@ def drawer(args, saved):
 
 
 def keep_best(r, G_bar, best, valid, K):
-    """Let `best` be G_bar if the validation images are likelier under it, at sigma .2 as GAN's code."""
+    """Copy G_bar to `best` if the likelihood of `valid` improves, at sigma .2 as in GAN's code."""
     with r.aside():
         x = draw(G_bar, r.args, one_hot(torch.arange(10000, device=r.args.device) % K, K))
     ll = metrics.parzen_ll(x.flatten(1), valid[0][:1000].flatten(1) / 255, 0.2).mean()
@@ -537,8 +539,8 @@ def keep_best(r, G_bar, best, valid, K):
 
 
 def figures(r, G, K):
-    """Fig. 2, and what label and noise each do: both (a row has one label, a column one z), the label alone
-    (z = 0), the noise alone (y = 0)."""
+    """Fig. 2, and the effects of label and noise: both (one label per row, one z per column), label alone
+    (z = 0), noise alone (y = 0)."""
     args = r.args
     y, z = torch.eye(min(K, 100), K, device=args.device), sample_z(100, args, args.device)
     r.show("fig2", log.grid(rows(G, args, K, 20), 20))
@@ -561,24 +563,24 @@ def published(args):
 
 @torch.no_grad()
 def nn_error(parts, test, labels):
-    """DCGAN Table 3: error in % on test (N, ...), labels (N,), of the nearest sample's label (Euclidean).
+    """DCGAN Table 3: error in % of a nearest-neighbour classifier (Euclidean) on test (N, ...), labels (N,).
 
-    `parts`: samples x (n, ...) with their labels y (n,), any number of such pairs, one held at a time.
+    `parts`: iterable of pairs of samples x (n, ...) and labels y (n,); one pair is in memory at a time.
     Fitted on MNIST's 50,000 real digits: 3.1.
     """
-    mean = test.flatten(1).mean(0)                          # distances stay, rounding errors shrink
+    mean = test.flatten(1).mean(0)                          # same distances, smaller rounding errors
     test = test.flatten(1) - mean
     least, found = torch.full_like(test[:, 0], math.inf), torch.full_like(labels, -1)
     for x, y in parts:
         x = x.flatten(1) - mean
         metrics.finite(x)
-        d2, i = (x.square().sum(1) - 2 * test @ x.T).min(1)     # less |test|^2, the same for all x
+        d2, i = (x.square().sum(1) - 2 * test @ x.T).min(1)     # without |test|^2, the same for all x
         least, found = torch.minimum(d2, least), torch.where(d2 < least, y[i], found)
     return 100 * (found != labels).float().mean().item()
 
 
 def evaluate(args, G, K, train, valid, test):
-    """The numbers of this data set, experiment id -> dict with "value", and "paper" where there is one."""
+    """Results for this data set: experiment id -> dict with "value", and "paper" if published() has one."""
     device, results = args.device, {}
     x_test, y_test = (t[:10000].to(device) for t in test)
     y = torch.arange(10000, device=device) % K              # Table 1: 1,000 samples of each of ten labels
@@ -618,7 +620,7 @@ def report(r, G, K, train, valid, test):
 # ------------------------------------------------------------------------------------------ Sec. 4.2: tagging
 
 def tags(K, args, ch, d=200):
-    """Sec. 4.2: y (n, K) are features of a picture, x (n, d) is the vector of a word."""
+    """Sec. 4.2: y (n, K) are features of a picture, x (n, d) is a word vector."""
     G = Joint(
         fc(100, ch(500)),                                                           # 500
         fc(K, ch(2000)),                                                            # 2000
@@ -633,12 +635,12 @@ def tags(K, args, ch, d=200):
 
 
 def tagging(r):
-    """Sec. 4.2: G draws vectors of words that tag a picture, from its features; Table 2, precision and recall
-    at 10."""
+    """Sec. 4.2: G generates word vectors that tag a picture, given its features.  Reports Table 2, precision
+    and recall at 10."""
     args = r.args
     pictures = data.load(args.dataset, args.data_dir, args.size, args.channels, skip_bad=args.skip_bad)
     (_, tags, f), (test, test_tags, f_test), vocabulary, words = described(args, *tagged(pictures))
-    pairs = tags.nonzero()                                  # Sec. 4.2: a picture once for each of its tags
+    pairs = tags.nonzero()                                  # Sec. 4.2: one pair for each tag of a picture
     G, D, G_bar, opt_D, opt_G, train_step, _ = build(args, f.shape[1], d=words.shape[1])
     r.keep(G=G, D=D, G_bar=G_bar, opt_D=opt_D, opt_G=opt_G)
     for step in r.loop():
@@ -656,7 +658,7 @@ def tagging(r):
         table.append(f"| {i + 1} | {', '.join(own)} | {', '.join(drawn)} |")
     (r.folder / "table2.md").write_text("\n".join(table) + "\n")
     r.show("table2", log.grid(test[:20].float() / 255, 10))
-    frequent = tags.sum(0).topk(found.shape[1]).indices.expand_as(found)     # knows no picture
+    frequent = tags.sum(0).topk(found.shape[1]).indices.expand_as(found)     # ignores the picture
     results = {}
     for name, k in (("cgan-flickr", found), ("cgan-flickr-neighbours", neighbours_tags(f_test, f, tags)),
                     ("cgan-flickr-frequent", frequent)):
@@ -666,9 +668,10 @@ def tagging(r):
 
 
 def tags_of(pictures, prefix=""):
-    """Tags (N, W) 0 or 1, None if there is no such part, and the W words.
+    """Tags (N, W), 0 or 1, or None if the data has no such part; and the W words.
 
-    The arrays `tags` and `words`; or the values of attributes but "none"; or the names of binary attributes.
+    From the arrays `tags` and `words`, the values of attributes except "none", or the names of binary
+    attributes.
     """
     extra = pictures.extra
     a = extra.get(f"{prefix}attributes")
@@ -688,10 +691,10 @@ def tags_of(pictures, prefix=""):
 
 
 def tagged(pictures):
-    """(images, tags, features) to train on, the same to test with, the words, their vectors.
+    """Training and test triples (images, tags, features), the words and their vectors.
 
-    Only words that tag a training picture, and pictures that have a tag.  Features and vectors are None
-    unless the data has arrays features and test_features (N, K), vectors_of_words (W, d).
+    Drops words that tag no training picture, and pictures without a tag.  Features and vectors are None
+    unless the data has arrays features and test_features (N, K), and vectors_of_words (W, d).
     """
     (tags, words), (test_tags, _) = tags_of(pictures), tags_of(pictures, "test_")
     images, test_images = pictures.images, pictures.test_images
@@ -715,7 +718,7 @@ def choose(part, rows):
 
 
 def own(pictures, key, n, d=None):
-    """The array `key` (n, d) of the data as float32, or None."""
+    """The data's array `key` (n, d) as float32, or None if it has none."""
     a = pictures.extra.get(key)
     if a is None:
         return None
@@ -726,16 +729,16 @@ def own(pictures, key, n, d=None):
 
 
 def described(args, train, test, words, vectors):
-    """What tagged() gives, with features and vectors where the data has none; at most 2,000 pictures to test.
+    """Output of tagged() with missing features and vectors filled in, and at most 2,000 test pictures.
 
-    In place of 4,096 features of 21,000 ImageNet classes and skip-gram vectors: the features of a small
-    classifier of the tags, and word_vectors().
+    The paper uses 4,096 features of a network trained on 21,000 ImageNet classes, and skip-gram vectors.
+    Here they are the features of a small classifier of the tags, and word_vectors().
     """
     (images, tags, f), (test_images, test_tags, f_test) = train, choose(test, slice(2000))
     if f is None:
         clf = metrics.classifier(images, tags, args.device, args.data_dir)
         f, f_test = (metrics.features(clf, part) for part in (images, test_images))
-    if args.standardize:    # a unit that hardly ever fires is 100 deviations from its mean where it does: cut
+    if args.standardize:    # clip: a unit that rarely fires is 100 deviations from its mean when it does
         f, f_test = (((part - f.mean(0)) / f.std(0).clamp_min(1e-6)).clamp(-3, 3) for part in (f, f_test))
     vectors = word_vectors(tags) if vectors is None else vectors
     tags, f, test_tags, f_test, vectors = (t.to(args.device) for t in (tags, f, test_tags, f_test, vectors))
@@ -743,11 +746,11 @@ def described(args, train, test, words, vectors):
 
 
 def word_vectors(tags, d=200):
-    """(W, d) vectors of words from how often they tag one picture; tags (N, W) 0 or 1, each word used.
+    """Word vectors (W, d) from co-occurrence in tags (N, W), 0 or 1, where each word is used.
 
     U S^(1/2) of the singular value decomposition of max(0, log(p(u, v) / (p(u) p(v)))), at most 200 columns,
-    each vector scaled to norm sqrt(d).  Words always seen together have one vector, words that never share a
-    picture orthogonal ones if all else is chance.
+    each vector scaled to norm sqrt(d).  Words that always occur together have the same vector.  Words that
+    never do have orthogonal vectors, if all else is chance.
     """
     tags = tags.double()
     p = tags.T @ tags / len(tags)                           # p(u, v); p(u) on the diagonal
@@ -757,10 +760,10 @@ def word_vectors(tags, d=200):
 
 
 def tag(G, args, f, words, samples=100, keep=10):
-    """Sec. 4.2: for features f (n, K) of pictures and words (W, d), the `keep` words (n, keep) that are most
-    often among the args.near nearest by cosine to each of 100 samples of G.
+    """Sec. 4.2: for features f (n, K) of pictures and words (W, d), indices (n, keep) of the words that are
+    most often among the args.near nearest (cosine) to 100 samples of G.
 
-    args.near below 1 is a fraction of the words: at least one, at most the paper's 20.
+    args.near below 1 is a fraction of the words: at least one word, at most the paper's 20.
     """
     near = args.near if args.near >= 1 else min(20, max(1, int(args.near * len(words))))
     near, keep, found = min(near, len(words)), min(keep, len(words)), []
@@ -769,21 +772,21 @@ def tag(G, args, f, words, samples=100, keep=10):
             v = G(sample_z(samples * len(f_i), args, f.device), f_i.repeat_interleave(samples, 0)).float()
         cosine = F.normalize(v) @ F.normalize(words).T
         votes = torch.zeros_like(cosine).scatter_(1, cosine.topk(near).indices, 1.0)
-        votes = votes + 0.4 / samples * cosine              # of equal votes, the larger mean cosine first
+        votes = votes + 0.4 / samples * cosine              # break ties by the mean cosine
         found.append(votes.unflatten(0, (-1, samples)).sum(1).topk(keep).indices)
     return torch.cat(found)
 
 
 def neighbours_tags(f, f_train, tags, k=100, keep=10):
-    """The baseline: the `keep` words (n, keep) most frequent among the k training pictures with the nearest
-    features (Euclidean)."""
+    """Baseline: the `keep` most frequent tags (n, keep) of the k training pictures with the nearest features
+    (Euclidean)."""
     near = torch.cat([torch.cdist(f_i, f_train).topk(min(k, len(f_train)), largest=False).indices
                       for f_i in f.split(100)])
     return torch.stack([tags[i].sum(0) for i in near]).topk(min(keep, tags.shape[1])).indices
 
 
 def precision_recall(found, tags):
-    """Mean fraction in [0, 1] of the words found (n, k) that are tags, and of tags (n, W) that are found."""
+    """Mean precision and recall in [0, 1] of the words found (n, k), given tags (n, W), 0 or 1."""
     hits = tags.gather(1, found).sum(1)
     return (hits / found.shape[1]).mean().item(), (hits / tags.sum(1)).mean().item()
 
