@@ -1,14 +1,14 @@
 """Unsupervised Representation Learning with Deep Convolutional Generative Adversarial Networks
 Alec Radford, Luke Metz, Soumith Chintala, 2015.  arXiv:1511.06434
 
-Strided convolutions, BatchNorm, no pooling, no hidden fully connected layers: GANs that train, a latent space
-for arithmetic, and a discriminator whose features serve a classifier.
+GANs with strided convolutions and BatchNorm, without pooling or hidden fully connected layers.  They train
+stably, z supports vector arithmetic, and D's features are useful for classification.
 
     GAN's Eq. 1  max_D V(D, G) = E_x[log D(x)] + E_z[log(1 - D(G(z)))]               -> V()
     Sec. 3       networks: 64x64, 32x32 of ImageNet, 32x32 of SVHN                   -> networks()
-    Sec. 4       updates of D and G in turn, Adam 2e-4, beta_1 .5                    -> train_step(), PAPER
-    Sec. 4.1     near-duplicates by the code of an autoencoder                       -> hashes()
-    Sec. 5       features: D's convolutions max-pooled to 4x4, and an L2-SVM         -> features(), l2_svm()
+    Sec. 4       alternating updates of D and G, Adam 2e-4, beta_1 .5                -> train_step(), PAPER
+    Sec. 4.1     near-duplicates by hashing the code of an autoencoder               -> hashes()
+    Sec. 5       L2-SVM on features: D's convolutions, max-pooled to 4x4             -> features(), l2_svm()
     Sec. 6.1     Fig. 4: walks between random z                                      -> walk()
     Sec. 6.2     Fig. 5: guided backpropagation from D's last convolution            -> guided()
     Sec. 6.3.1   Fig. 6: dropping maps of G to forget an object                      -> forget()
@@ -44,9 +44,9 @@ from common.fuse import Adam, autocast, calibrate, descend, frozen, fuse, place,
 from common.metrics import need, shapes
 
 # --------------------------------------------------------------------------------------------------- settings
-# Sec. 4, Fig. 1: batches of 128, Adam at 2e-4, pictures in [-1, 1], z ~ Unif(-1, 1).  Where the print is
-# silent, the authors' Theano code (Newmu/dcgan_code): weight decay, BatchNorm's epsilon, one network a
-# minibatch in turn, pictures drawn with their own batch's statistics, SVHN's settings.
+# Sec. 4, Fig. 1: batches of 128, Adam at 2e-4, pictures in [-1, 1], z ~ Unif(-1, 1).  Where the paper is
+# silent, values come from the authors' Theano code (Newmu/dcgan_code): weight decay, BatchNorm's epsilon,
+# minibatches that train G and D alternately, sampling with batch statistics, SVHN's settings.
 
 ALL = dict(batch_size=128, lr=2e-4, weight_decay=1e-5, eps=1e-8, scale=(-1.0, 1.0), turns=True,
            batch_stats=True, together=False, deduplicate=False)
@@ -96,12 +96,12 @@ def down(i, o, k=5, stride=2):
 
 
 def discriminator(trunk, o):
-    """D: pictures -> logits a (n,), by way of D[0], the convolutions, which end in (n, o, 4, 4)."""
+    """D: x -> logits a (n,).  D[0], the convolutions, outputs (n, o, 4, 4)."""
     return nn.Sequential(trunk, nn.Flatten(), nn.Linear(16 * o, 1, bias=False), nn.Flatten(0))
 
 
 def net_64(dz, channels, ch):
-    """64x64 (Fig. 1).  dz: numbers in z.  ch(n): n feature maps, times --width."""
+    """64x64 (Fig. 1).  dz: size of z.  ch(n): n feature maps, scaled by --width."""
     G = nn.Sequential(
         project(dz, ch(1024)),                                      # 1024 x 4 x 4
         up(ch(1024), ch(512)),                                      # 512 x 8 x 8
@@ -164,7 +164,7 @@ def log_D(a_fake):
 def build(args, channels):
     """G, D, their optimizers and the fused step: one update of D, then one of G."""
     G, D = place(args, *networks(args, channels))
-    # weight_decay times a parameter is added to its gradient, as in the authors' code.
+    # Weight decay adds weight_decay * parameter to the gradient (authors' code), unlike AdamW.
     opt_D, opt_G = (Adam(net.parameters(), args.lr, betas=(0.5, 0.999), weight_decay=args.weight_decay)
                     for net in (D, G))
     amp = autocast(args)
@@ -205,10 +205,10 @@ def main(argv=None):
     if args.features:
         return report_features(r, D, pictures.images.shape[1])
 
-    epoch = -(-batches.per_epoch // 2) if args.turns else batches.per_epoch      # after which Fig. 2 is drawn
+    epoch = -(-batches.per_epoch // 2) if args.turns else batches.per_epoch      # Fig. 2: after one epoch
     for step in r.loop():
         if args.turns:
-            next(batches)                                           # G's minibatch, of which G needs nothing
+            next(batches)                                           # G's minibatch, which G does not use
         r.log(train_step(next(batches)))
         for name, now in (("samples", r.draws()), ("fig2", step == epoch)):
             if now:
@@ -226,29 +226,30 @@ def parse_args(argv=None):
     p = run.parser(__file__, __doc__, dataset="faces")
     add = p.add_argument_group("DCGAN").add_argument
     positive, flag = run.number(float, 0, open_low=True), argparse.BooleanOptionalAction
-    add("--net", choices=("64", "imagenet", "svhn"), help="networks of Sec. 3 [the data set's: imagenet for "
-        "CIFAR too and colour .npz of 32x32, svhn for grey digits, else 64]")
-    add("--size", type=int, choices=(32, 64, 128, 256), help="side of the pictures [64; imagenet, svhn 32]; "
-        "other sizes than the paper's: a row of G and D more or less for each doubling")
+    add("--net", choices=("64", "imagenet", "svhn"), help="networks of Sec. 3 [imagenet for imagenet, CIFAR "
+        "and 32x32 colour .npz; svhn for svhn and grey digits; else 64]")
+    add("--size", type=int, choices=(32, 64, 128, 256), help="picture size [64; imagenet, svhn 32]; "
+        "--net 64 adds or drops a layer of G and D per factor of 2 (not the paper's)")
     add("--width", type=positive, default=1.0, help="feature maps, as a fraction of the paper's [1]")
     add("--lr", type=positive, help="Adam's rate, Sec. 4 [2e-4, svhn 5e-4]")
-    add("--turns", action=flag, help="each minibatch trains one network, in turn [--paper]")
-    add("--batch-stats", action=flag, help="draw with the batch's own BatchNorm statistics [--paper]")
+    add("--turns", action=flag, help="minibatches train G and D alternately [--paper]")
+    add("--batch-stats", action=flag, help="sample with each batch's own BatchNorm statistics [--paper]")
     add("--together", action="store_true", default=None, help="D sees data and samples as one batch, not two")
-    add("--deduplicate", action=flag, help="leave near-duplicates out, Sec. 4.1 [LSUN]")
-    add("--weights", metavar="FOLDER", help="the authors' released networks as a run, nothing trained: their "
-        "*_discrim_params.jl_01.npy and so on (Newmu/dcgan_code, models)")
-    add("--exemplars", metavar="FILE", help="samples picked by eye, numbered as --sample draws them, JSON: "
+    add("--deduplicate", action=flag, help="drop near-duplicates, Sec. 4.1 [lsun]")
+    add("--weights", metavar="FOLDER", help="save the authors' released networks as a run, without training: "
+        "their *_discrim_params.jl_01.npy etc. (Newmu/dcgan_code, models)")
+    add("--exemplars", metavar="FILE", help="JSON file of samples picked by eye, by their --sample number: "
         '{"A": [3 numbers], "B": [3], "C": [3]} for Fig. 7, {"left": [4], "right": [4]} for Fig. 8')
-    add("--features", metavar="DATASET", help="with --resume: Sec. 5, D's features on this labelled data set")
+    add("--features", metavar="DATASET",
+        help="with --resume: classify this labelled data set by D's features, Sec. 5")
     add("--supervised", type=run.number(int, 1), nargs="?", const=TRIALS, metavar="TRIALS",
-        help="with --features: train D's architecture on 100 labels a class instead, the best of so many "
+        help="with --features: train D's architecture on 100 labels per class instead; best of this many "
         "random settings [%(const)s]")
-    p.set_defaults(clf_steps=None)                          # of the classifier that judges; None: its own
+    p.set_defaults(clf_steps=None)                          # evaluation classifier; None: its default
     args = run.parse(p, argv, free=("exemplars", "features", "supervised"), experiment=experiment,
                      paper=PAPER, tuned=TUNED, quick=QUICK)
     if args.net != "64" and args.size != 32:
-        p.error(f"--size {args.size} found, 32 expected of --net {args.net}; --net 64 takes other sizes")
+        p.error(f"--size {args.size} found, 32 expected with --net {args.net}; --net 64 takes other sizes")
     if args.features and not args.resume:
         p.error("--features needs --resume RUN: the run whose D gives the features")
     if args.supervised and not args.features:
@@ -257,7 +258,7 @@ def parse_args(argv=None):
 
 
 def check(args, pictures):
-    """Raise a UserError now for attributes or exemplars that could not be used after training."""
+    """Raise a UserError before training for unusable attributes or exemplars."""
     if attributes(pictures.extra):
         data.cut(len(pictures.images), 2000, 10)            # see predictor()
     if args.exemplars:
@@ -265,7 +266,7 @@ def check(args, pictures):
 
 
 def experiment(args):
-    """The row of PAPER and TUNED: --net, or what suits the data set."""
+    """The row of PAPER and TUNED: --net, or the default for the data set."""
     if args.dataset == "lsun" and args.net in (None, "64"):
         return "lsun"
     if args.net:
@@ -280,7 +281,7 @@ def experiment(args):
 
 def D_sees(D, x, x_fake, args):
     """(a_real, a_fake).  BatchNorm normalizes real and fake batches separately (authors' code), or jointly
-    with `args.together` so that D sees differences in brightness and contrast.  x None: the samples alone."""
+    with `args.together` so that D sees differences in brightness and contrast.  x None: samples only."""
     if args.together:
         return D(torch.cat([x, x_fake])).split([len(x), len(x_fake)])
     return None if x is None else D(x), D(x_fake)
@@ -289,12 +290,13 @@ def D_sees(D, x, x_fake, args):
 # ---------------------------------------------------------------------------------- Sec. 4.1: near-duplicates
 
 def hashes(images, device, seed=0, steps=None):
-    """(N, 16) uint8, 128 bits a picture: which units are on in the code of a 3072-128-3072 denoising ReLU
-    autoencoder of 32x32 copies.  Near-duplicates share them.
+    """Hashes (N, 16) uint8, 128 bits per picture: the active units in the code of a 3072-128-3072 denoising
+    ReLU autoencoder of 32x32 pictures.  Near-duplicates have the same hash.
 
-    images uint8 (N, C, H, W), in memory or mapped.  Not published, and chosen here: a fifth of the input is
-    dropped; 5 epochs, at least 500 and at most 10,000 steps; the mean is subtracted, without which most units
-    are on for all pictures or for none (400 rendered heads after 300 steps: 163 codes, with it 400).
+    images uint8 (N, C, H, W), in memory or memory-mapped.  Chosen here, since the paper is silent: input
+    dropout .2; 5 epochs, at least 500 and at most 10,000 steps; the mean is subtracted, because otherwise
+    most units are on for all pictures or for none (400 rendered heads after 300 steps: 163 hashes, with it
+    400).
     """
     def small(x):                                           # x in [-1, 1] -> (n, C * 32 * 32), centred
         return F.adaptive_avg_pool2d(x, 32).flatten(1) - mean
@@ -307,7 +309,7 @@ def hashes(images, device, seed=0, steps=None):
     opt = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()])
     for _ in range(steps or min(10_000, max(500, 5 * batches.per_epoch))):
         x = small(next(batches))
-        opt.zero_grad()                                     # no descend(): of several ranks one alone is here
+        opt.zero_grad()                                     # no descend(): only one rank runs this
         F.mse_loss(decoder(encoder(F.dropout(x, 0.2))), x).backward()
         opt.step()
     return metrics.batched(lambda x: bits(encoder(small(scaled(x, device))) > 0), images)
@@ -319,20 +321,20 @@ def bits(on):
 
 
 def first_of_each(codes):
-    """codes (N, 16) uint8 -> (k,) ascending indices of the first row of each kind.  1, 2, 1: 0, 1."""
+    """codes (N, 16) uint8 -> (k,) ascending indices of the first of all equal rows.  1, 2, 1: 0, 1."""
     rows = codes.contiguous().numpy().view([("a", "u8"), ("b", "u8")])[:, 0]
     return torch.from_numpy(np.sort(np.unique(rows, return_index=True)[1]))
 
 
 class Subset(data.Batches):
-    """Minibatches of the pictures `kept` (k,) alone; a checkpoint holds the list."""
+    """Minibatches of only the pictures `kept` (k,); checkpoints store the list."""
 
     def __init__(self, images, kept, **feed):
         super().__init__(images, **feed)
         self.keep(kept)
 
     def keep(self, kept):
-        need(len(kept) >= self.batch, f"{self.batch} pictures at least without near-duplicates", len(kept))
+        need(len(kept) >= self.batch, f"at least {self.batch} pictures without near-duplicates", len(kept))
         self.kept, self.n = kept.to(self.device if self.resident else "cpu"), len(kept)
         self.per_epoch = self.n // self.batch
 
@@ -348,12 +350,12 @@ class Subset(data.Batches):
 
 
 def minibatches(r, images):
-    """Minibatches of `images`, with args.deduplicate of the first of each set of near-duplicates alone."""
+    """Minibatches of `images`; with args.deduplicate, of only the first of each set of near-duplicates."""
     feed, kept = {"scale": r.args.scale, **r.feed}, [torch.arange(len(images))]
     if not r.args.deduplicate:
         return data.Batches(images, **feed)
-    if r.lead and not r.args.resume:                        # a checkpoint holds the list
-        log.say("hashing the pictures, to leave out near-duplicates")
+    if r.lead and not r.args.resume:                        # checkpoints store the list
+        log.say("hashing the pictures to find near-duplicates")
         with r.aside():
             kept = [first_of_each(hashes(images, r.args.device, r.args.seed))]
         log.say(f"{len(images) - len(kept[0]):,} of {len(images):,} pictures are near-duplicates")
@@ -365,10 +367,10 @@ def minibatches(r, images):
 # ---------------------------------------------------------------------------- the authors' released networks
 
 def read_released(folder, part, net):
-    """Fill `net` from FOLDER/*_PART_params.jl_01.npy and so on, plain arrays beside a joblib file.
+    """Load `net` from FOLDER/*_PART_params.jl_01.npy etc., plain arrays next to a joblib file.
 
-    Theano convolves, PyTorch correlates: kernels are turned by 180 degrees; matrices are transposed.
-    UserError: missing, unreadable or other arrays.
+    Theano convolves and PyTorch correlates: kernels are rotated by 180 degrees.  Matrices are transposed.
+    UserError: missing or unreadable arrays, wrong shapes, NaN or infinite values.
     """
     files, params = sorted(Path(folder).glob(f"*_{part}_params.jl_*.npy")), list(net.parameters())
     need(len(files) == len(params), f"{len(params)} files *_{part}_params.jl_*.npy in {folder}", len(files))
@@ -384,8 +386,8 @@ def read_released(folder, part, net):
 
 
 def keep_released(r, G, D, images):
-    """--weights: save the released networks as a run of 0 steps, to draw and to give features.  Running
-    statistics, which they lack, are the means over 100 minibatches."""
+    """--weights: save the released networks as a run of 0 steps, for samples and features.  They lack
+    running statistics; these are computed from 100 minibatches."""
     args = r.args
     for part, net in (("gen", G), ("discrim", D)):
         read_released(args.weights, part, net)
@@ -393,13 +395,13 @@ def keep_released(r, G, D, images):
         calibrate(G, ([sample_z(args.batch_size, args, args.device)] for _ in range(100))).train()
         data_statistics(D, images[:100 * 128], args.device).train()
     r.save()
-    log.say(f"saved in {r.folder}: go on with --resume {r.folder} --sample 100, or --features svhn")
+    log.say(f"saved in {r.folder}: continue with --resume {r.folder} --sample 100, or --features svhn")
 
 
 # ---------------------------------------------------------------------------- networks of the other data sets
 
 def net_imagenet(dz, channels, ch):
-    """32x32 ImageNet, 3x3 kernels (authors' code): every second convolution halves the picture."""
+    """32x32 ImageNet, 3x3 kernels (authors' code): every second convolution halves the resolution."""
     G = nn.Sequential(
         project(dz, ch(512)),                                       # 512 x 4 x 4
         up(ch(512), ch(512), 3),                                    # 512 x 8 x 8
@@ -433,8 +435,8 @@ def net_svhn(dz, channels, ch):
 
 
 def net_of_size(size, dz, channels, ch):
-    """The 64x64 networks for 32, 128 or 256 (not the paper's): a row of G and D more for each doubling, with
-    half of the maps."""
+    """The 64x64 networks for 32, 128 or 256 (not the paper's): each doubling adds a layer to G and D, with
+    half as many maps."""
     maps = [ch(n) for n in (1024, 512, 256, 128, 64, 32)][:int(math.log2(size)) - 2]
     G = [project(dz, maps[0]), *(up(i, o) for i, o in itertools.pairwise(maps)), to_x(maps[-1], channels)]
     trunk = [from_x(channels, maps[-1]), *(down(i, o) for i, o in itertools.pairwise(reversed(maps)))]
@@ -444,11 +446,11 @@ def net_of_size(size, dz, channels, ch):
 # ---------------------------------------------------------------------------------------------------- drawing
 
 def decode(G, z, args, net=None):
-    """Pictures (n, C, H, W) of z (n, dz); or what another function `net` makes of z with parts of G.
+    """Pictures (n, C, H, W) of z (n, dz); or the output for z of `net`, a function that uses parts of G.
 
-    BatchNorm's running statistics make a picture a function of its z alone.  With `args.batch_stats` they are
-    the batch's own (authors' code); half of the batch is then fresh z, for pictures of one kind would lose
-    what they have in common.
+    With running statistics, a picture depends on its z alone.  `args.batch_stats` uses batch statistics
+    (authors' code).  Half of each batch is then fresh z: in a batch of similar pictures, BatchNorm would
+    remove what they have in common.
     """
     net = net or G
     if not args.batch_stats:
@@ -462,7 +464,7 @@ def decode(G, z, args, net=None):
 
 @contextlib.contextmanager
 def batch_statistics(net):
-    """Within the block BatchNorm uses each batch's own statistics and leaves the running ones alone."""
+    """Within the block, BatchNorm uses batch statistics and leaves the running ones unchanged."""
     norms = [m for m in net.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
     for m in norms:
         m.track_running_stats = False
@@ -475,8 +477,8 @@ def batch_statistics(net):
 
 
 def latents(n, args):
-    """n fresh z (n, dz), drawn 500 at a time: the first are the same for every n, so that the pictures of
-    --sample are those of the figures."""
+    """n fresh z (n, dz), drawn 500 at a time: the first ones do not depend on n, so --sample draws the
+    pictures that the figures use."""
     return torch.cat([sample_z(500, args, args.device) for _ in range(-(-n // 500))])[:n]
 
 
@@ -487,7 +489,7 @@ def draw(G, args, n):
 
 
 def drawer(args, saved):
-    """What a trained run draws with: z -> pictures."""
+    """Sampler of a trained run: z -> pictures."""
     G, _ = networks(args, saved["about"]["channels"])
     rest = {}
     if args.batch_stats:                                    # half of each batch is fresh z: see decode()
@@ -503,14 +505,14 @@ def drawer(args, saved):
 
 
 def walk(z, columns=10):
-    """Sec. 6.1: z (n, dz) -> ((n - 1) * columns, dz), row by row the straight line from a z to the next."""
+    """Sec. 6.1: z (n, dz) -> ((n - 1) * columns, dz), each row a straight line from one z to the next."""
     t = torch.linspace(0, 1, columns, device=z.device).view(1, -1, 1)
     return ((1 - t) * z[:-1, None] + t * z[1:, None]).flatten(0, 1)
 
 
 def a_minus_b_plus_c(v, picks):
-    """Sec. 6.3.2: mean A - mean B + mean C.  v (N, ...) latents, or pictures for the baseline; picks: three
-    tensors (R, k) of exemplars' indices in v -> (R, ...).  The mean of A if B and C are the same."""
+    """Sec. 6.3.2: mean A - mean B + mean C.  v (N, ...): latents, or pictures for the baseline; picks: three
+    tensors (R, k) of exemplar indices into v -> (R, ...).  The mean of A if B = C."""
     A, B, C = (v[i].mean(1) for i in picks)
     return A - B + C
 
@@ -525,7 +527,7 @@ def turn(z, left, right, columns=9):
 # --------------------------------------------------------------------------------- Sec. 6.2: what D looks for
 
 class Guided(torch.autograd.Function):
-    """Leaky ReLU that takes back only positive gradients, and only to positive inputs."""
+    """Leaky ReLU whose backward pass keeps only positive gradients, and only at positive inputs."""
 
     @staticmethod
     def forward(ctx, x):
@@ -538,8 +540,8 @@ class Guided(torch.autograd.Function):
 
 
 def guided(D, x, feature):
-    """Guided backpropagation to pictures x (n, C, H, W) from the largest response of the map `feature` of D's
-    last convolution in each: the gradient, (n, C, H, W)."""
+    """Gradient (n, C, H, W) by guided backpropagation to pictures x (n, C, H, W) from the maximum of the map
+    `feature` of D's last convolution in each."""
     x = h = x.detach().requires_grad_()
     for convolution in D[0]:
         h = Guided.apply(convolution[:-1](h))
@@ -547,8 +549,8 @@ def guided(D, x, feature):
 
 
 def draw_fig5(D, images, device, n=8):
-    """Fig. 5: a row for each of the first 6 features of D's last convolution, the n pictures that excite it
-    most, by guided backpropagation: (6 n, C, H, W), each scaled to fill [-1, 1]."""
+    """Fig. 5: guided backpropagation for the first 6 features of D's last convolution, one per row, on the n
+    pictures that activate each most: (6 n, C, H, W), each scaled to fill [-1, 1]."""
     D, x = data_statistics(copy.deepcopy(D), images, device), scaled(images, device)
     response = metrics.batched(lambda x: D[0](x)[:, :6].amax((2, 3)), x, size=250)
     best = response.topk(min(n, len(x)), 0).indices        # (n, 6)
@@ -556,10 +558,10 @@ def draw_fig5(D, images, device, n=8):
     return g / g.flatten(1).abs().amax(1).clamp_min(1e-12).view(-1, 1, 1, 1)
 
 
-# ---------------------------------------------------------------- Sec. 6.3: calculating with known attributes
+# ------------------------------------------------------------------- Sec. 6.3: arithmetic on known attributes
 
-POOL = 2000       # samples among which exemplars are found; the paper picked by eye (--exemplars)
-EQUATIONS = (     # Fig. 7: A - B + C = Y; "-beard": without one
+POOL = 2000       # exemplars are picked from this many samples; the paper picked by eye (--exemplars)
+EQUATIONS = (     # Fig. 7: A - B + C = Y; "-beard": no beard
     ("smile long_hair -beard", "-smile long_hair -beard", "-smile -long_hair beard", "smile beard"),
     ("glasses -long_hair beard", "-glasses -long_hair beard", "-glasses long_hair -beard",
      "glasses long_hair"),
@@ -569,28 +571,27 @@ EQUATIONS = (     # Fig. 7: A - B + C = Y; "-beard": without one
 
 
 def signed_logits(a, concept, names):
-    """Logits (N, k) of each word of a concept such as "smile -beard", a negated one's turned round.
+    """Logits (N, k) of each word of a concept such as "smile -beard", sign flipped if the word is negated.
 
-    a (N, A): logits of the attributes `names`.  All positive: the predictor calls the picture that.
+    a (N, A): logits of the attributes `names`.  If all are positive, the predictor detects the concept.
     """
     words = [(1, w) if w[0] != "-" else (-1, w[1:]) for w in concept.split()]
     return torch.stack([sign * a[:, names.index(w)] for sign, w in words], 1)
 
 
 def log_p(a, concept, names):
-    """log of the probability that a picture is all that a concept says, (N,).  -k log 2 for k words where
-    a = 0."""
+    """Log probability (N,) that a picture matches every word of a concept.  -k log 2 for k words at a = 0."""
     return F.logsigmoid(signed_logits(a, concept, names)).sum(1)
 
 
 def percent(a, concept, names):
-    """Share in % of the pictures that the predictor calls `concept`."""
+    """Percentage of pictures in which the predictor detects `concept`."""
     return 100 * (signed_logits(a, concept, names) > 0).all(1).cpu().double().mean().item()
 
 
 def pick_exemplars(score, repeats, k):
-    """Indices (repeats, k) of samples with high scores (N,): row 0 the k best, the others k at random out of
-    the 10 k best."""
+    """Indices (repeats, k) of samples with high scores (N,): row 0 holds the k best, each other row k random
+    ones of the 10 k best."""
     best = score.topk(min(10 * k, len(score))).indices
     rows = torch.rand(repeats, len(best), device=best.device).argsort(1)[:, :k]
     rows[0] = torch.arange(k, device=best.device)
@@ -613,13 +614,13 @@ def read_exemplars(path):
 
 
 def attributes(extra):
-    """Name -> (N,) in [0, 1]: the data's attributes that are 0 and 1, and azimuth; empty for data without.
+    """Name -> (N,) in [0, 1]: the data's binary attributes that vary, and azimuth; empty if it has neither.
 
     UserError: attributes or factors that are not numbers (N, A).
     """
     for key in ("attributes", "factors"):
         if key in extra and not (torch.is_tensor(extra[key]) and extra[key].ndim == 2):
-            raise UserError(f"{key} of another kind found, numbers (N, A), a row for each picture, expected")
+            raise UserError(f"{key}: expected numbers (N, A), one row per picture")
     none = torch.empty(0, 0)
     binary = zip(extra.get("attribute_names", ()), extra.get("attributes", none).float().T)
     columns = {name: y for name, y in binary if ((y == 0) | (y == 1)).all() and 0 < y.mean() < 1}
@@ -630,9 +631,9 @@ def attributes(extra):
 
 
 def predictor(args, pictures, columns):
-    """A classifier of the columns of attributes(), which picks exemplars and judges results; the paper did
-    both by eye.  And the share in % of the attributes that it gets right on the last tenth of the pictures,
-    2,000 at most, which it has not seen."""
+    """(classifier, accuracy in %).  The classifier predicts the columns of attributes().  It picks exemplars
+    and judges results; the paper did both by eye.  Its accuracy, azimuth left out, is on the held-out last
+    tenth of the pictures, at most 2,000."""
     y, n = torch.stack([*columns.values()], 1), data.cut(len(pictures.images), 2000, 10)
     clf = metrics.classifier(pictures.images[:n], y[:n], args.device, args.data_dir, args.clf_steps)
     right = (metrics.logits(clf, pictures.images[n:]) > 0).cpu() == (y[n:] > 0.5)
@@ -640,9 +641,9 @@ def predictor(args, pictures, columns):
 
 
 def arithmetic(G, args, clf, names, z, x, a, equation, repeats=200):
-    """dcgan-arith: share in % of A - B + C that the predictor calls Y, over `repeats` sets of 3 exemplars.
+    """dcgan-arith: percentage of A - B + C that the predictor calls Y, over `repeats` sets of 3 exemplars.
 
-    z (N, dz), their pictures x and logits a -> (dict with the share in latent and in pixel space, the picks).
+    z (N, dz), their pictures x and logits a -> (dict with the results in latent and pixel space, the picks).
     """
     *concepts, Y = equation
     picks = [pick_exemplars(log_p(a, concept, names), repeats, 3) for concept in concepts]
@@ -653,8 +654,8 @@ def arithmetic(G, args, clf, names, z, x, a, equation, repeats=200):
 
 
 def draw_fig7(G, args, z, x, picks):
-    """Fig. 7, 3 rows of 10: for A, B and C 3 exemplars and the picture of their mean z; Y with 8 neighbours
-    Y + Unif(-.25, .25) around it; and the same sum of pixels."""
+    """Fig. 7, 3 rows of 10: for each of A, B and C, 3 exemplars and the picture of their mean z; Y and 8
+    neighbours Y + Unif(-.25, .25); and the same arithmetic on pixels."""
     picks = [i[:1] for i in picks]
     means = decode(G, torch.cat([z[i].mean(1) for i in picks]), args)
     near = a_minus_b_plus_c(z, picks) + (torch.rand(9, z.shape[1], device=z.device) * 0.5 - 0.25)
@@ -667,8 +668,8 @@ def draw_fig7(G, args, z, x, picks):
 
 
 def turning(G, args, clf, names, z, a, repeats=20, n=10):
-    """dcgan-turn: rank correlation of the position along the turn with the predicted azimuth, the mean over
-    `repeats` vectors of 4 + 4 exemplars and n samples each -> (dict, the picks)."""
+    """dcgan-turn: mean rank correlation of the position along the turn with the predicted azimuth, over
+    `repeats` turn vectors of 4 + 4 exemplars and n samples each -> (dict, the picks)."""
     azimuth = a[:, names.index("azimuth")]
     left, right = pick_exemplars(-azimuth, repeats, 4), pick_exemplars(azimuth, repeats, 4)
     rho = []
@@ -685,10 +686,10 @@ def forget(G, args, z, has, z_new, clf, names, word):
     """dcgan-window: drop the maps of G's second-highest hidden convolution that have a positive weight in a
     logistic regression for `word`.
 
-    z (N, dz) with has (N,): the regression tells pictures with it from those without by each map's mean; the
-    paper's has activations inside and outside of boxes drawn by hand.  z_new (n, dz): other pictures with it,
-    on which the result is judged.  -> (dict with the share in % that still has it, 3 rows of pictures: 10
-    with it, the same without those maps, without as many random ones).
+    The regression predicts has (N,) from the mean of each map for z (N, dz); the paper's used activations
+    inside and outside hand-drawn boxes.  z_new (n, dz): new pictures with `word`, for evaluation.  -> (dict
+    with the percentage that still has it, 3 rows of 10 pictures: original, without those maps, without as
+    many random ones).
     """
     k = len(G) - 2                                          # G[:k] ends with that convolution
     h = decode(G, z, args, lambda z: G[:k](z).mean((2, 3)))
@@ -696,7 +697,7 @@ def forget(G, args, z, has, z_new, clf, names, word):
     regression = nn.Linear(h.shape[1], 1).to(z.device)
     opt = torch.optim.Adam(regression.parameters(), 0.02)
     for _ in range(500):
-        opt.zero_grad()                                     # no descend(): of several ranks one alone is here
+        opt.zero_grad()                                     # no descend(): only one rank runs this
         F.binary_cross_entropy_with_logits(regression(h)[:, 0], has.float()).backward()
         opt.step()
     drop = regression.weight.detach()[0] > 0
@@ -737,16 +738,16 @@ def scaled(images, device):
 
 
 def data_statistics(D, images, device):
-    """D in eval mode, BatchNorm's statistics the means over minibatches of 128 `images` (authors' code)."""
+    """D in eval mode, with running statistics averaged over minibatches of 128 `images` (authors' code)."""
     calibrate(D[0], ([scaled(x, device)] for x in images.split(128)))
     return D.eval()
 
 
 @torch.no_grad()
 def features(D, images, device):
-    """Sec. 5.1: every convolution of D max-pooled to 4x4, (N, 16 * maps) float16, as they are, not rescaled.
+    """Sec. 5.1: every convolution of D max-pooled to 4x4, (N, 16 * maps) float16, not rescaled.
 
-    28,672 numbers a picture for the ImageNet networks, 7,168 for SVHN's.
+    28,672 features per picture for the ImageNet networks, 7,168 for SVHN's.
     """
     out = None
     for rows in torch.arange(len(images)).split(500):
@@ -761,7 +762,7 @@ def features(D, images, device):
 
 
 def balanced(y, rows, per_class):
-    """`per_class` random ones of the `rows` of each label in y; all rows if it is None."""
+    """`per_class` random `rows` for each label in y; all rows if `per_class` is None."""
     if per_class is None:
         return rows
     rows = rows[torch.randperm(len(rows), device=rows.device)]
@@ -769,10 +770,10 @@ def balanced(y, rows, per_class):
 
 
 def svm_errors(X, y, X_test, y_test, per_class=None, draws=1, tries=1, Cs=CS):
-    """Test errors in % of `draws` L2-SVMs, each on `per_class` labels a class (None: on all), and their C.
+    """Test errors in % of `draws` L2-SVMs, each on `per_class` labels per class (None: all), and their C.
 
-    C is the best on a sixth of the training pictures, 10,000 at most, held out from `tries` draws of labels,
-    the same for each C.  There 1e-2 above the minimum is near enough, and the C before gives the start.
+    C is chosen on a held-out sixth of the training pictures, at most 10,000, with `tries` draws of labels
+    that are the same for each C.  These fits use tol = 1e-2 and start from the solution for the previous C.
     """
     def error(w, X_eval, y_eval):
         return 100 * (svm_predict(w, X_eval) != y_eval).double().mean().item()
@@ -783,7 +784,7 @@ def svm_errors(X, y, X_test, y_test, per_class=None, draws=1, tries=1, Cs=CS):
     for C in Cs:
         w = [l2_svm(X[rows], y[rows], C, 1e-2, start=start) for rows, start in zip(trials, w)]
         valid[C] = sum(error(v, X[held], y[held]) for v in w) / tries
-        if valid[C] > min(valid.values()) + 0.5:            # larger ones are worse still, and slow to solve
+        if valid[C] > min(valid.values()) + 0.5:            # larger C are worse and slow to solve
             break
     C = min(valid, key=valid.get)
     draws = [balanced(y, order if per_class is None else pool, per_class) for _ in range(draws)]
@@ -791,11 +792,11 @@ def svm_errors(X, y, X_test, y_test, per_class=None, draws=1, tries=1, Cs=CS):
 
 
 def supervised(args, channels, X, y, X_test, y_test, per_class=100, epochs=60):
-    """Sec. 5.2: D's architecture, a logit a class, trained on `per_class` labels a class from scratch.
+    """Sec. 5.2: D's architecture with one logit per class, trained from scratch on `per_class` labels each.
 
-    The paper reports the validation error of the best of 64 random settings, of which it says no more: here
-    Adam's rate, weight decay and dropout before the last layer.  Returns dict: that error in %, on a sixth of
-    the pictures, 10,000 at most, and the same network's test error.
+    The paper reports the validation error of the best of 64 random settings and does not say which settings
+    vary: here Adam's rate, weight decay and dropout before the last layer.  Returns a dict with that error in
+    %, on a held-out sixth of the pictures, at most 10,000, and the test error of the same network.
     """
     def error(X, y):
         a = metrics.batched(net, X, scale=args.scale)
@@ -813,26 +814,26 @@ def supervised(args, channels, X, y, X_test, y_test, per_class=100, epochs=60):
         opt = torch.optim.Adam(net.parameters(), lr, weight_decay=decay)
         for _ in range(epochs):
             for i in torch.randperm(len(rows), device=args.device).split(100):
-                opt.zero_grad()                             # no descend(): of several ranks one alone is here
+                opt.zero_grad()                             # no descend(): only one rank runs this
                 F.cross_entropy(net(images[i]), labels[i]).backward()
                 opt.step()
         found = {"value": error(X[held], y[held]), "test": error(X_test, y_test), "rate": lr,
                  "weight decay": decay, "dropout": dropout}
         best = found if best is None or found["value"] < best["value"] else best
-        log.say(f"supervised, {trial + 1} of {args.supervised}: {found['value']:.2f} % error on validation, "
+        log.say(f"supervised, {trial + 1} of {args.supervised}: {found['value']:.2f} % validation error, "
                 f"best {best['value']:.2f}")
     return best | {"trials": args.supervised, "unit": "% validation error"}
 
 
 def report_features(r, D, channels):
-    """Tables 1 and 2: what D's features are worth on --features, or with --supervised its architecture, into
-    a results.json of its own."""
+    """Tables 1 and 2: evaluate D's features on --features, or with --supervised D's architecture.  Writes a
+    separate results.json."""
     args = r.args
     pictures = data.load(args.features, args.data_dir, args.size, channels)
     if pictures.labels is None:
         raise UserError(f"--features {args.features}: this data set has no labels, which the SVM needs")
     images, y, test, y_test = pictures.images, pictures.labels, pictures.test_images, pictures.test_labels
-    if test is None or y_test is None:                      # every sixth picture is kept for the test
+    if test is None or y_test is None:                      # hold out every sixth picture
         kept = torch.arange(len(y)) % 6 == 0
         images, y, test, y_test = images[~kept], y[~kept], images[kept], y[kept]
     images, y = (images[y >= 0], y[y >= 0]) if y.min() < 0 else (images, y)
@@ -859,18 +860,18 @@ def report_features(r, D, channels):
 
 # ------------------------------------------------------------------------------------------------ the L2-SVM
 
-SINGLE = 2 ** 25  # l2_svm works in float32 on more numbers than this
+SINGLE = 2 ** 25  # l2_svm uses float32 if there are more feature values than this
 
 
 @torch.no_grad()
 def l2_svm(features, labels, C=1.0, tol=1e-4, max_iter=100, start=None):
-    """L2-SVM, one against the rest: min (|w|^2 + b^2) / 2 + C sum_i max(0, 1 - y_i (w.x_i + b))^2, y_i = +-1.
+    """L2-SVM, one vs. rest: min (|w|^2 + b^2) / 2 + C sum_i max(0, 1 - y_i (w.x_i + b))^2, y_i = +-1.
 
     features (N, d), labels (N,) integers >= 0.  Returns (d + 1, classes) float64, the last row b.  Newton's
-    method with conjugate gradients, until each class is within a fraction tol of its minimum; a warning if
-    max_iter steps do not suffice.  start: initial weights, such as those of C / 10.  The features are copied.
-    x = -1, 1 with labels 0, 1: for label 1, w = 4 C / (1 + 4 C), b = 0.  UserError: other shapes or labels,
-    C <= 0.  The objective is that of scikit-learn's LinearSVC(C=C, dual=False).
+    method with conjugate gradients, until each class is within a relative tol of its minimum; warns if
+    max_iter steps do not suffice.  start: initial weights, such as those for C / 10.  Copies the features.
+    x = -1, 1 with labels 0, 1: for label 1, w = 4 C / (1 + 4 C), b = 0.  UserError: wrong shapes or labels,
+    C <= 0.  Same objective as scikit-learn's LinearSVC(C=C, dual=False).
     """
     need(features.dim() == 2 and labels.shape == features.shape[:1] and len(labels),
          "features (N, d) and labels (N,), N > 0", shapes(features, labels))
@@ -892,7 +893,7 @@ def l2_svm(features, labels, C=1.0, tol=1e-4, max_iter=100, start=None):
 
     if start is None:
         w = Y.new_zeros(len(Y), X.shape[1])
-        # A large C is hard from w = 0 and easy from the solution at C / 10: start near 1 / |x|^2 and go up.
+        # A large C is slow from w = 0 and fast from the solution for C / 10: begin near 1 / |x|^2.
         square = sum(x.double().square().sum().item() for x in X.split(1000)) / n
         for i in range(max(0, round(math.log10(C * square))), 0, -1):
             w, _ = _newton(X, Y, C / 10 ** i, w, max(tol, 0.1), max_iter)
@@ -955,7 +956,7 @@ def svm_predict(w, features):
 # ----------------------------------------------------------------------------------------------------- report
 
 def figures(r, G, D, images):
-    """Figs. 3, 4 and 5 (an untrained D's features beside D's) into the run's folder."""
+    """Write Figs. 3, 4 and 5 (untrained D and trained D side by side) to the run's folder."""
     args = r.args
     with r.aside():
         r.show("fig3", log.grid(decode(G, sample_z(100, args, args.device), args), 10, args.scale))
@@ -967,7 +968,7 @@ def figures(r, G, D, images):
 
 
 def evaluate(r, G, pictures):
-    """Figs. 6, 7 and 8 and the numbers that the data's attributes or labels allow, experiment id -> dict."""
+    """Figs. 6, 7 and 8 and the results that the data's attributes or labels allow: experiment id -> dict."""
     args, results, picks, clf = r.args, {}, {}, None
     x, z = draw(G, args, POOL)                              # the first POOL that --sample draws
     columns = attributes(pictures.extra)
@@ -994,7 +995,7 @@ def evaluate(r, G, pictures):
                                  args.clf_steps)
     if clf is not None:
         real = pictures.images if pictures.test_images is None else pictures.test_images
-        real = real[::-(-len(real) // POOL)]                # strided: a test part may be sorted by class
+        real = real[::-(-len(real) // POOL)]                # strided: a test set may be sorted by class
         if len(real) > 1:
             results["frechet"] = {"value": metrics.frechet_distance(clf, (x + 1) / 2, real)}
     if args.exemplars:

@@ -408,7 +408,7 @@ def test_minibatches_of_a_subset_visit_it_alone_and_resume(resident):
     other = dcgan.Subset(images, torch.arange(40), **feed)
     other.load_state_dict(batches.state_dict())
     assert all(torch.equal(next(batches), next(other)) for _ in range(5)) and other.per_epoch == 2
-    with pytest.raises(UserError, match="7 pictures at least without near-duplicates, found 5"):
+    with pytest.raises(UserError, match="at least 7 pictures without near-duplicates, found 5"):
         dcgan.Subset(images, kept[:5], **feed)
 
 
