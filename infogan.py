@@ -107,7 +107,7 @@ def fc(i, o, slope):
 
 
 def table_1(dc, dq, ch):
-    """MNIST.  dc: size of (z, c).  dq: size of Q's output.  ch(n): n feature maps or units times --width."""
+    """MNIST.  dc: size of (z, c).  dq: size of Q's output.  ch(n): n maps or units, scaled by --width."""
     G = nn.Sequential(
         fc(dc, ch(1024), 0),                                                        # 1024
         fc(ch(1024), ch(128) * 7 * 7, 0), nn.Unflatten(1, (ch(128), 7, 7)),         # 128 x 7 x 7
@@ -121,9 +121,9 @@ def table_1(dc, dq, ch):
 
 
 class Discriminator(nn.Module):
-    """D and Q on one trunk (App. C).  D(x) -> logit a (n,) and the parameters q (n, dq) of Q(c|x).
+    """D and Q share one trunk (App. C).  D(x) -> logit a (n,) and the parameters q (n, dq) of Q(c|x).
 
-    Q has a layer of `hidden` units of its own; if `hidden` is 0, D and Q share all but the last layer.
+    Q has its own layer of `hidden` units; if `hidden` is 0, D and Q share all but the last layer.
     """
 
     def __init__(self, trunk, width, dq, hidden=0):
@@ -292,26 +292,26 @@ def parse_args(argv=None):
     add("--net", choices=("mnist", "svhn", "celeba", "faces", "chairs"),
         help="networks and codes of Tables 1 to 6 [the data set's own, else mnist]")
     add("--factor", choices=("azimuth", "elevation", "lighting", "width", "rotation"),
-        help="whose rates and lambdas to use: row of Table 5 (faces) or 7 (chairs) [azimuth, rotation]")
+        help="row of Table 5 (faces) or 7 (chairs) for the rates and lambdas [azimuth, rotation]")
     add("--width", type=positive, default=1.0, help="feature maps and units, as a fraction of the paper's")
     add("--lam", type=weight, help="lambda of Eq. 6 for categorical codes; 0: a regular GAN [1]")
     add("--lam-cont", type=weight,
-        help="lambda of Eq. 6 for continuous codes [MNIST .1, chairs 10, else 1; with --lam 0 0]")
+        help="lambda of Eq. 6 for continuous codes [MNIST .1, chairs 10, else 1; 0 with --lam 0]")
     add("--fix-sigma", action=argparse.BooleanOptionalAction,
-        help="sigma of Q's Gaussians is 1 [faces; --paper: MNIST]")
-    add("--fresh-z", action=argparse.BooleanOptionalAction, help="G learns from z and c of its own [--paper]")
+        help="fix sigma of Q's Gaussians at 1 [faces; --paper: MNIST]")
+    add("--fresh-z", action=argparse.BooleanOptionalAction, help="draw new z and c for G's update [--paper]")
     add("--warm-up", type=run.number(int, 0),
-        help="steps over which lambda rises from 0, then as many for the continuous codes' [MNIST 1500]")
-    add("--warp", type=weight, help="how much half of the pictures that D sees are warped [MNIST 1, else 0]")
-    add("--noise", type=weight, help="std of the Gaussian noise on what D sees [faces .1, else 0]")
+        help="steps over which lam rises from 0, then as many for lam_cont [MNIST 1500]")
+    add("--warp", type=weight, help="strength of the warp applied to half of D's inputs [MNIST 1, else 0]")
+    add("--noise", type=weight, help="std of the Gaussian noise added to D's inputs [faces .1, else 0]")
     add("--together", action=argparse.BooleanOptionalAction,
-        help="D sees data and samples as one batch, with BatchNorm's statistics of both [faces]")
+        help="D sees data and samples as one batch, so BatchNorm normalizes them jointly [faces]")
     add("--decay-lr", action=argparse.BooleanOptionalAction,
-        help="both rates fall linearly to 0 over the second half [MNIST]")
+        help="decay both rates linearly to 0 over the second half [MNIST]")
     add("--lr-D", type=positive, help="Adam's rate for D and Q [2e-4]")
     add("--lr-G", type=positive, help="Adam's rate for G [1e-3, faces 5e-4]")
     add("--gan-steps", type=run.number(int, 0),
-        help="steps of the regular GAN of Figs. 1 and 2b, trained beside [MNIST 1000, else 0]")
+        help="steps of the regular GAN of Figs. 1 and 2b, trained alongside [MNIST 1000, else 0]")
     args = run.parse(p, argv, experiment=experiment, paper=PAPER, tuned=TUNED, quick=QUICK)
     if args.lam == 0 and "lam_cont" not in args.given:
         args.lam_cont = 0.0
@@ -319,7 +319,7 @@ def parse_args(argv=None):
 
 
 def experiment(args):
-    """The row of PAPER and TUNED: the network, and the row of its table of rates and lambdas."""
+    """The row of PAPER and TUNED: the network, with its row of Table 5 or 7."""
     net = args.net or (args.dataset if args.dataset in PAPER else "mnist")
     if args.factor in (None, FIRST.get(net)):
         return net
@@ -330,7 +330,7 @@ def experiment(args):
 
 
 def where(args):
-    """The data set to load: --dataset, but for chairs the folder of renderings that the user places."""
+    """The data set to load: --dataset, or for chairs the folder of renderings that the user supplies."""
     if args.dataset != "chairs":
         return args.dataset
     folder = Path(args.data_dir).expanduser() / "rendered_chairs"
@@ -342,7 +342,7 @@ def where(args):
 
 
 def regular_gan(args):
-    """The settings of the regular GAN trained beside this run: only its Q learns from L_I."""
+    """The settings of the regular GAN trained alongside: only its Q learns from L_I."""
     return argparse.Namespace(**{**vars(args), "lam": 0.0, "lam_cont": 0.0})
 
 
@@ -362,7 +362,7 @@ def D_sees(D, x, x_fake, args, detach=False):
     """(a_real, a_fake, q of the samples).  BatchNorm normalizes real and fake batches separately (authors'
     code), or jointly with `args.together` so that D sees differences in brightness and contrast.
 
-    x None: the samples alone.  First, half of each batch is warped by args.warp and noise is added to all.
+    x None: samples only.  First, half of each batch is warped by args.warp and noise is added to all.
     """
     if args.warp:
         x_fake, x = (t if t is None else data.warp(t, args.warp, share=0.5) for t in (x_fake, x))
@@ -376,8 +376,8 @@ def D_sees(D, x, x_fake, args, detach=False):
 
 
 def decay_rates(args, opt_D, opt_G, done):
-    """Set both rates after the fraction `done` of a run: constant, or falling linearly to 0 over the second
-    half with args.decay_lr."""
+    """Set both rates for the fraction `done` of a run: constant, or with args.decay_lr falling linearly to 0
+    over the second half."""
     falling = min(1.0, 2 * (1 - done)) if args.decay_lr else 1.0
     for opt, lr in ((opt_D, args.lr_D), (opt_G, args.lr_G)):
         set_rate(opt, lr * falling)
@@ -416,10 +416,11 @@ def table_4(dc, dq, ch):
 
 
 def table_6(dc, dq, ch):
-    """Chairs.  The two upconvolutions without a stride are convolutions of the same size.
+    """Chairs.  The two upconvolutions of stride 1 are convolutions that keep the size.
 
-    A transposed convolution of stride 1 is a convolution with its kernel flipped.  Cropped to the same size,
-    its 4x4 support reaches two pixels up and left and one down and right; here it is one and two.
+    A transposed convolution of stride 1 is a convolution with a flipped kernel.  Cropped to the same size,
+    its 4x4 support reaches two pixels up and left and one down and right; here, one up and left and two down
+    and right.
     """
     G = nn.Sequential(
         fc(dc, ch(1024), 0),                                                        # 1024
@@ -451,7 +452,7 @@ def draw(G, args, n):
 
 
 def drawer(args, saved):
-    """What a trained run draws with: z, c and u -> pictures; each code is a knob."""
+    """Sampler of a trained run: z, c and u -> pictures; each code is a knob."""
     G, _ = networks(args)
     knobs = [export.Knob(f"c{i + 1}", names=tuple(range(k))) for i, k in enumerate(args.cats)]
     end = 2.0 if args.net == "mnist" else 1.0
@@ -470,7 +471,7 @@ def vary(G, args, code, rows=10, columns=10, order=None):
     """Pictures (rows * columns, C, H, W): each row is one draw of (z, c) in which one code varies.
 
     `code`: its number, categorical codes first.  A categorical code takes each of its categories, in `order`
-    if that is given; a continuous one goes from -1 to 1, on MNIST from -2 to 2 as in Fig. 2.
+    if given; a continuous code goes from -1 to 1, or on MNIST from -2 to 2 as in Fig. 2.
     """
     if code < len(args.cats):
         order = order or range(args.cats[code])
@@ -501,7 +502,7 @@ def draw_fig1(folder, args):
 
 
 def figures(r, G, gan_G, results):
-    """Draw the paper's figures of this data set; `results` of evaluate() name the codes to vary."""
+    """Draw the paper's figures for this data set; `results` of evaluate() names the codes to vary."""
     args = r.args
 
     def show(title, net_G, code, order=None):
@@ -519,7 +520,7 @@ def figures(r, G, gan_G, results):
         if gan_G is not None:
             show("fig2b", gan_G, 0)
         drawn.add(0)
-    elif args.net == "chairs" and not found:                # Fig. 4: one run with each row of Table 7
+    elif args.net == "chairs" and not found:                # Fig. 4: one run for each row of Table 7
         found["fig4b" if args.factor == "width" else "fig4a"] = len(args.cats)
         drawn.add(len(args.cats))
     for title, code in found.items():
@@ -531,8 +532,8 @@ def figures(r, G, gan_G, results):
 # ------------------------------------------------------------------------------------------------ the numbers
 
 def classify(D, pictures, args):
-    """Sec. 7.2: table category -> label, by majority over 10,000 training pictures, and its error in % on the
-    test pictures."""
+    """Sec. 7.2: the table category -> label, by majority vote over 10,000 training pictures, and its error
+    in % on the test pictures."""
     k_train, k_test = (Q_of(D, images, args)[:, :args.cats[0]].argmax(1).cpu()
                        for images in (pictures.images[:10000], pictures.test_images))
     table = metrics.majority(k_train, pictures.labels[:10000], args.cats[0])
@@ -540,17 +541,17 @@ def classify(D, pictures, args):
 
 
 def match_factors(D, pictures, args):
-    """Factor -> (continuous code that found it, |Spearman correlation| of Q's mean for the code with it)."""
+    """Factor -> (matching continuous code, |Spearman correlation| of the factor with Q's mean for it)."""
     images, factors = pictures.images[:10000], pictures.extra["factors"][:10000]
     mu = split_q(Q_of(D, images, args), args)[1].cpu()
     rho = torch.tensor([[abs(metrics.rank_correlation(f, m)) for m in mu.T] for f in factors.T])
-    rho = rho.nan_to_num(0.0)                               # of a constant code
+    rho = rho.nan_to_num(0.0)                               # NaN if a code is constant
     return {j: (int(i), rho[j, i].item()) for j, i in enumerate(metrics.matching(-rho.numpy())) if i < args.m}
 
 
 def slant(x):
-    """(n,) slant in degrees of what is drawn in x (n, 1, H, W), white on black: atan(mu_11 / mu_02) with its
-    central moments mu.  A line / through the corners of a square picture: 45, an upright bar: 0."""
+    """Slant (n,) in degrees of the strokes in x (n, 1, H, W), white on black: atan(mu_11 / mu_02) of the
+    central moments mu.  A diagonal / of a square picture: 45, an upright bar: 0."""
     m = x[:, 0].float()
     m = m / m.sum((1, 2), keepdim=True).clamp(min=1e-6)
     right = torch.arange(m.shape[2], device=m.device).float()
@@ -560,16 +561,16 @@ def slant(x):
 
 
 def stroke_width(x):
-    """(n,) width in pixels of the strokes in x (n, 1, H, W), white on black: 2 area / perimeter, which is the
-    total variation.  A bar of 3 x 60 pixels: about 3."""
+    """Width (n,) in pixels of the strokes in x (n, 1, H, W), white on black: 2 area / perimeter, where the
+    perimeter is the total variation.  A bar of 3 x 60 pixels: about 3."""
     x = F.pad(x[:, 0].float(), (1, 1, 1, 1))
     edges = torch.hypot(x.diff(dim=1)[:, :, 1:], x.diff(dim=2)[:, 1:])
     return 2 * x.sum((1, 2)) / edges.sum((1, 2)).clamp(min=1e-6)
 
 
 def style_codes(G, args):
-    """Figs. 2c and d: rotation and width -> which continuous code changes it most, and by how much along a
-    row on average (least squares): slant in degrees, stroke width in pixels."""
+    """Figs. 2c and d: rotation and width -> the continuous code that changes it most, and the mean change
+    along a row (least squares): slant in degrees, stroke width in pixels."""
     effects = {"rotation": {}, "width": {}}
     for code in range(len(args.cats), len(args.cats) + args.m):
         x = vary(G, args, code, rows=100)
@@ -582,7 +583,7 @@ def style_codes(G, args):
 
 
 def evaluate(r, G, D, pictures):
-    """The numbers of this data set: experiment id -> dict with "value", and "paper" where there is one."""
+    """Results for this data set: experiment id -> dict with "value", and "paper" if a value is published."""
     args, results = r.args, {}
     real = pictures.images if pictures.test_images is None else pictures.test_images
     with r.aside():
@@ -627,7 +628,7 @@ def report(r, G, D, gan_G, pictures):
     """Figures and results.json."""
     results = evaluate(r, G, D, pictures)
     figures(r, G, gan_G, results)
-    error = results.get("ig-cls", {}).get("value", 0)       # other networks than MNIST's have no such number
+    error = results.get("ig-cls", {}).get("value", 0)       # only the MNIST network has this result
     r.results(results, passed=r.args.dataset != "mnist" or error <= 6)
 
 
