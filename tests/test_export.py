@@ -95,8 +95,9 @@ def test_shipped_generators_draw(path, tmp_path, monkeypatch):
     assert x.std(0).mean() > 0.1                                # pictures differ
     assert x.std((1, 2, 3)).mean() > 0.1                        # and are not flat
     if path.stem in ("cgan", "aae"):                            # and obey: a label's mean is its digit's
-        labels = data.load("mnist", ROOT / "data")
-        means = torch.stack([labels.images[:5000][labels.labels[:5000] == k].float().mean(0) for k in range(10)])
+        mnist = data.load("mnist", ROOT / "data")
+        images, labels = mnist.images[:5000].float(), mnist.labels[:5000]
+        means = torch.stack([images[labels == k].mean(0) for k in range(10)])
         drawn = torch.stack([x[inputs[1] == k].mean(0) for k in range(10)])
         near = torch.corrcoef(torch.cat([drawn.flatten(1), means.flatten(1) / 255]))[:10, 10:].argmax(1)
         assert (near == torch.arange(10)).float().mean() >= 0.8
