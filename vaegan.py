@@ -619,12 +619,13 @@ def about_data(args, Enc, Dec, pictures):
     vectors, of 2,000 pictures, where Dec is not given y."""
     settled(args, Enc, Dec, pictures)
     e, n = pictures.extra, 2000
-    a = e["attributes"][:n]
-    found = {"names": e["names"] if Enc or args.conditional else [], "y": e["test_y"][:n],
-             "mean": e["attributes"].mean(0), "std": e["attributes"].std(0, correction=0).clamp_min(1e-6)}
-    if Enc and not args.conditional and found["names"]:
+    a = e["attributes"]
+    found = {"names": e["names"] if Enc or args.conditional else [], "y": e["test_y"][:n]}
+    if args.conditional:
+        found |= {"mean": a.mean(0), "std": a.std(0, correction=0).clamp_min(1e-6)}
+    elif found["names"]:
         mu = encode(Enc, pictures.images[:n], e["y"][:n])
-        found["vectors"] = attribute_vectors(mu, a.to(mu))
+        found["vectors"] = attribute_vectors(mu, a[:n].to(mu))
     return found
 
 

@@ -686,7 +686,7 @@ def test_runs_side_by_side(digits, tmp_path, monkeypatch, capsys):
         blocks = [b[18:] for b in np.split(x, 4)]           # less the caption
         alike = {(i, j) for i in range(4) for j in range(i) if np.array_equal(blocks[i], blocks[j])}
         assert alike == {same[::-1]}, figure
-    held_out = torch.from_numpy(np.load(digits)["test_images"][:8])
+    held_out = vaegan.data.load(digits).test_images[:8]
     assert np.array_equal(blocks[0], vaegan.log.grid(held_out / 255, 8).permute(1, 2, 0))
     assert (here / "checkpoint.pt").read_bytes() == before
 
