@@ -1,18 +1,18 @@
 """Adversarial Autoencoders
 Alireza Makhzani, Jonathon Shlens, Navdeep Jaitly, Ian Goodfellow, Brendan Frey, 2015.  arXiv:1511.05644
 
-An autoencoder, Q from x to a code z and P back, whose codes D and Q bring to a prior that one can draw from.
+Q encodes x as a code z and P decodes it.  Q is trained against a discriminator D to match a prior p(z).
 
-    Eq. 1      q(z) = E_{x~data}[q(z|x)], the aggregated posterior, is to be p(z)  -> Encoder()
+    Eq. 1      q(z) = E_{x~data}[q(z|x)], the aggregated posterior, to match p(z)  -> Encoder()
     Sec. 2     min_Q max_D V = E_{z~p(z)}[log D(z)] + E_{z~q(z)}[log(1 - D(z))]    -> V()
     Sec. 2     each minibatch: reconstruction phase, then regularisation phase     -> train_step()
     Eq. 2      VAE: E_x[E_{q(z|x)}[-log p(x|z)] + KL(q(z|x) || p(z))], Fig. 2c, d  -> build_vae(), kl()
     Sec. 2.3   a label is a one-hot input of D; priors of Figs. 2 and 4            -> mixture(), swiss_roll()
     Sec. 3     Table 1: log-likelihood under a Parzen window of samples            -> likelihood()
-    Sec. 4     P gets the label y, z is left with the style                        -> style()
-    Sec. 5     Q infers y and z; third, the semi-supervised phase (Table 2)        -> classify(), semi()
-    Sec. 6     without labels categories are clusters (Table 3, Fig. 9)            -> cluster(), head_labels()
-    Sec. 7     P gets W_C y + z, W_C the cluster heads                             -> reduce(), repulsion()
+    Sec. 4     P receives the label y, so that z encodes the style                 -> style()
+    Sec. 5     Q infers y and z; a third, semi-supervised phase (Table 2)          -> classify(), semi()
+    Sec. 6     without labels, categories are clusters (Table 3, Fig. 9)           -> cluster(), head_labels()
+    Sec. 7     P receives W_C y + z, where W_C holds the cluster heads             -> reduce(), repulsion()
 
     python aae.py                                   (Fig. 4a, b; --prior swiss-roll: c, d; gaussian: Fig. 2)
     python aae.py --task likelihood
@@ -35,12 +35,12 @@ from common import UserError, data, export, log, metrics, run
 from common.fuse import SGD, Adam, autocast, average, averaged, descend, frozen, fuse, place, set_rate
 
 # --------------------------------------------------------------------------------------------------- settings
-# hidden: units in each of two hidden layers.  z_dim: numbers in z.  std: of z's Gaussian prior.
-# bn: BatchNorm in hidden layers of Q and P; where="encoder": in all layers of Q alone, "all": of both.
-# rates, momenta: of the reconstruction, regularisation and semi-supervised phase; SGD starts from N(0, .01),
-# Adam from PyTorch's own weights.  drops: epochs after which the rates fall to a tenth.  hold: epochs for
-# which the cluster heads stay where they are.  Both, if below 1, are fractions of --steps.  held: training
-# pictures kept for validation.  Where the paper is silent (Secs. 2 to 4, A.1), the values of A.2.1 stand.
+# hidden: units in each of two hidden layers.  z_dim: size of z.  std: that of z's Gaussian prior.
+# bn: BatchNorm in hidden layers of Q and P; where="encoder": in all layers of Q only, "all": of both.
+# rates, momenta: for the reconstruction, regularisation and semi-supervised phase; SGD starts from N(0, .01),
+# Adam from PyTorch's default weights.  drops: epochs after which the rates are divided by ten.  hold: epochs
+# during which the cluster heads are fixed.  Values of both below 1 are fractions of --steps.  held: training
+# pictures kept for validation.  Where the paper is silent (Secs. 2 to 4, A.1), the values of A.2.1 apply.
 
 MLP = dict(batch_size=100, hidden=1000, std=1.0, labels=0, clusters=0, noise=0.0, dropout=0.0, bn=False,
            where="hidden", standard=False, size=28, channels=1, held=10000, optimizer="sgd",
@@ -91,7 +91,7 @@ QUICK = {"prior-mixture": dict(steps=3000), "style": dict(width=0.5, steps=6000)
 
 # --------------------------------------------------------------------------------------------------- networks
 
-ETA = 100                               # numbers of noise that the universal approximator gets
+ETA = 100                               # size of eta, the universal approximator's noise
 
 
 def units(args):
@@ -99,7 +99,7 @@ def units(args):
 
 
 def mlp(i, o, args, bn=False, bn_end=False):
-    """Two hidden layers of ReLUs and a linear end (App. A), BatchNorm where asked: (n, i) -> (n, o)."""
+    """Two hidden ReLU layers and a linear output (App. A), optionally with BatchNorm: (n, i) -> (n, o)."""
     width = units(args)
     return nn.Sequential(
         nn.Linear(i, width), *[nn.BatchNorm1d(width)] * bn, nn.ReLU(),              # 1000, clusters 3000
@@ -111,7 +111,7 @@ class Encoder(nn.Module):
     """Q: x (n, C, H, W) in [0, 1] -> z (n, k) of q(z|x), logits a (n, m) of q(y|x), log q(z|x) (n,).
 
     Sec. 2: z is a function of x ("deterministic"), N(mu(x), sigma(x)^2) ("gaussian"), or a function of x and
-    of noise eta ("universal").  a is None where Q infers no y, log q(z|x) unless z is Gaussian.
+    noise eta ("universal").  a is None if Q infers no y; log q(z|x) is None unless z is Gaussian.
     """
 
     def __init__(self, args, m, mean, std):
@@ -159,11 +159,11 @@ class Decoder(nn.Module):
                        bn_end=args.bn and args.where == "all")
 
     def centres(self):
-        """W_C (m, k), with no gradient to it while `fixed` is 1."""
+        """W_C (m, k), without a gradient while `fixed` is 1."""
         return torch.lerp(self.W_C, self.W_C.detach(), self.fixed)
 
     def code(self, z, y):
-        """What the layers get: z, (y, z) (Secs. 4 to 6), or W_C y + z (Sec. 7)."""
+        """Input of the first layer: z, (y, z) (Secs. 4 to 6), or W_C y + z (Sec. 7)."""
         if y is None:
             return z
         if self.W_C is None:
@@ -176,7 +176,7 @@ class Decoder(nn.Module):
 
 
 def networks(args, m, mean, std):
-    """Q, P and [D_z], where Q infers y [D_z, D_y].  mean, std (C, H, W): what pixels are normalized by."""
+    """Q, P and [D_z], or [D_z, D_y] if Q infers y.  Pixels are normalized by mean and std (C, H, W)."""
     Q, P = Encoder(args, m, mean, std), Decoder(args, m, mean, std)
     D_z = mlp(args.z_dim + label_inputs(args, m), 1, args)
     D = [D_z, mlp(m, 1, args)] if infers_y(args) else [D_z]
@@ -193,8 +193,8 @@ def networks(args, m, mean, std):
 def mixture(c, u=None, v=None):
     """z (n, 2) from component c (n,) of ten 2-D Gaussians, each along a ray at angle 2 pi c / 10.
 
-    1.4 + .5 u along the ray and .1 v across it, u and v (n,) from N(0, 1), drawn if None.  c, u, v = 0:
-    (1.4, 0).
+    1.4 + .5 u along the ray and .1 v across it, u and v (n,) from N(0, 1), drawn if None.  (1.4, 0) for
+    c = u = v = 0.
     """
     u, v = (torch.randn(c.shape, device=c.device) if t is None else t for t in (u, v))
     t, along, across = 2 * math.pi * c / 10, 1.4 + 0.5 * u, 0.1 * v
@@ -204,7 +204,7 @@ def mixture(c, u=None, v=None):
 def swiss_roll(c, u=None):
     """z (n, 2) from the tenth c (n,) of a swiss roll: radius 3 sqrt(s), angle 4 pi sqrt(s), s = (c + u) / 10.
 
-    u (n,) from Unif(0, 1), drawn if None.  c = u = 0: the origin.  c = 9, u = 1: (3, 0).
+    u (n,) from Unif(0, 1), drawn if None.  The origin for c = u = 0; (3, 0) for c = 9, u = 1.
     """
     u = torch.rand(c.shape, device=c.device) if u is None else u
     r = ((c + u) / 10).sqrt()
@@ -212,7 +212,7 @@ def swiss_roll(c, u=None):
 
 
 def sample_z(c, args):
-    """z (n, k) from the prior, given labels c (n,) in 0..9; 10 is no label: from all of it (Sec. 2.3)."""
+    """z (n, k) from the prior given labels c (n,) in 0..9, or 10 for no label: the whole prior (Sec. 2.3)."""
     if args.task != "prior" or args.prior == "gaussian":
         return args.std * torch.randn(len(c), args.z_dim, device=c.device)
     c = torch.where(c < 10, c, torch.randint(10, c.shape, device=c.device))
@@ -235,14 +235,17 @@ def V(a_real, a_fake):
 
 
 def log_D(a_fake):
-    """What Q ascends in place of V (as in GAN): E_{z ~ q(z)}[log D(z)], a (n, 1).  -log 2 if D = 1/2."""
+    """Q ascends this instead of descending V, as in GAN: E_{z ~ q(z)}[log D(z)], a (n, 1).
+
+    -log 2 where D = 1/2 everywhere.
+    """
     return F.logsigmoid(a_fake.float()).mean()
 
 
 def reconstruction(x, x_hat, std=1.0):
     """Half the squared error |x - x_hat|^2 of a picture in units of std, mean over pictures (n, C, H, W).
 
-    392 where 28 x 28 pixels are all off by one.
+    392 if all 28 x 28 pixels are off by one.
     """
     return 0.5 * ((x - x_hat) / std).square().flatten(1).sum(1).mean()
 
@@ -250,7 +253,7 @@ def reconstruction(x, x_hat, std=1.0):
 def repulsion(W_C, eta):
     """Sec. 7: sum over pairs of cluster heads of max(0, eta - |c_i - c_j|), W_C (m, k).
 
-    The paper prints no eta: it is spacing(m), the distance of neighbours at the start.  0 for heads there.
+    The paper gives no eta; here it is spacing(m), the initial distance of neighbours.  0 for initial heads.
     """
     i, j = torch.triu_indices(len(W_C), len(W_C), 1, device=W_C.device)
     return (eta - (W_C[i] - W_C[j]).norm(dim=1)).clamp(min=0).sum()
@@ -259,7 +262,7 @@ def repulsion(W_C, eta):
 # --------------------------------------------------------------------------------------------------- training
 
 def build(args, m, mean, std):
-    """Networks and optimizers by name, and the fused iteration of the phases.  m: categories of y, or 0."""
+    """Networks and optimizers by name, and the fused step of all phases.  m: number of categories of y."""
     Q, P, D = networks(args, m, mean, std)
     Q, P, Q_bar, P_bar, *D = place(args, Q, P, averaged(Q), averaged(P), *D)
     opt_R, opt_D, opt_Q = optimizer(args, 0, Q, P), optimizer(args, 1, *D), optimizer(args, 1, Q)
@@ -270,7 +273,7 @@ def build(args, m, mean, std):
     amp = autocast(args)
 
     def decoded(x, z, a, c):
-        """Squared error of P's pictures of the codes, and in Sec. 7 the repulsion of the cluster heads."""
+        """Squared error of the decoded pictures, and the repulsion of the cluster heads (Sec. 7), else 0."""
         y = a.softmax(1) if infers_y(args) else one_hot(c, m) if m else None
         with amp:
             x_hat = P(z, y)
@@ -286,8 +289,8 @@ def build(args, m, mean, std):
         return {"reconstruction": cost}
 
     def regularise(x, c):
-        """Regularisation phase: each D ascends V, draws of its prior against codes; then Q, their generator,
-        ascends log D(Q(x)) through the updated ones."""
+        """Regularisation phase: each D ascends V, with prior samples as real and codes as fake; then Q, the
+        generator, ascends log D(Q(x)) through the updated D."""
         z_real, y_real = sample_z(c, args), sample_y(len(x), m, x.device)
         x_seen = Q_sees(x, args)
         with amp:
@@ -301,7 +304,7 @@ def build(args, m, mean, std):
         scalars = dict(zip(("V", "V_y"), v))
         if args.lam is None:
             descend(-gain, opt_Q)
-        else:                                       # not the paper's: one descent in place of the two phases
+        else:                                       # not the paper's: one joint step instead of two phases
             scalars["reconstruction"], apart = decoded(x_seen, z, a, c)
             descend(scalars["reconstruction"] + apart - args.lam * gain, opt_R)
         return scalars
@@ -320,7 +323,7 @@ def build(args, m, mean, std):
         scalars.update(regularise(x, c))
         if labelled(args):
             scalars.update(classify(*pair))         # pair: labelled pictures and their labels
-        average(Q_bar, Q, args.average)             # --paper: the last weights
+        average(Q_bar, Q, args.average)             # --paper: a plain copy
         average(P_bar, P, args.average)
         return scalars
 
@@ -342,7 +345,7 @@ def main(argv=None):
     if labelled(args):
         parts["pairs"] = pairs = labelled_batches(r, images[chosen], labels[chosen])
     nn_steps = 0 if args.task != "semi" else args.steps if args.nn_steps is None else args.nn_steps
-    if nn_steps:                                    # the same network on the labels alone (Table 2)
+    if nn_steps:                                    # the same network, trained on labels alone (Table 2)
         baseline, nn_step = build_nn(args, categories(args, labels), *normalization(args, images))
         parts |= baseline
     Q, P = parts["Q_bar"], parts["P_bar"]
@@ -382,33 +385,33 @@ def parse_args(argv=None):
     add("--task", choices=TASKS, default="prior", help="the experiment, one of Secs. 2 to 7 [%(default)s]")
     add("--prior", choices=("gaussian", "mixture", "swiss-roll"), default="mixture",
         help="p(z) of --task prior [%(default)s]")
-    add("--model", choices=("aae", "vae"), default="aae", help="of --task prior, Fig. 2 [%(default)s]")
+    add("--model", choices=("aae", "vae"), default="aae", help="for --task prior, Fig. 2 [%(default)s]")
     add("--encoder", choices=("deterministic", "gaussian", "universal"), default="deterministic",
         help="q(z|x), Sec. 2 [%(default)s; a VAE's is Gaussian]")
     add("--labels", type=number_or_all,
-        help="labelled pictures, as many of each class, or all [semi and reduce 100, prior 10000 or 0]")
+        help="labelled pictures, equally many per class, or all [semi and reduce 100, prior 10000 or 0]")
     add("--clusters", type=run.number(int, 2), help="categories of y without labels [cluster 16, reduce 20]")
     add("--z-dim", type=run.number(int, 1),
-        help="numbers in z [prior and reduce 2, likelihood 8, style 15, semi 10, cluster 5]")
-    add("--optimizer", choices=("adam", "sgd"), help="of all phases [adam; --paper: sgd]")
+        help="size of z [prior and reduce 2, likelihood 8, style 15, semi 10, cluster 5]")
+    add("--optimizer", choices=("adam", "sgd"), help="optimizer of all phases [adam; --paper: sgd]")
     add("--rates", type=positive, nargs="+", metavar="R",
-        help="of the three phases, a VAE's one [.001 each, prior .0001 .001, likelihood .001 .0003; "
-        "SGD's .01 .1 .1]")
+        help="learning rates of the three phases, or one for a VAE [.001 each, prior .0001 .001, "
+        "likelihood .001 .0003; sgd .01 .1 .1]")
     add("--lam", type=run.number(float, 0),
-        help="Q and P descend the squared error and lam times Q's adversarial loss at once [two phases]")
-    add("--bn", action=argparse.BooleanOptionalAction, help="BatchNorm in Q and P [where Q infers y, SVHN]")
+        help="one step on squared error + lam times Q's adversarial loss [two separate phases]")
+    add("--bn", action=argparse.BooleanOptionalAction, help="BatchNorm in Q and P [if Q infers y; SVHN]")
     add("--consistency", type=run.number(float, 0),
-        help="weight of q(y|x) being alike whatever the noise on x [with labels 20, clusters 5, else 0]")
-    add("--warp", type=run.number(float, 0), help="how much pictures that Q sees after the reconstruction "
-        "phase are turned, stretched, sheared and moved [where Q infers y 1, else 0]")
+        help="weight of the change of q(y|x) under other noise on x [with labels 20, clusters 5, else 0]")
+    add("--warp", type=run.number(float, 0), help="strength of the random rotation, stretch, shear and shift "
+        "of Q's input after the reconstruction phase [1 if Q infers y, else 0]")
     add("--noise", type=run.number(float, 0),
         help="std of the Gaussian noise on Q's input in training [with labels .3, likelihood .7, else 0]")
     add("--average", type=run.number(float, 0, 1),
-        help="decay of the EMA weights of Q and P that are judged, 0: their last weights [.999]")
+        help="decay of the EMA of Q and P, used for evaluation; 0: no EMA [.999]")
     add("--samples", type=run.number(int, 1), default=10000,
-        help="samples in the Parzen window of --task likelihood, the paper also has 10000000 [%(default)s]")
+        help="samples in the Parzen window of --task likelihood; the paper also has 10000000 [%(default)s]")
     add("--nn-steps", type=run.number(int, 0),
-        help="steps of the supervised baseline of --task semi, trained beside [all]")
+        help="training steps of the supervised baseline of --task semi [all]")
     add("--width", type=positive, default=1.0, help="hidden units, as a fraction of the paper's [1]")
     args = run.parse(p, argv, experiment=experiment, paper=PAPER, tuned=TUNED, quick=QUICK)
     if args.optimizer == "sgd" and "rates" not in args.given:
@@ -422,13 +425,13 @@ def parse_args(argv=None):
     if args.labels and not drawn and args.task not in ("semi", "reduce"):
         p.error("--labels is for --task semi and reduce, and for an aae with --prior mixture or swiss-roll")
     if args.task == "semi" and not args.labels:
-        p.error("--task semi needs labels; --task cluster does without")
+        p.error("--task semi needs labels; --task cluster needs none")
     if args.model == "vae" and (args.task != "prior" or args.prior == "swiss-roll"):
-        p.error("--model vae is for --task prior, and a swiss roll has no density, which its KL needs")
+        p.error("--model vae is for --task prior, except swiss-roll, which has no density for the KL")
     if args.clusters and args.task != "cluster" and (args.task != "reduce" or args.labels):
         p.error("--clusters is for --task cluster, and for reduce with --labels 0")
     if args.task == "prior" and args.z_dim != 2:
-        p.error(f"--z-dim {args.z_dim} found, --task prior has 2")
+        p.error(f"--z-dim {args.z_dim} found, --task prior needs 2")
     if args.task == "reduce" and args.z_dim == 1:
         p.error("--z-dim 1 found, --task reduce needs 2 or more: its heads are on a circle")
     if args.consistency and not infers_y(args):
@@ -437,7 +440,7 @@ def parse_args(argv=None):
 
 
 def experiment(args):
-    """The row of PAPER and TUNED; what parse_args will refuse gets some row."""
+    """The row of PAPER and TUNED; any row for flags that parse_args will refuse."""
     if args.task == "prior":
         name = f"{'vae' if args.model == 'vae' else 'prior'}-{args.prior}"
         return name if name in PAPER else "prior-swiss-roll"
@@ -456,21 +459,21 @@ def labelled(args):
 
 
 def categories(args, labels):
-    """m: one category for each label, or for each cluster; 0 where P gets no y."""
+    """m: the number of labels or clusters; 0 if P has no input y."""
     if args.task in ("prior", "likelihood"):
         return 0
     return int(labels.max()) + 1 if args.task == "style" or labelled(args) else args.clusters
 
 
 def split(pictures, args):
-    """(images, labels) of "train", "valid" and "test"; without test pictures those held out serve twice.
+    """(images, labels) of "train", "valid" and "test", which is "valid" if the set has no test pictures.
 
-    Raises UserError where labels are missing that the task needs.
+    Raises UserError if the task needs labels that are missing or do not differ.
     """
     free = args.task in ("prior", "likelihood")
     if pictures.labels is None and (args.labels or not free):
-        raise UserError(f"{args.dataset} has no labels: --task likelihood, and prior with --labels 0, "
-                        "do without them")
+        raise UserError(f"{args.dataset} has no labels: only --task likelihood, and prior with --labels 0, "
+                        "need none")
     images, n = pictures.images, len(pictures.images)
     labels = torch.full((n,), -1) if pictures.labels is None else pictures.labels
     cut = data.cut(n, args.held if pictures.test_images is not None else 10000, 6)
@@ -479,8 +482,8 @@ def split(pictures, args):
     if test[1] is None:
         test = test[0], torch.full((len(test[0]),), -1)
     if not (free or 0 <= test[1].max() <= labels[:cut].max()):
-        raise UserError(f"{args.dataset} has test pictures without labels, or with others than those "
-                        f"to train on, by which {args.task} is judged")
+        raise UserError(f"{args.dataset} has test pictures without labels, or with labels that the training "
+                        f"pictures do not have: --task {args.task} is evaluated by labels")
     if not free and not data.tell(labels[:cut]):
         raise UserError(f"{args.dataset} has one class: --task {args.task} expects two or more")
     return {"train": (images[:cut], labels[:cut]), "valid": valid, "test": test}
@@ -489,12 +492,12 @@ def split(pictures, args):
 def known(args, labels):
     """(indices of the training pictures whose labels the run sees, the labels (N,) that D sees, 10 for none).
 
-    --task prior: a fifth of the pictures at most.
+    --task prior uses at most a fifth of the pictures.  Raises UserError for labels that do not fit the task.
     """
     if args.task == "style" and labels.min() < 0:
-        raise UserError(f"{args.dataset} has pictures without a label: --task style needs all of them")
+        raise UserError(f"{args.dataset} has pictures without a label: --task style needs all labels")
     if args.task == "prior" and args.labels and labels.max() > 9:
-        raise UserError(f"{args.dataset} has {int(labels.max()) + 1} classes, the prior ten: give --labels 0")
+        raise UserError(f"{args.dataset} has {int(labels.max()) + 1} classes, the prior ten: set --labels 0")
     if args.labels == "all":
         chosen = torch.nonzero(labels >= 0)[:, 0]
     else:
@@ -507,7 +510,10 @@ def known(args, labels):
 
 
 def labelled_batches(r, images, labels):
-    """Minibatches of the labelled pictures, all of them on small sets; UserError below two on a rank."""
+    """Batches of labelled pictures, each of all of them if they are few.
+
+    Raises UserError for fewer than two per rank.
+    """
     size = min(r.args.batch_size, len(images) // r.world)
     if size < 2:
         raise UserError(f"--labels {r.args.labels} found: two labelled pictures on each of {r.world} ranks "
@@ -516,21 +522,21 @@ def labelled_batches(r, images, labels):
 
 
 def draw_labels(labels, n, seed):
-    """Indices (n,) of the pictures whose labels a run sees, as many of each class; each seed draws others.
+    """Indices (n,) of the pictures whose labels a run sees, equally many per class, chosen by `seed`.
 
-    Raises UserError if n is no multiple of the number of classes, or a class has too few pictures.
+    Raises UserError if n is not a multiple of the number of classes, or a class has too few pictures.
     """
     counts = torch.bincount(labels[labels >= 0])
     each = n // len(counts)
     if n % len(counts) or counts.min() < each:
-        raise UserError(f"--labels {n} found: a multiple of {len(counts)} expected, as many of each class, "
-                        f"the rarest of which has {counts.min()}")
+        raise UserError(f"--labels {n} found: a multiple of {len(counts)} expected, equally many per class; "
+                        f"the rarest class has {counts.min()}")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     return torch.cat([order[labels[order] == k][:each] for k in range(len(counts))])
 
 
 def normalization(args, images):
-    """mean and std (C, H, W) of each pixel of 10,000 pictures (A.1, A.2.2), or 0 and 1."""
+    """mean and std (C, H, W) of each pixel over 10,000 pictures (A.1, A.2.2), or 0 and 1."""
     if not args.standard:
         return torch.zeros(images.shape[1:]), torch.ones(images.shape[1:])
     x = images[:10000].float() / 255
@@ -544,16 +550,16 @@ def one_hot(c, m):
 
 
 def label_inputs(args, m):
-    """Inputs of D for a label: ten and one for none (Sec. 2.3), or the m of style; else 0."""
+    """Number of inputs of D for a label: ten plus one for no label (Sec. 2.3), or m for style; else 0."""
     if args.task == "prior":
         return 11 if args.labels else 0
     return m if args.D_label else 0
 
 
 def D_sees(z, y, c, args, m):
-    """What each discriminator gets: D_z z and D_y y, or D z and a one-hot label (Sec. 2.3).
+    """Input of each discriminator: z for D_z, with a one-hot label in Sec. 2.3, and y for D_y.
 
-    With `args.D_label` D sees the label in Sec. 4 too, which the paper does not say.
+    With `args.D_label` D sees the label in Sec. 4 too, which the paper does not mention.
     """
     n = label_inputs(args, m)
     if n:
@@ -562,13 +568,13 @@ def D_sees(z, y, c, args, m):
 
 
 def Q_sees(x, args):
-    """Pictures of the last two phases: x, or a little turned, stretched, sheared and moved (--warp)."""
+    """Q's input in the last two phases: x, randomly warped with --warp."""
     return data.warp(x, args.warp) if args.warp else x
 
 
 def disagreement(Q_bar, x, a, args):
     """--consistency times the squared distance of q(y|x), logits a (n, m), from that of the EMA encoder Q_bar
-    for the same pictures under other noise, with no gradient to the latter; 2 for different categories."""
+    for the same pictures under other noise; 2 for different categories.  Q_bar receives no gradient."""
     if not args.consistency:
         return 0.0
     q_bar = Q_bar(x)[1].detach().softmax(1)
@@ -576,16 +582,16 @@ def disagreement(Q_bar, x, a, args):
 
 
 def spacing(m):
-    """Distance of neighbours among m cluster heads at the start: 20 sin(pi / m), 20 for two.
+    """Initial distance between neighbours among m cluster heads: 20 sin(pi / m), 20 for m = 2.
 
-    That of ten, 6.18, for more: under unit noise, heads nearer than that would take each other's pictures.
+    6.18 for m >= 10: under unit noise, closer heads would take each other's pictures.
     """
     return 20 * math.sin(math.pi / min(m, 10))
 
 
 def heads(m, k):
-    """W_C (m, k) at the start (Sec. 7): in 2-D evenly on a circle, of radius 10 for up to ten heads, 19.8 for
-    twenty; 10 I in m dimensions or more; in between at random on the sphere of radius 10."""
+    """Initial W_C (m, k) (Sec. 7).  k = 2: evenly spaced on a circle, of radius 10 for up to ten heads, 19.8
+    for twenty.  Larger k: 10 I if k >= m, else random on the sphere of radius 10."""
     if k > 2:
         return 10 * (torch.eye(m, k) if k >= m else F.normalize(torch.randn(m, k), dim=1))
     t = 2 * math.pi * torch.arange(m) / m
@@ -593,7 +599,7 @@ def heads(m, k):
 
 
 def optimizer(args, phase, *nets):
-    """Of the parameters of `nets`, with the rate of `phase` 0 to 2."""
+    """Optimizer of the parameters of `nets`, with the learning rate of `phase` 0, 1 or 2."""
     params = [p for part in nets for p in part.parameters()]
     if args.optimizer == "sgd":
         return SGD(params, args.rates[phase], args.momenta[phase])
@@ -601,12 +607,12 @@ def optimizer(args, phase, *nets):
 
 
 def passed(when, step, args, per_epoch):
-    """Whether `when` is over at `step`: epochs, or below 1 a fraction of --steps."""
+    """Whether `step` is past `when`, in epochs or, below 1, as a fraction of --steps."""
     return (step - 1) / (args.steps if when < 1 else per_epoch) >= when
 
 
 def decay_rates(args, parts, step, per_epoch):
-    """A tenth of the rates after each of `drops`; the cluster heads are free after `hold`."""
+    """Divide the learning rates by ten after each of `drops`; let the cluster heads train after `hold`."""
     fall = 0.1 ** sum(passed(when, step, args, per_epoch) for when in args.drops)
     for name, phase in (("opt_R", 0), ("opt_D", 1), ("opt_Q", 1), ("opt_S", 2), ("opt_N", 2)):
         if name in parts:
@@ -622,7 +628,7 @@ def log_normal(z):
 
 
 def log_mixture(z):
-    """log p(z) (n,) in nats of all ten components of mixture() together."""
+    """log p(z) (n,) in nats under all ten components of mixture()."""
     t = 2 * math.pi * torch.arange(10, device=z.device) / 10
     along, across = z @ torch.stack([t.cos(), t.sin()]), z @ torch.stack([-t.sin(), t.cos()])
     square = ((along - 1.4) / 0.5) ** 2 + (across / 0.1) ** 2
@@ -630,13 +636,12 @@ def log_mixture(z):
 
 
 def kl(log_q, log_p):
-    """Eq. 2: KL(q(z|x) || p(z)) = E[log q(z|x) - log p(z)], one z ~ q(z|x) a picture.  0 for q = p."""
+    """Eq. 2: KL(q(z|x) || p(z)) = E[log q(z|x) - log p(z)], one z ~ q(z|x) per picture.  0 for q = p."""
     return (log_q - log_p).mean()
 
 
 def build_vae(args, m, mean, std):
-    """The same as build() for the variational autoencoder of Fig. 2.  Its p(x|z) is Bernoulli: the paper does
-    not say what it is."""
+    """build() for the variational autoencoder of Fig. 2.  p(x|z) is Bernoulli; the paper names none."""
     Q, P, _ = networks(args, m, mean, std)
     Q, P, Q_bar, P_bar = place(args, Q, P, averaged(Q), averaged(P))
     opt_R = optimizer(args, 0, Q, P)
@@ -660,7 +665,7 @@ def build_vae(args, m, mean, std):
 
 
 def build_nn(args, m, mean, std):
-    """Table 2's baseline: a network like Q that has the semi-supervised phase alone."""
+    """Table 2's baseline: a network like Q, trained only by the semi-supervised phase."""
     N = place(args, networks(args, m, mean, std)[0])
     opt_N = optimizer(args, 2, N.trunk, N.y, N.spread)
     amp = autocast(args)
@@ -679,19 +684,19 @@ def build_nn(args, m, mean, std):
 # ------------------------------------------------------------------------------------------------ the figures
 
 def encode(Q, images):
-    """z (N, k) and logits (N, m), None where Q infers no y, of uint8 pictures, on the CPU."""
+    """z (N, k) and logits (N, m) of uint8 pictures, on the CPU.  Logits are None if Q infers no y."""
     z, a, _ = metrics.batched(Q, images, size=1000, scale=(0, 1))
     return z.cpu(), None if a is None else a.cpu()
 
 
 def draw(P, args, n):
-    """n pictures (n, C, H, W) of codes from the priors."""
+    """n pictures (n, C, H, W) decoded from prior samples."""
     z = sample_z(torch.full((n,), 10, device=args.device), args)
     return metrics.batched(P, z, sample_y(n, P.m, args.device))
 
 
 def drawer(args, saved):
-    """What a trained run draws with: codes z, and where P gets them categories y: labels or clusters."""
+    """Drawer of a trained run.  Inputs: codes z and, if P has an input y, labels or clusters."""
     about = saved["about"]
     m, blank = about["m"], torch.zeros(about["shape"])
     _, P, _ = networks(args, m, blank, blank)
@@ -709,13 +714,13 @@ def drawer(args, saved):
 
 
 def styles(P, args, rows=10):
-    """Pictures (rows * m, C, H, W): a row is one z ~ p(z), its columns the categories of y."""
+    """Pictures (rows * m, C, H, W): one z ~ p(z) per row, one category of y per column."""
     z = args.std * torch.randn(rows, args.z_dim)
     return metrics.batched(P, z.repeat_interleave(P.m, 0), torch.eye(P.m).repeat(rows, 1))
 
 
 def scatter(z, labels, heads=None):
-    """Codes (N, 2) as dots in the colours of their labels, with cluster heads (m, 2) as large black ones."""
+    """Plot codes (N, 2) as dots coloured by label, and cluster heads (m, 2) as large black dots."""
     limit = 1.1 * max(z.abs().quantile(0.999).item(), 0 if heads is None else heads.abs().max().item())
     chart = log.Axes((-limit, limit), (-limit, limit), "", "", size=(600, 600))
     for k in labels.unique().tolist():
@@ -726,8 +731,8 @@ def scatter(z, labels, heads=None):
 
 
 def manifold(args, n=20):
-    """Codes (rows * n, 2) all over the prior: Gaussian percentiles along both axes; for each component those
-    along its main axis; even steps along each tenth of the swiss roll."""
+    """Codes (rows * n, 2) that cover the prior: percentiles of the Gaussian along both axes or of each
+    component along its main axis, or even steps along each tenth of the swiss roll."""
     p = (torch.arange(n) + 0.5) / n
     u, c = torch.special.ndtri(p), torch.arange(10).repeat_interleave(n)
     if args.prior == "gaussian":
@@ -740,24 +745,24 @@ def manifold(args, n=20):
 def sliced_wasserstein(a, b, directions=200):
     """1-D Wasserstein distance of two samples (n, k) in a random direction, mean over directions: a float.
 
-    0 for a sample and itself; moved by a vector of length s in 2-D: 2 s / pi.
+    0 for equal samples; 2 s / pi for a shift of length s in 2-D.
     """
     w = F.normalize(torch.randn(a.shape[1], directions, device=a.device), dim=0)
     return ((a @ w).sort(0).values - (b @ w).sort(0).values).abs().mean().item()
 
 
 def error(Q, sets, table=None):
-    """Test error in % of the likeliest category, taken for its label in `table` or for the label itself."""
+    """Test error in % of the most likely category, which `table` maps to a label if given."""
     images, labels = sets["test"]
     k = encode(Q, images)[1].argmax(1)
     return 100 * ((k if table is None else table[k]) != labels).float().mean().item()
 
 
 def head_labels(a, labels):
-    """Sec. 6: cluster i has the label of the one validation picture with the largest q(y_i|x).
+    """Sec. 6: cluster i gets the label of the validation picture with the largest q(y_i|x).
 
-    a (N, m): logits, labels (N,), -1 for none -> (m,).  Ranked by log q - log(1 - q) in float64: q itself
-    reaches 1 in float32 where the logit is ahead by 17, and many pictures would tie.
+    Logits a (N, m), labels (N,), -1 for none -> (m,).  Ranked by log q - log(1 - q) in float64: in float32,
+    q rounds to 1 once a logit leads by 17, and many pictures would tie.
     """
     a, labels = a[labels >= 0].double(), labels[labels >= 0]
     odds = [a[:, i] - a[:, torch.arange(a.shape[1]) != i].logsumexp(1) for i in range(a.shape[1])]
@@ -765,7 +770,7 @@ def head_labels(a, labels):
 
 
 def name_clusters(Q, sets):
-    """Cluster -> label (m,), by the validation pictures."""
+    """The label of each cluster (m,), from the validation pictures."""
     images, labels = sets["valid"]
     return head_labels(encode(Q, images)[1], labels)
 
@@ -777,8 +782,8 @@ FIGURES = {("aae", "gaussian", False): ("fig2a", "fig2e"), ("aae", "mixture", Fa
 
 
 def prior(r, Q, P, sets):
-    """Figs. 2 and 4; how far q(z) of held-out pictures is from p(z), and which share has its own place: the
-    nearest of 10,000 draws of the prior has their label."""
+    """Figs. 2 and 4; the distance of q(z) from p(z) on held-out pictures and, with labels, the share of them
+    in place: the nearest of 10,000 prior samples has their label."""
     args, (images, labels) = r.args, sets["test"]
     with r.aside():
         z, _ = encode(Q, images)
@@ -798,8 +803,9 @@ def prior(r, Q, P, sets):
 
 
 def likelihood(r, Q, P, sets):
-    """Table 1: a Parzen window of --samples samples, sigma by validation; nats, mean over the test pictures.
-    Fig. 5: samples, in the last column the training picture nearest to the one beside it."""
+    """Table 1: log-likelihood under a Parzen window of --samples samples, in nats, mean over test pictures;
+    sigma is chosen by validation.  Fig. 5: samples; the last column holds the training picture nearest to its
+    left neighbour."""
     args = r.args
     with r.aside():
         x = draw(P, args, min(10000, args.samples))
@@ -819,8 +825,8 @@ def likelihood(r, Q, P, sets):
 
 
 def large_window(r, P, valid, test, size=10000):
-    """metrics.parzen() for more samples than fit into memory: `size` at a time, drawn once for sigma and once
-    for the test pictures.  A window's density is the mean of its parts'."""
+    """metrics.parzen() for more samples than fit into memory: `size` at a time, drawn once to choose sigma
+    and again for the test pictures.  The density is the mean over the parts."""
     n = r.args.samples
     log.say(f"a Parzen window of {n:,} samples ...")
 
@@ -841,7 +847,7 @@ def large_window(r, P, valid, test, size=10000):
 
 
 def style(r, Q, P, sets):
-    """Fig. 7, and the share of samples that a classifier takes for the label that P was given."""
+    """Fig. 7, and the share of samples that a classifier assigns to the label P was given."""
     with r.aside():
         r.show("fig7", log.grid(styles(P, r.args), P.m))
         x = styles(P, r.args, 10000 // P.m).clamp(0, 1)
@@ -851,7 +857,7 @@ def style(r, Q, P, sets):
 
 
 def semi(r, Q, P, sets):
-    """Table 2: test error of argmax q(y|x); "styles": a row one style, its columns the categories."""
+    """Table 2: test error of argmax q(y|x).  "styles": one style per row, one category per column."""
     args = r.args
     with r.aside():
         r.show("styles", log.grid(styles(P, args), P.m))
@@ -860,7 +866,7 @@ def semi(r, Q, P, sets):
 
 
 def cluster(r, Q, P, sets):
-    """Table 3, and Fig. 9: a row is a cluster, first its head (z = 0), then test pictures that are in it."""
+    """Table 3, and Fig. 9: one cluster per row, first its head (z = 0), then test pictures assigned to it."""
     images = sets["test"][0]
     k = encode(Q, images)[1].argmax(1)
     rows = metrics.batched(P, torch.zeros(P.m, r.args.z_dim), torch.eye(P.m)).cpu()
@@ -875,8 +881,8 @@ def cluster(r, Q, P, sets):
 
 
 def reduce(r, Q, P, sets):
-    """Fig. 11: W_C y + z of the test pictures with the cluster heads, and their error; more than two numbers
-    are brought to two by the linear map that puts the heads nearest to a circle."""
+    """Fig. 11: W_C y + z of the test pictures with the cluster heads, and the test error.  More than two
+    dimensions are projected by the linear map that brings the heads closest to a circle (least squares)."""
     z, a = encode(Q, sets["test"][0])
     W_C, k = P.W_C.detach().cpu(), r.args.z_dim
     points = a.softmax(1) @ W_C + z
@@ -893,11 +899,11 @@ PUBLISHED = {"aae-mnist-ll": 340, "aae-mnist-ll-10000000": 427, "aae-mnist100": 
              "aae-dim-2d-1000": 4.20, "aae-dim-2d-100": 6.08, "aae-dim-2d-0": 13.95, "aae-dim-10d-100": 3.90}
 PUBLISHED_NN = {"aae-mnist100": 25.80, "aae-mnist1000": 8.73, "aae-mnist-all": 1.25, "aae-svhn1000": 47.50}
 CHECK = {"prior": (0, 0.2), "likelihood": (200, math.inf), "style": (90, 100), "semi": (0, 5),
-         "cluster": (0, 20), "reduce": (0, 20)}     # --check: the first result lies in between
+         "cluster": (0, 20), "reduce": (0, 20)}     # --check: range of the first result
 
 
 def report(r, Q, P, N, sets):
-    """Figures and results.json of the task.  Published values stand beside the same data and widths alone."""
+    """Draw the task's figures and write results.json.  Published values only for the same data and width."""
     args = r.args
     evaluate = {"prior": prior, "likelihood": likelihood, "style": style, "semi": semi, "cluster": cluster,
                 "reduce": reduce}[args.task]

@@ -2,12 +2,12 @@
 Scott Reed, Zeynep Akata, Xinchen Yan, Lajanugen Logeswaran, Bernt Schiele, Honglak Lee, 2016.
 arXiv:1605.05396
 
-A network phi_t reads a sentence letter by letter; G draws what it says, and D judges picture and sentence
-together.  One run trains the encoders phi_t and phi_v, then G and D, then the style encoder S.
+phi_t encodes a sentence character by character, G draws a picture of it, and D scores a picture and a
+sentence together.  One run trains the encoders phi_t and phi_v, then G and D, then the style encoder S.
 
     Eq. 1    V(D, G) = E_x[log D(x, h)] + E_z[log(1 - D(G(z, h), h))], h = phi_t(t)      -> V()
-    Eq. 2    f_v and f_t should classify: min (1/N) sum_n Delta(y_n, f_v(v_n)) + Delta(y_n, f_t(t_n)),
-             as a hinge on compatibilities of matching and mismatching pairs             -> L_joint()
+    Eq. 2    train f_v and f_t to classify: min (1/N) sum_n Delta(y_n, f_v(v_n)) + Delta(y_n, f_t(t_n)),
+             with a hinge loss on matching and mismatching pairs in place of Delta       -> L_joint()
     Eq. 3, 4 f_v(v) = argmax_y E_{t ~ T(y)}[phi_v(v) . phi_t(t)], f_t(t) likewise        -> classify()
     Alg. 1   GAN-CLS: scores s_r (real picture, its text), s_w (real picture, wrong text),
              s_f (fake picture, its text)                                                -> gan_step()
@@ -15,10 +15,10 @@ together.  One run trains the encoders phi_t and phi_v, then G and D, then the s
              L_G = log s_f                                                               -> L_G()
     Eq. 5    GAN-INT: G also draws beta h_1 + (1 - beta) h_2                             -> interpolate()
     Eq. 6    L_style = E_{t, z} |z - S(G(z, phi_t(t)))|^2                                -> L_style()
-    Figs. 3, 4, 7  captions never trained on: the true picture, then samples             -> draw_captions()
-    Fig. 5   does S tell pictures of one style from others: ROC                          -> draw_fig5()
+    Figs. 3, 4, 7  held-out captions: the true picture, then samples                     -> draw_captions()
+    Fig. 5   ROC of S at telling whether two pictures share a style                      -> draw_fig5()
     Fig. 6   style transfer: s = S(x), then G(s, phi_t(t))                               -> transfer()
-    Fig. 8   between two sentences, and between two z                                    -> between()
+    Fig. 8   interpolation between two sentences, and between two z                      -> between()
 
     python text2image.py                    (built-in scenes; full width wants a GPU)
     python text2image.py --quick            (narrow networks and few steps, for a CPU)
@@ -44,8 +44,8 @@ from common.fuse import Adam, autocast, average, averaged, descend, frozen, fuse
 
 # --------------------------------------------------------------------------------------------------- settings
 # PAPER: Sec. 5 and, where the print is silent, the authors' code: icml2016 for the GAN, cvpr2016 for the
-# encoders.  600 epochs (Sec. 5) of 139 minibatches of birds (150 classes) and 110 of flowers (82); 200 epochs
-# of the encoders with a step for each class.  Nothing is published for S: its rate is D's.
+# encoders.  GAN: 600 epochs (Sec. 5) of 139 batches for birds (150 classes) and 110 for flowers (82).
+# Encoders: 200 epochs with one step per class.  Nothing is published for S, which uses D's rate.
 
 GAN = dict(
     variant="int-cls", beta=0.5,                            # Sec. 4.3
@@ -87,7 +87,7 @@ QUICK = {"scenes": dict(width=0.2, encoder_steps=1000, lr_phi=1e-3, steps=1500, 
                         style_steps=100)}
 
 NZ, NT, NH = 100, 128, 1024      # sizes of z, of the projected text and of h = phi_t(t)
-FEW = 2 ** 17                    # texts whose h are kept: 512 MB; of more they are read anew at each step
+FEW = 2 ** 17                    # up to this many texts, h is precomputed (512 MB); else in each step
 
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -97,7 +97,7 @@ up = partial(nn.ConvTranspose2d, kernel_size=4, stride=2, padding=1, bias=False)
 
 
 class Text(nn.Module):
-    """phi_t, the char-CNN-RNN of the authors' flowers: symbols (n, 201), 0 for a blank, -> h (n, 1024)."""
+    """phi_t, the authors' char-CNN-RNN for flowers: symbols (n, 201), 0 for a blank -> h (n, 1024)."""
 
     def __init__(self, ch, units=256, pool=True):
         super().__init__()
@@ -109,7 +109,7 @@ class Text(nn.Module):
             nn.MaxPool1d(3, 2) if pool else nn.Identity())                              # 256 x 8
         self.into, self.on = nn.Linear(self.units, self.units), nn.Linear(self.units, self.units)
         self.out = nn.Linear(self.units, NH)
-        self.register_buffer("scale", torch.ones(()))               # of the h that G and D get: h_std
+        self.register_buffer("scale", torch.ones(()))               # factor of h for G and D, set by embed()
 
     def forward(self, t):
         one_hot = F.one_hot(t.long(), len(ALPHABET) + 1)[..., 1:].float()
@@ -117,7 +117,7 @@ class Text(nn.Module):
         return self.out(torch.stack(states).mean(0))                # 1024
 
     def recur(self, x):
-        """The states (n, units) after each of the steps x (n, 8, units)."""
+        """Hidden states, a list of (n, units), for the inputs x (n, 8, units)."""
         steps = self.into(x).unbind(1)
         states = [F.relu(steps[0])]
         for step in steps[1:]:
@@ -126,7 +126,7 @@ class Text(nn.Module):
 
 
 class Residual(nn.Module):
-    """act(x + branch(x)), the branch 1x1 to `inner` maps, 3x3, 3x3 back to `outer`."""
+    """act(x + branch(x)); the branch is 1x1 to `inner` maps, 3x3, then 3x3 back to `outer`."""
 
     def __init__(self, outer, inner, act):
         super().__init__()
@@ -165,7 +165,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """D: x (n, 3, 64, 64), h (n, 1024) -> logits a (n,).
 
-    With texts `wrong` (m, 1024) for the first m pictures, their logits follow: (n + m,).
+    `wrong` (m, 1024) pairs the first m pictures with other texts; their logits are appended: (n + m,).
     """
 
     def __init__(self, ch):
@@ -191,20 +191,20 @@ def trunk(ch):
     return nn.Sequential(
         down(3, ch(64)), lrelu,                                                         # 64 x 32 x 32
         down(ch(64), ch(128)), nn.BatchNorm2d(ch(128)), lrelu,                          # 128 x 16 x 16
-        # Nothing between the third BatchNorm and the fourth convolution, as in the authors' code.
+        # No activation between the third BatchNorm and the fourth convolution, as in the authors' code.
         down(ch(128), ch(256)), nn.BatchNorm2d(ch(256)),                                # 256 x 8 x 8
         down(ch(256), ch(512)), nn.BatchNorm2d(ch(512)),                                # 512 x 4 x 4
         Residual(ch(512), ch(128), lrelu))
 
 
 def convolutions(ch, o):
-    """S, of which the paper says only that it is convolutional, and our phi_v: (n, 3, 64, 64) -> (n, o)."""
+    """S and the default phi_v: (n, 3, 64, 64) -> (n, o).  The paper says only that S is convolutional."""
     return nn.Sequential(trunk(ch), nn.Flatten(), nn.Linear(16 * ch(512), o))
 
 
 def networks(args):
-    """(phi_t, phi_v, G, D, S).  phi_t is narrowed by the root of --width alone: at a quarter of its units it
-    hardly tells which of two objects is what."""
+    """(phi_t, phi_v, G, D, S).  phi_t is narrowed only by the square root of --width: with a quarter of its
+    units it confuses the attributes of two objects."""
     def ch(width):
         return lambda n: max(8, round(n * width))
 
@@ -216,7 +216,7 @@ def networks(args):
     S = convolutions(ch(args.width), NZ).apply(init)
     for net in (phi_t, G, S):
         net.register_buffer("t", torch.zeros((), dtype=torch.long))                     # updates so far
-    for last in (G.net[-2], D.head[-2]):        # no BatchNorm follows: sums keep their spread at any width
+    for last in (G.net[-2], D.head[-2]):        # no BatchNorm follows: keep the variance at any width
         last.weight.data.div_(args.width ** 0.5)
     return phi_t, phi_v, G, D, S
 
@@ -224,13 +224,16 @@ def networks(args):
 # ----------------------------------------------------------------------------------------- texts and pictures
 
 def mismatched(content):
-    """For each row of content (n,) a random row with other content, (n,); a batch of one content: any row."""
+    """For each row of content (n,), the index of a random row with different content: (n,).
+
+    Any row if all content is equal.
+    """
     other = content[:, None] != content
     return (torch.rand(other.shape, device=content.device) * other).argmax(1)
 
 
 def interpolate(h, beta=0.5):
-    """Eq. 5: beta h_1 + (1 - beta) h_2 (n / 2, 1024) of the first and the second half of h (n, 1024)."""
+    """Eq. 5: beta h_1 + (1 - beta) h_2, (n / 2, 1024), for the first and second half of h (n, 1024)."""
     h_1, h_2 = h[:2 * (len(h) // 2)].chunk(2)
     return beta * h_1 + (1 - beta) * h_2
 
@@ -238,8 +241,8 @@ def interpolate(h, beta=0.5):
 # -------------------------------------------------------------------------------------------------- objective
 
 def L_joint(v, h, content, hardest=False):
-    """Eq. 2's surrogate, the mean over mismatching pairs i, j of max(0, 1 + v_i.h_j - v_i.h_i) and
-    max(0, 1 + v_j.h_i - v_i.h_i).  `hardest` adds the mean over i of the largest of each.
+    """Eq. 2's surrogate: the mean over mismatching pairs i, j of max(0, 1 + v_i.h_j - v_i.h_i) +
+    max(0, 1 + v_j.h_i - v_i.h_i).  `hardest` adds the mean over i of each term's hardest negative.
 
     v, h (n, 1024), content (n,).  2 where all v = 0; with `hardest` 4.
     """
@@ -275,7 +278,7 @@ def L_style(z, z_hat):
 # --------------------------------------------------------------------------------------------------- training
 
 def build(args, train):
-    """The networks, with G_bar, the EMA of G; their optimizers; the fused steps of the three phases."""
+    """Networks (with G_bar, the EMA of G), their optimizers, and the fused steps of the three phases."""
     phi_t, phi_v, G, D, S = networks(args)
     phi_t, phi_v, G, D, S, G_bar = place(args, phi_t, phi_v, G, D, S, averaged(G))
     nets = SimpleNamespace(phi_t=phi_t, phi_v=phi_v, G=G, D=D, S=S, G_bar=G_bar)
@@ -285,11 +288,11 @@ def build(args, train):
     opts = SimpleNamespace(opt_phi=opt_phi, opt_G=opt_G, opt_D=opt_D, opt_S=opt_S)
     amp, cls = autocast(args), "cls" in args.variant
     t, content = train.t.to(args.device), train.content.to(args.device)
-    # phi_t of all texts, by embed(), where they are few: 4 KB each.
+    # h of all texts, 4 KB each, computed once by embed() if there are at most FEW.
     h_all = torch.zeros(*t.shape[:2], NH, device=args.device) if t[..., 0].numel() <= FEW else None
 
     @fuse(args)
-    def encoder_step(x, i):                                 # x (n, 3, H, W) in [-1, 1], i (n,): their rows
+    def encoder_step(x, i):                                 # x (n, 3, H, W) in [-1, 1], i (n,) row indices
         k = torch.randint(t.shape[1], i.shape, device=x.device)
         with amp:
             v, h = phi_v(view(x)), phi_t(t[i, k])
@@ -314,7 +317,7 @@ def build(args, train):
         h, h_fake = h.detach(), h_fake.detach()
         with amp, frozen(D):                                # through the updated D (authors' code)
             _, _, a_f = D_sees(D, x if args.together else None, h, x_fake, h_fake, args, std)
-        log_s = L_G(a_f)                                    # line 12; Eq. 5 too: log s, not -log(1 - s)
+        log_s = L_G(a_f)                                    # line 12; for Eq. 5 too, not -log(1 - s)
         descend(-log_s, opt_G)                              # line 13: ascends
         average(G_bar, G, args.average)
         G.t.add_(1)
@@ -336,7 +339,7 @@ def build(args, train):
         return {"L_style": loss}
 
     def texts(i, learn=False):
-        """h (n, 1024) of the pictures i.  GAN-E2E reads them anew, with a phi_t that learns along with D."""
+        """h (n, 1024) for pictures i.  `learn`: recompute it with gradients to phi_t (GAN-E2E)."""
         if h_all is not None and not learn:
             return mean_text(h_all[i], args.captions)
         k = some_texts(len(i), t.shape[1], args.captions, i.device)
@@ -345,11 +348,11 @@ def build(args, train):
         return phi_t.scale * h.float().unflatten(0, k.shape).mean(1)
 
     def embed():
-        """Fit the scale of phi_t to training texts, and put h where the steps of G and S read it."""
+        """Set phi_t.scale from training texts, and precompute h for the steps of G and S."""
         phi_t.scale.fill_(1.0)
         h = texts_of(phi_t, train.t if h_all is not None else train.t[:2000], args.device)
         if args.h_std and not args.e2e:
-            # Texts that phi_t hardly tells apart are not blown up: h grows to 100 times h_std at most.
+            # Limit the gain where phi_t barely separates texts: the RMS of h is at most 100 h_std.
             spread = torch.maximum(h.std((0, 1)).mean(), h.square().mean().sqrt() / 100)
             phi_t.scale.copy_(args.h_std / spread.clamp_min(1e-6))
         if h_all is not None:
@@ -360,7 +363,7 @@ def build(args, train):
 
 
 def train_encoder(r, nets, opts, steps, batches, test):
-    """phi_t and phi_v, unless --encoder has brought them, and how well they match pairs held out."""
+    """Train phi_t and phi_v unless --encoder supplied them, and print their retrieval on held-out pairs."""
     args, begin = r.args, r.step
     end = begin + (0 if args.encoder or args.e2e else max(0, args.encoder_steps - int(nets.phi_t.t)))
     for step in r.loop(end):
@@ -371,7 +374,7 @@ def train_encoder(r, nets, opts, steps, batches, test):
 
 
 def train_gan(r, nets, opts, steps, batches, test):
-    """G and D, on the texts as phi_t now reads them.  After more of their steps S begins anew."""
+    """Train G and D.  If any steps remain, S is trained again afterwards."""
     args = r.args
     end = r.step + max(0, args.steps - int(nets.G.t))
     if end > r.step:
@@ -386,8 +389,8 @@ def train_gan(r, nets, opts, steps, batches, test):
 
 
 def train_style(r, nets, steps, batches):
-    """S, on samples of the finished G."""
-    if r.args.e2e:                                          # phi_t has changed along with D
+    """Train S on samples of the finished G."""
+    if r.args.e2e:                                          # phi_t was trained with D
         steps.embed()
     for _ in r.loop(r.step + max(0, r.args.style_steps - int(nets.S.t))):
         r.log(steps.style(*next(batches)))
@@ -421,8 +424,8 @@ def main(argv=None):
 
 # =========================================================================== Figures and numbers of the paper
 
-LENGTH = 201                     # symbols of a sentence
-# Authors' code: 70 symbols, "-" twice, of which the last counts.
+LENGTH = 201                     # symbols per sentence
+# Authors' code: 70 symbols, with "-" twice; the later one counts.
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "
 SYMBOLS = defaultdict(int, {ord(s): i for i, s in enumerate(ALPHABET, 1)})
 OTHER = "a text2image run with the --width and --phi-t of this one"
@@ -436,47 +439,48 @@ def parse_args(argv=None):
         help="matching-aware D (cls, Alg. 1), interpolated texts (int, Eq. 5), or both "
         "[cls; --paper: int-cls]")
     add("--width", type=positive, default=1.0,
-        help="feature maps, as a fraction of the paper's; of phi_t the root of it [%(default)s]")
+        help="feature maps, as a fraction of the paper's; for phi_t its square root [%(default)s]")
     add("--beta", type=run.number(float, 0, 1), help="beta of Eq. 5 [.5]")
     add("--int-D", action="store_true",
-        help="int, int-cls: D too learns from samples of interpolated texts, which the paper's never sees")
-    add("--captions", type=run.number(int, 1), help="texts whose mean is h; authors' code: 4 [1]")
+        help="int, int-cls: train D too on samples of interpolated texts; the paper's D never sees them")
+    add("--captions", type=run.number(int, 1),
+        help="number of captions whose mean embedding is h; authors' code: 4 [1]")
     add("--views", action=argparse.BooleanOptionalAction,
-        help="random crops and mirroring [all but scenes, shapes]")
-    add("--lr-D", type=positive, help="Adam's rate for D and S (Sec. 5) [2e-4]")
-    add("--lr-G", type=positive, help="Adam's rate for G [1.2e-3; --paper: 2e-4]")
-    add("--noise", type=weight, help="first std of the Gaussian noise on what D sees [.1; --paper: 0]")
+        help="random crops and mirroring [on, except for scenes and shapes]")
+    add("--lr-D", type=positive, help="Adam's learning rate for D and S (Sec. 5) [2e-4]")
+    add("--lr-G", type=positive, help="Adam's learning rate for G [1.2e-3; --paper: 2e-4]")
+    add("--noise", type=weight, help="initial std of the Gaussian noise on D's input [.1; --paper: 0]")
     add("--average", type=run.number(float, 0, 1), help="decay of the EMA of G [.999; --paper: 0]")
-    add("--phi-t", choices=("rnn", "gru"), help="recurrence of phi_t [the experiment's]")
+    add("--phi-t", choices=("rnn", "gru"), help="recurrent part of phi_t [depends on the data set]")
     add("--image-features", choices=("own", "googlenet"),
         help="phi_v: a network trained with phi_t, or torchvision's GoogLeNet [own; --paper: googlenet]")
     add("--e2e", action="store_true",
-        help="GAN-E2E of the supplement: phi_t learns from scratch along with D, without an encoder's phase")
+        help="GAN-E2E of the supplement: train phi_t from scratch with D, without the encoder phase")
     add("--encoder-steps", type=run.number(int, 0),
         help="steps of phi_t and phi_v, before the GAN's [5000, in proportion to --steps]")
-    add("--encoder", metavar="RUN", help="take phi_t and phi_v from this run in place of training them")
+    add("--encoder", metavar="RUN", help="take phi_t and phi_v from this run instead of training them")
     add("--style-steps", type=run.number(int, 0),
         help="steps of S, after the GAN's [2000, in proportion to --steps]")
-    add("--prompt", action="append", metavar="TEXT", help="with --resume: draw this; can be repeated")
+    add("--prompt", action="append", metavar="TEXT", help="with --resume: draw this sentence; repeatable")
     add("--prompts", metavar="FILE", help="with --resume: draw each line of this file")
-    add("--n", type=run.number(int, 1, 1000), default=8, help="pictures of each prompt [%(default)s]")
+    add("--n", type=run.number(int, 1, 1000), default=8, help="pictures per prompt [%(default)s]")
     add("--beside", metavar="RUN", nargs="+",
-        help="with --resume: Figs. 3 and 5 with this run and these side by side, such as the four variants")
+        help="with --resume: Figs. 3 and 5 comparing that run with these, for example the four variants")
     args = run.parse(p, argv, ("prompt", "prompts", "n", "beside"), experiment, PAPER, TUNED, QUICK)
     default = PAPER[args.experiment] | ({} if args.paper else TUNED[args.experiment])
     default |= QUICK[args.experiment] if args.quick else {}
-    if not args.resume:                                     # other --steps: the other phases in proportion
+    if not args.resume:                                     # the other phases in proportion to --steps
         for key in {"encoder_steps", "style_steps"} - {*args.given}:
             setattr(args, key, max(1, round(default[key] * args.steps / default["steps"])))
-    if args.prompt and (args.sample or args.explore):        # of this sentence alone
+    if args.prompt and (args.sample or args.explore):        # for the last sentence only
         args.set, args.prompt = [*(args.set or ()), f"prompt={args.prompt[-1]}"], None
     if (args.prompt or args.prompts or args.beside) and not args.resume:
-        p.error("--prompt, --prompts and --beside need --resume RUN: the run whose G draws")
+        p.error("--prompt, --prompts and --beside need --resume RUN: the run to draw from")
     return args
 
 
 def experiment(args):
-    """The row of PAPER and TUNED: the data set's own, birds for captioned pictures of any other."""
+    """The row of PAPER and TUNED: the data set's own; else flowers if its name says so, else birds."""
     if args.dataset in PAPER:
         return args.dataset
     return "flowers" if "flowers" in Path(args.dataset).name else "birds"
@@ -492,7 +496,7 @@ def sentences_of(args):
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"--prompts {args.prompts} cannot be read ({data.brief(e)})") from None
         if not sentences:
-            raise UserError(f"--prompts {args.prompts} is empty: a sentence a line expected")
+            raise UserError(f"--prompts {args.prompts} is empty: one sentence per line expected")
     for sentence in sentences:
         if not legible(sentence):
             raise UserError(f"prompt {sentence[:40]!r} has none of the letters and digits that phi_t reads: "
@@ -506,7 +510,7 @@ def D_sees(D, x, h, x_fake, h_fake, args, std, h_wrong=None):
     """(a_r, a_w, a_f): D's logits of (x, h), (x, h_wrong) and (x_fake, h_fake), under noise of `std`.
 
     BatchNorm normalizes the three batches separately (authors' code), or jointly with `args.together` so that
-    D sees differences in brightness and contrast.  x None: the samples alone.  h_wrong None: a_w is None.
+    D sees differences in brightness and contrast.  x is None: only a_f is computed.  h_wrong is None: no a_w.
     """
     def noisy(x):
         return x + std * torch.randn_like(x) if args.noise else x
@@ -523,12 +527,12 @@ def D_sees(D, x, h, x_fake, h_fake, args, std, h_wrong=None):
 
 
 def rate(args, lr, left):
-    """A rate with the fraction `left` of its phase to go: constant, or linear to 0 over the second half."""
+    """Learning rate with a fraction `left` of a phase to go: constant, or linear to 0 in its second half."""
     return lr * min(1.0, 2 * left) if args.decay_lr else lr
 
 
 def phi_rate(args, left):
-    """The encoders' rate: as rate(), or times the first of `drops` after each of as many equal parts."""
+    """The encoders' learning rate: rate(), or for drops = (factor, parts) times `factor` after each part."""
     if not args.drops:
         return rate(args, args.lr_phi, left)
     factor, parts = args.drops
@@ -536,7 +540,7 @@ def phi_rate(args, left):
 
 
 class RMSprop(torch.optim.Optimizer):
-    """s <- .99 s + .01 g^2, theta <- theta - lr g / (sqrt s + 1e-8): Torch's, with a rate on the device."""
+    """s <- .99 s + .01 g^2, theta <- theta - lr g / (sqrt s + 1e-8), with lr as a tensor on the device."""
 
     def __init__(self, params, lr):
         params = list(params)
@@ -563,8 +567,7 @@ def optimizer_of_phi(args, phi_t, phi_v):
 
 
 def adam(lr, *nets, decay=(0.0, 0.0)):
-    """AdamW, beta_1 .5.  `decay`, of each net's weights, not of its biases and BatchNorm's: at 0 it is
-    Adam."""
+    """AdamW with beta_1 = .5.  `decay`: one weight decay per net, not for biases and BatchNorm; 0: Adam."""
     groups = [{"params": [p for p in net.parameters() if p.requires_grad and (p.ndim > 1) == matrices],
                "weight_decay": d * matrices} for net, d in zip(nets, decay) for matrices in (True, False)]
     return Adam(groups, lr, decoupled=True)
@@ -573,7 +576,7 @@ def adam(lr, *nets, decay=(0.0, 0.0)):
 # ------------------------------------------------------------------------ networks of other data sets, layers
 
 class TextGRU(Text):
-    """phi_t of the authors' birds and COCO: 18 steps of 512 units, with gates."""
+    """The authors' phi_t for birds and COCO: a GRU of 512 units over 18 steps."""
 
     def __init__(self, ch):
         super().__init__(ch, units=512, pool=False)
@@ -582,7 +585,7 @@ class TextGRU(Text):
         self.reset_into, self.reset_on = nn.Linear(n, n), nn.Linear(n, n)
 
     def recur(self, x):
-        """The states after each of the steps x (n, 18, units).  Unlike nn.GRU, it resets before a product."""
+        """As in Text, x (n, 18, units).  Unlike in nn.GRU, the reset gate acts before the matrix product."""
         new, update, reset = (f(x).unbind(1) for f in (self.into, self.update_into, self.reset_into))
         states = [new[0].tanh()]
         for n, u, r in zip(new[1:], update[1:], reset[1:]):
@@ -597,11 +600,11 @@ class GoogLeNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        from torchvision import models  # not at the top: it takes seconds, and most runs need none of it
+        from torchvision import models  # not at the top: it takes seconds, and most runs do not need it
         try:
             self.net = models.googlenet(weights=models.GoogLeNet_Weights.IMAGENET1K_V1, transform_input=False)
         except OSError as e:
-            raise UserError(f"GoogLeNet's weights are not there ({data.brief(e)}): put them in "
+            raise UserError(f"GoogLeNet's weights cannot be loaded ({data.brief(e)}): put them in "
                             f"{torch.hub.get_dir()}/checkpoints/, or leave out --image-features") from None
         self.net.fc = nn.Identity()
         self.requires_grad_(False)
@@ -625,14 +628,14 @@ class FromPoint(nn.ConvTranspose2d):
 
 
 class ToPoint(nn.Conv2d):
-    """A convolution of a k x k picture to one number as an inner product: (n, i, k, k) -> (n,)."""
+    """A convolution that reduces a k x k picture to one number, as an inner product: (n, i, k, k) -> (n,)."""
 
     def forward(self, x):
         return (x * self.weight).sum((1, 2, 3))
 
 
 def init(module):
-    """Convolutions N(0, .02), BatchNorm's scale N(1, .02) and shift 0; linear layers stay at Torch's default
+    """Convolutions N(0, .02), BatchNorm's scale N(1, .02) and shift 0; linear layers keep PyTorch's default
     (authors' code)."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
@@ -642,7 +645,7 @@ def init(module):
 
 
 def init_text(phi_t):
-    """Everything Unif(-.08, .08) (authors' code); where --width narrows the input, sums keep their spread."""
+    """All Unif(-.08, .08) (authors' code); larger where --width narrows the input, to keep the variance."""
     for name, p in phi_t.named_parameters():
         bound = 0.08 if name.startswith("convs.0") else 0.08 * (384 / phi_t.convs[0].out_channels) ** 0.5
         nn.init.uniform_(p, -bound, bound)
@@ -653,19 +656,23 @@ def init_text(phi_t):
 
 @dataclass
 class Part:
-    """Captioned pictures: those trained on, or those held out."""
+    """Captioned pictures, for training or held out."""
 
     images: torch.Tensor         # uint8 (N, 3, H, W)
     captions: list               # N lists of sentences
-    t: torch.Tensor              # uint8 (N, K, 201), their symbols; with fewer than K they repeat
-    content: torch.Tensor        # int64 (N,), equal where a caption of one picture is true of the other
+    t: torch.Tensor              # uint8 (N, K, 201), their symbols; fewer than K captions are repeated
+    content: torch.Tensor        # int64 (N,), equal where one picture's captions are true of the other
     attributes: torch.Tensor | None
     style: torch.Tensor | None
-    new_classes: bool = False    # held out, by classes that no picture trained on has
+    new_classes: bool = False    # held out, with classes that do not occur in training
 
 
 def parts_of(args):
-    """The data set as loaded, what is trained on, and what is held out: other combinations or classes."""
+    """The data set as loaded, its training Part, and its held-out Part: new combinations or classes, or the
+    last tenth.
+
+    Raises UserError if captions, attributes or style do not fit the pictures.
+    """
     pictures = data.load(args.dataset, args.data_dir, 76 if args.views else 64, 3, skip_bad=args.skip_bad)
     extra, n, keys = pictures.extra, len(pictures.images), ("captions", "attributes", "style")
     if "captions" not in extra:
@@ -701,15 +708,15 @@ def parts_of(args):
 
 
 def first(part, n):
-    """The first n pictures of a Part and all that goes with them."""
+    """The first n rows of a Part."""
     rows = {k: v if v is None or isinstance(v, bool) else v[:n] for k, v in vars(part).items()}
     return Part(**rows)
 
 
 def encode(sentences):
-    """Symbols uint8 (n, 201): 1 to 70, and 0, a blank, for what is not in the alphabet and to fill the end.
+    """Symbols uint8 (n, 201) of sentences: 1 to 70, and 0 (blank) for other characters and as padding.
 
-    Capitals are read as small letters.  ["ab"]: 1, 2, 0, 0, ...
+    Case is ignored.  ["ab"]: 1, 2, 0, 0, ...
     """
     rows = (sentence.lower()[:LENGTH].translate(SYMBOLS).encode("latin-1") for sentence in sentences)
     return torch.frombuffer(bytearray(b"".join(row.ljust(LENGTH, b"\0") for row in rows)),
@@ -722,8 +729,10 @@ def legible(sentence):
 
 
 def remark_on_all(part):
-    """What encode() cannot keep of a Part's captions, as one line; empty if it keeps all.  UserError: they
-    all read alike."""
+    """One line about what encode() drops from a Part's captions; empty if nothing.
+
+    Raises UserError if all captions have the same letters and digits.
+    """
     said, found = [s for several in part.captions for s in several], []
     one = legible(said[0])
     if all(legible(s) == one for s in said):
@@ -740,7 +749,7 @@ def remark_on_all(part):
 
 
 def remark(sentence):
-    """What encode() cannot keep of a sentence, as one line; empty if all of it."""
+    """One line about what encode() drops from a sentence; empty if nothing."""
     strange = "".join(sorted(set(sentence.lower()[:LENGTH]) - set(ALPHABET)))
     blank = f"read with blanks in place of {strange} (not in the alphabet)" * bool(strange)
     cut = f"cut before {sentence[LENGTH:][:20]!r}, after {LENGTH} characters" * (len(sentence) > LENGTH)
@@ -748,18 +757,18 @@ def remark(sentence):
 
 
 def some_texts(n, K, m, device):
-    """For each of n pictures the numbers of m of its K texts, drawn at random: (n, m)."""
+    """Indices (n, m) of m random texts out of K for each of n pictures."""
     return torch.rand((n, K), device=device).topk(min(m, K), 1).indices
 
 
 def mean_text(h, m):
-    """The mean of m of each picture's K texts, drawn at random: h (n, K, d) -> (n, d)."""
+    """The mean of m random texts out of each picture's K: h (n, K, d) -> (n, d)."""
     which = some_texts(*h.shape[:2], m, h.device)
     return h.gather(1, which[..., None].expand(-1, -1, h.shape[2])).mean(1)
 
 
 def view(x):
-    """A random 64 x 64 part of each picture (n, 3, H, H), mirrored half the time (Sec. 5); 64 x 64 stays."""
+    """A random 64 x 64 crop of each picture (n, 3, H, H), mirrored half the time (Sec. 5); x if H = 64."""
     n, _, size, _ = x.shape
     if size == 64:
         return x
@@ -791,12 +800,12 @@ def h_of(phi_t, sentences, device):
 
 
 def draw(G, h):
-    """A picture (n, 3, 64, 64) in [-1, 1] for each text h (n, 1024), each with a z of its own."""
+    """A picture (n, 3, 64, 64) in [-1, 1] for each text h (n, 1024), each with its own z."""
     return metrics.batched(G, torch.randn(len(h), NZ, device=h.device), h, size=250)
 
 
 def on_pictures(net, images):
-    """v or S(x) of uint8 pictures' middles: (N, 1024) or (N, 100)."""
+    """phi_v or S on the middle of uint8 pictures: (N, 1024) or (N, 100)."""
     return metrics.batched(net, crop(images), size=250, scale=(-1, 1))
 
 
@@ -808,13 +817,13 @@ def sheet(rows, sentences):
 
 
 def picked(test, n):
-    """n pictures held out, spread over the set: their numbers and first sentences."""
+    """Indices and first captions of n held-out pictures, evenly spaced over the set."""
     i = torch.linspace(0, len(test.images) - 1, min(n, len(test.images))).long()
     return i, [test.captions[j][0] for j in i.tolist()]
 
 
 def draw_captions(test, gs, device, samples=7):
-    """Figs. 3, 4, 7: each row a held-out caption's true picture, then `samples` of each (G, phi_t) of gs."""
+    """Figs. 3, 4, 7: a row per held-out caption: true picture, then `samples` from each (G, phi_t) in gs."""
     i, sentences = picked(test, 7)
     columns = [middle(test.images[i]).to(device)[:, None]]
     for G, phi_t in gs:
@@ -824,20 +833,20 @@ def draw_captions(test, gs, device, samples=7):
 
 
 def transfer(S, G, x, h):
-    """Fig. 6: s = S(x) of styles x (m, 3, 64, 64), drawn with each text h (k, 1024): (k, m, 3, 64, 64)."""
+    """Fig. 6: G(S(x), h) for styles x (m, 3, 64, 64) and texts h (k, 1024): (k, m, 3, 64, 64)."""
     with sampling(S, G):
         s = S(x).float()
         return torch.stack([G(s, one.expand(len(s), -1)).float() for one in h])
 
 
 def between(a, b, n=8):
-    """n points on the straight line from a to b (k, d): (k, n, d), the ends included."""
+    """n evenly spaced points on the line from a to b (k, d), ends included: (k, n, d)."""
     w = torch.linspace(0, 1, n, device=a.device).view(1, -1, 1)
     return (1 - w) * a[:, None] + w * b[:, None]
 
 
 def draw_fig5(by):
-    """Fig. 5: a line for each label's (AU-ROC, curve) of verify()."""
+    """Fig. 5: one line for each label's (AU-ROC, curve) from verify()."""
     chart = log.Axes((0, 1), (0, 1), "false positive rate", "true positive rate", low=True)
     for label, (area, curve) in by.items():
         chart.line(np.linspace(0, 1, len(curve)), curve, label=f"{label} {area:.2f}")
@@ -845,8 +854,11 @@ def draw_fig5(by):
 
 
 def styles(r, pictures, test, runs, prefix=""):
-    """Sec. 5.2: experiment id -> label -> AU-ROC of S on held-out pictures, for `runs` label -> networks, and
-    of the first one's texts; draws Figs. 5a and b as PREFIXfig5a.png and so on."""
+    """Sec. 5.2: experiment id -> label -> AU-ROC on held-out pictures.  Draws Figs. 5a and b as
+    PREFIXfig5a.png and so on.
+
+    `runs` (label -> networks) are scored by S; the label "text" stands for h of the first run's phi_t.
+    """
     extra, found = pictures.extra, {}
     if test.style is None or "style_names" not in extra:
         return found
@@ -854,7 +866,7 @@ def styles(r, pictures, test, runs, prefix=""):
     f = {label: on_pictures(nets.S, test.images).cpu() for label, nets in runs.items()}
     f["text"] = texts_of(first.phi_t, test.t, r.args.device)[:, :r.args.captions].mean(1).cpu()
     names, alone = extra["style_names"], torch.ones(len(test.images), dtype=torch.bool)
-    if "relation" in extra.get("attribute_names", ()):      # place is that of a single object
+    if "relation" in extra.get("attribute_names", ()):      # x, y are only meaningful for one object
         alone = test.attributes[:, extra["attribute_names"].index("relation")] == 0
     for key, figure, wanted, rows in (("t2i-pose-roc", "fig5a", ("x", "y"), alone),
                                       ("t2i-bg-roc", "fig5b", ("red", "green", "blue"), alone | True)):
@@ -891,7 +903,7 @@ def figures(r, nets, test):
 
 
 def trained(args, where):
-    """G_bar, phi_t and S of the run or checkpoint `where`, of this run's --width, and its variant."""
+    """G_bar, phi_t, S and label of the run or checkpoint `where`, which must have this run's --width."""
     phi_t, _, G, _, S = networks(argparse.Namespace(**vars(args) | {"image_features": "own"}))
     G_bar, phi_t, S = place(args, averaged(G), phi_t, S)
     run.fetch(where, OTHER, args.device, G_bar=G_bar, phi_t=phi_t, S=S)
@@ -905,7 +917,7 @@ def label_of(variant):
 
 
 def drawer(args, saved):
-    """What a trained run draws with: z and the symbols t of a sentence, by default held-out captions."""
+    """Drawer of a trained run.  Inputs: z and the symbols t of a sentence, by default a held-out caption."""
     phi_t, _, G, _, _ = networks(argparse.Namespace(**vars(args) | {"image_features": "own"}))
     t = saved["about"]["t"].to(args.device)
 
@@ -927,11 +939,11 @@ def drawer(args, saved):
 
 
 def draw_beside(r, nets, pictures, test):
-    """--beside: Figs. 3 and 5 with this run and others, as beside.png, beside_fig5a.png and so on."""
+    """--beside: compare this run with others in Figs. 3 and 5, as beside.png, beside_fig5a.png and so on."""
     args = r.args
     nets.label = label_of(args.variant)
     runs = [nets, *(trained(args, where) for where in args.beside)]
-    by = {other.label + " " * i: other for i, other in enumerate(runs)}     # two runs may have one variant
+    by = {other.label + " " * i: other for i, other in enumerate(runs)}     # two runs may share a variant
     with r.aside():
         r.show("beside", draw_captions(test, [(n.G_bar, n.phi_t) for n in runs], args.device, samples=2))
     for key, areas in styles(r, pictures, test, by, "beside_").items():
@@ -957,9 +969,9 @@ def draw_prompts(r, sentences):
 # ------------------------------------------------------------------------------------------------ the numbers
 
 def classify(v, h, y):
-    """Eq. 3: share of v (N, d) whose best class is their own in y (N,); a class is the mean of its h (N, d).
+    """Eq. 3: fraction of v (N, d) whose best class by v.h is y (N,), with h (N, d) averaged over each class.
 
-    With v and h exchanged Eq. 4.  1 where v and h are one-hot in y.
+    With v and h swapped: Eq. 4.  1 if v and h are one-hot in y.
     """
     classes, y = y.unique(return_inverse=True)
     total = torch.zeros(len(classes), h.shape[1], device=h.device).index_add_(0, y, h)
@@ -968,10 +980,10 @@ def classify(v, h, y):
 
 
 def agreement(a, attributes, counts, names):
-    """% of pictures in which an attribute's largest logit is the right one, a (N, sum of counts).
+    """% of pictures with the right value of an attribute as the largest logit; a (N, sum of counts).
 
-    "value" is the mean over kinds of attribute, which are the first words of the names, "least" that of the
-    worst kind; "all": all at once.  An attribute of -1, of an object that is not there, does not count.
+    A kind of attribute is the first word of its name.  "value": mean over kinds; "least": worst kind; "all":
+    every attribute right at once.  -1 marks attributes of absent objects, which do not count.
     """
     a, attributes = a.cpu(), attributes.cpu()
     right = torch.stack([a_i.argmax(1) == y for a_i, y in zip(a.split(counts, 1), attributes.T)], 1).double()
@@ -984,7 +996,7 @@ def agreement(a, attributes, counts, names):
 
 
 def clusters(x, k, starts=5, steps=30):
-    """K-means: the cluster (N,) of each x (N, d), the tightest of several k-means++ starts."""
+    """K-means: cluster indices (N,) of x (N, d), from the best of several k-means++ starts."""
     x, best = x - x.mean(0), (float("inf"), None)
     for _ in range(starts):
         centre, far = x[torch.randint(len(x), (1,))], torch.full((len(x),), float("inf"))
@@ -1001,15 +1013,15 @@ def clusters(x, k, starts=5, steps=30):
 
 
 def auc(same, other):
-    """Area under the ROC: the chance that a score of `same` (n,) exceeds one of `other` (m,), ties a half."""
+    """Area under the ROC: P(a score in `same` (n,) exceeds one in `other` (m,)), ties counting one half."""
     other = other.sort().values
     below = torch.searchsorted(other, same) + torch.searchsorted(other, same, right=True)
     return below.cpu().double().mean().item() / (2 * len(other))
 
 
 def roc(same, other, n=201):
-    """The ROC of scores `same` (m,) against `other` (k,), straight over ties: rates of true positives (n,) at
-    n rates of false ones from 0 to 1, evenly spaced."""
+    """ROC of scores `same` (m,) against `other` (k,): true positive rates (n,) at n evenly spaced false
+    positive rates from 0 to 1.  Ties are interpolated linearly."""
     same, other = same.cpu(), other.cpu()
     edges = torch.cat([same, other]).unique().flip(0)
     false, true = (1 - torch.searchsorted(s.sort().values, edges).double() / len(s) for s in (other, same))
@@ -1017,10 +1029,10 @@ def roc(same, other, n=201):
 
 
 def verify(f, style):
-    """Sec. 5.2: AU-ROC of the cosine of f (N, d) for pairs in one cluster of `style` (N, s) against others,
-    and the curve of roc().
+    """Sec. 5.2: (AU-ROC, curve of roc()) of the cosine similarity of f (N, d) at telling pairs from one
+    cluster of `style` (N, s) from other pairs.
 
-    Means over 5 folds; 100 clusters, or one for 20 pictures where there are fewer.  1/2 by chance.
+    Means over 5 folds; 100 clusters, or one per 20 pictures if that is fewer.  1/2 by chance.
     """
     f, y = F.normalize(f.cpu().float()), clusters(style.float(), max(2, min(100, len(style) // 20)))
     folds = []
@@ -1033,9 +1045,9 @@ def verify(f, style):
 
 
 def retrieval(args, nets, test):
-    """Eqs. 3 and 4 on what is held out: experiment id and its dict.
+    """Eqs. 3 and 4 on held-out pairs: experiment id and its dict.
 
-    t2i-enc-zs where pictures have classes, none of them trained on; else a picture is a class by itself.
+    t2i-enc-zs if their classes do not occur in training; else pictures of equal content are one class.
     """
     h, v = texts_of(nets.phi_t, test.t, args.device), on_pictures(nets.phi_v, test.images)
     h_1, y = h[:, :args.captions].mean(1), test.content.to(args.device)
@@ -1058,14 +1070,15 @@ def print_retrieval(args, nets, test):
 
 
 def evaluate(r, nets, pictures, train, test):
-    """The numbers on what is held out: experiment id -> dict with "value", and the paper's if it has one."""
+    """Numbers on held-out data: experiment id -> dict with "value" and, if published, "paper"."""
     args, extra, results = r.args, pictures.extra, {}
-    if not args.e2e:                                        # which has no phi_v
+    if not args.e2e:                                        # which does not train phi_v
         results = dict([retrieval(args, nets, test)])
     if test.attributes is not None:
         counts = (torch.cat([train.attributes, test.attributes]).amax(0) + 1).tolist()
         names = extra.get("attribute_names") or [f"attribute{i}" for i in range(len(counts))]
-        # Half of what is held out, thrice, teaches the judge too: it would not name a pair that it never saw.
+        # The classifier trains on half of the held-out data too (three copies): otherwise it misnames
+        # unseen combinations.
         half = len(test.images) // 2
         real = crop(test.images)
         images = torch.cat([crop(train.images), *3 * [real[:half]]])
@@ -1101,7 +1114,7 @@ def evaluate(r, nets, pictures, train, test):
 
 
 def report(r, nets, pictures, train, test):
-    """Figures and results.json, of at most 10,000 pictures held out and 20,000 trained on."""
+    """Draw the figures and write results.json, from at most 10,000 held-out and 20,000 training pictures."""
     train, test = first(train, 20000), first(test, 2000 if r.args.quick else 10000)
     figures(r, nets, test)
     results = evaluate(r, nets, pictures, train, test)

@@ -9,13 +9,13 @@ features of the GAN's discriminator instead of pixel by pixel.
     Eq. 4      L_prior = KL(q(z|x) || p(z)), p(z) = N(0, I)                             -> L_prior()
     Eq. 5, 10  L_GAN = log Dis(x) + log(1 - Dis(Dec(z_p))) + log(1 - Dis(Dec(Enc(x))))  -> L_GAN()
     Eq. 6, 7   L_llike^Dis_l = -E_q[log N(Dis_l(x) | Dis_l(x~), I)]                     -> L_llike()
-    Eq. 8, 9   L = L_prior + L_llike^Dis_l + L_GAN; Dec weighs its L_llike by gamma     -> vaegan_step()
+    Eq. 8, 9   L = L_prior + L_llike^Dis_l + L_GAN; gamma weights L_llike for Dec       -> vaegan_step()
     Alg. 1     one step of Enc, Dec and Dis, each on its own part of L                  -> vaegan_step()
     Table 1    networks                                                                 -> table_1()
-    Figs. 3-5  samples and reconstructions; of several runs in one picture              -> figures(), beside()
+    Figs. 3-5  samples and reconstructions, also of several runs side by side           -> figures(), beside()
     Figs. 6, 7 visual attribute vectors, Sec. 4.1.1                                     -> attribute_vectors()
-    Table 2    attributes of samples against those that were asked for, Sec. 4.2        -> similarity()
-    Sec. 4     error of the 5 nearest neighbours in features of Dis and in pixels       -> knn_error()
+    Table 2    attributes of samples compared with the requested ones, Sec. 4.2         -> similarity()
+    Sec. 4     5-nearest-neighbour error on features of Dis and on pixels               -> knn_error()
 
     python vaegan.py                                 (faces, Figs. 3, 4, 6; --paper: the published settings)
     python vaegan.py --conditional --name table2     (Table 2; also with --model vae and gan)
@@ -36,14 +36,14 @@ from common import UserError, data, export, log, metrics, run
 from common.fuse import autocast, average, averaged, calibrate, descend, frozen, fuse, place, set_rate
 
 # --------------------------------------------------------------------------------------------------- settings
-# A row for each size of pictures.  The paper prints networks for 64 x 64 and few settings (Sec. 4).  Where it
-# is silent, the authors' code of February 2016, the time of arXiv's version 2:
+# One row per picture size.  The paper gives networks for 64 x 64 and few settings (Sec. 4).  Where it is
+# silent, PAPER follows the authors' code of February 2016, the date of arXiv's version 2:
 # github.com/andersbll/autoencoding_beyond_pixels, commit 1906387, and deeppy, commit 2635737.
 
-MODELS = {  # Sec. 4.1, with their networks; VAE/GAN_Dis0 is VAE/GAN with the likelihood of pixels
+MODELS = {  # Sec. 4.1, with their networks; VAE/GAN_Dis0 is VAE/GAN with a pixel likelihood
     "vaegan": ("Enc", "Dec", "Dis"), "vae": ("Enc", "Dec"), "gan": ("Dec", "Dis"),
     "vae_dis": ("Enc", "Dec", "Dis"), "vaegan_dis0": ("Enc", "Dec", "Dis")}
-PIXELS = ("vae", "vaegan_dis0")     # L_llike is Eq. 3; that of the others is Eq. 7
+PIXELS = ("vae", "vaegan_dis0")     # L_llike is Eq. 3; for the others, Eq. 7
 
 CODE = dict(
     batch_size=64, lr=3e-4,         # Sec. 4: RMSProp
@@ -88,7 +88,7 @@ def upconv(i, o):
 
 
 def bn(n):
-    """BatchNorm, ReLU; epsilons are those of the authors' code."""
+    """BatchNorm and ReLU; eps here and in fc() as in the authors' code."""
     return nn.Sequential(nn.BatchNorm2d(n, eps=1e-6), nn.ReLU())
 
 
@@ -97,7 +97,7 @@ def fc(i, o):
 
 
 def table_1(args, dy, ch):
-    """64 x 64.  dy: number of attributes that all three are given.  ch(n): n feature maps, times --width."""
+    """64 x 64.  dy: number of attributes, an input of all three.  ch(n): n feature maps times --width."""
     enc = nn.Sequential(
         conv(3, ch(64)), bn(ch(64)),                                        # 64 x 32 x 32
         conv(ch(64), ch(128)), bn(ch(128)),                                 # 128 x 16 x 16
@@ -119,7 +119,7 @@ def table_1(args, dy, ch):
 
 
 class Encoder(nn.Module):
-    """Enc(x, y) = (mu, log sigma^2), each (n, dz), of q(z|x); y (n, dy) joins the input of the top layer."""
+    """Enc(x, y) = (mu, log sigma^2) of q(z|x), each (n, dz); y (n, dy) is appended before the top layer."""
 
     def __init__(self, convs, d, hidden, dz, dy):
         super().__init__()
@@ -154,22 +154,22 @@ class Discriminator(nn.Module):
 
 
 def networks(args, dy=0):
-    """(Enc, Dec, Dis) for pictures of --net pixels a side and dy attributes."""
+    """(Enc, Dec, Dis) for pictures of --net x --net pixels and dy attributes."""
     table = {64: table_1, 32: networks_32, 28: networks_28}
     nets = table[args.net](args, dy, lambda n: max(8, round(n * args.width)))
     return [net.apply(lambda module: init(module, args)) for net in nets]
 
 
 def init(module, args):
-    """Weights Unif(-b, b), b^2 = 1 / (3 inputs of a unit), biases 0.
+    """Weights Unif(-b, b) with b^2 = 1 / (3 fan-in), biases 0, BatchNorm's scale 1.
 
-    args.code_init: as in deeppy, which counts the outputs of a transposed convolution in place of its inputs
-    and begins with BatchNorm's scale in Unif(0, 1), else 1.
+    args.code_init: as in deeppy, which uses the fan-out of a transposed convolution as its fan-in and draws
+    BatchNorm's scale from Unif(0, 1).
     """
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         inputs = module.weight[0].numel()
         if isinstance(module, nn.ConvTranspose2d) and not args.code_init:
-            inputs = module.in_channels * 25 / 4            # a pixel sees a quarter of the 5 x 5 weights
+            inputs = module.in_channels * 25 / 4            # a pixel uses a quarter of the 5 x 5 weights
         nn.init.uniform_(module.weight, -(3 * inputs) ** -0.5, (3 * inputs) ** -0.5)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -180,7 +180,7 @@ def init(module, args):
 # ---------------------------------------------------------------------------------------------------- latents
 
 def sample_z(mu, log_var):
-    """Eq. 1: z = mu + sigma eps, eps ~ N(0, I); all (n, dz).  mu where log sigma^2 = -inf."""
+    """Eq. 1: z = mu + sigma eps, eps ~ N(0, I); all (n, dz).  z = mu where log sigma^2 = -inf."""
     return mu + (0.5 * log_var).exp() * torch.randn_like(mu)
 
 
@@ -197,7 +197,7 @@ def L_prior(mu, log_var):
 def L_llike(f, f_tilde):
     """Eqs. 3, 7: -log N(f; f~, I) without its constant, summed over features, mean over n; f, f~ (n, ...).
 
-    1/2 for each feature that is 1 off.
+    1/2 for each feature that is off by 1.
     """
     return 0.5 * (f.float() - f_tilde.float()).square().flatten(1).sum(1).mean()
 
@@ -211,7 +211,7 @@ def L_GAN(a, *a_fake, real=1.0):
 
 
 def log_D(*a_fake):
-    """What Dec ascends by default in place of -L_GAN: log Dis(x~) for each kind of fake; logits (n,), means.
+    """What Dec ascends by default instead of -L_GAN: log Dis(x~) for each kind of fake; logits (n,), means.
 
     -2 log 2 for two kinds where Dis = 1/2 everywhere.
     """
@@ -221,14 +221,14 @@ def log_D(*a_fake):
 # --------------------------------------------------------------------------------------------------- training
 
 def build(args, dy):
-    """Networks, with Dec_bar, the EMA of Dec, and optimizers by name; and the model's fused step."""
+    """Networks (with Dec_bar, the EMA of Dec) and optimizers by name, and the model's fused step."""
     nets = dict(zip(("Enc", "Dec", "Dis"), networks(args, dy)))
     nets = {name: nets[name] for name in MODELS[args.model]} | {"Dec_bar": averaged(nets["Dec"])}
     nets = dict(zip(nets, place(args, *nets.values())))
     Enc, Dec, Dis, Dec_bar = (nets.get(name) for name in ("Enc", "Dec", "Dis", "Dec_bar"))
     learn = [name for name in MODELS[args.model] if (args.model, name) != ("vae_dis", "Dis")]
     if args.model == "vae_dis":
-        Dis.eval()                                          # a fixed metric, with its running statistics
+        Dis.eval()                                          # a fixed metric: use its running statistics
     opts = {f"opt_{name}": RMSProp(decayed(nets[name], args), args.lr, eps=args.eps) for name in learn}
     opt_Enc, opt_Dec, opt_Dis = (opts.get(f"opt_{name}") for name in ("Enc", "Dec", "Dis"))
     amp, pixels, minimax = autocast(args), args.model in PIXELS, args.loss == "minimax"
@@ -249,8 +249,8 @@ def build(args, dy):
         f, f_tilde = (x, x_tilde) if pixels else (f[:n].detach(), f[n:2 * n])       # Dis_l(x) is a constant
         prior, llike = L_prior(mu, log_var), L_llike(f, f_tilde)
         gan = L_GAN(a, a_tilde, a_p, real=args.weigh_real)                  # Eq. 10
-        # All gradients are at the old parameters, each network's of its own terms alone (Eq. 9).  Dis ascends
-        # L_GAN and Dec descends it: it is a log-likelihood, and Alg. 1 as printed has the opposite signs.
+        # All gradients are taken at the old parameters; each network descends its own terms only (Eq. 9).
+        # L_GAN is a log-likelihood: Dis ascends it, Dec descends it.  Alg. 1 prints the opposite signs.
         scalars = {"L_prior": prior, "L_llike": llike, "L_GAN": gan} | watch(a, a_p, a_tilde)
         descend(prior + llike, opt_Enc,
                 gamma(args, f) * llike + (gan if minimax else -log_D(a_tilde, a_p)), opt_Dec,
@@ -270,7 +270,7 @@ def build(args, dy):
         return scalars
 
     @fuse(args)
-    def vae_step(x, y):                                     # Eq. 2; VAE_Dis_l: Eq. 7 with a Dis that is fixed
+    def vae_step(x, y):                                     # Eq. 2; VAE_Dis_l: Eq. 7 with a fixed Dis
         with amp:
             mu, log_var = (t.float() for t in Enc(x, y))
             x_tilde = Dec(sample_z(mu, log_var), y)
@@ -329,43 +329,44 @@ def parse_args(argv=None):
     p = run.parser(__file__, __doc__, dataset="faces")
     add = p.add_argument_group("VAE/GAN").add_argument
     positive, weight = run.number(float, 0, open_low=True), run.number(float, 0)
-    add("--model", choices=MODELS, default="vaegan", help="of those compared in Sec. 4.1 [%(default)s]")
+    add("--model", choices=MODELS, default="vaegan", help="one of the models of Sec. 4.1 [%(default)s]")
     add("--net", type=int, choices=(64, 32, 28),
-        help="size of pictures: 64 (Table 1), 32 or 28 [32 or 28 for the small named sets, else 64]")
+        help="picture size: 64 (Table 1), 32 or 28 [32 or 28 for named data sets of that size, else 64]")
     add("--width", type=positive, default=1.0, help="feature maps and units, as a fraction of the paper's")
     add("--z-dim", type=run.number(int, 1),
-        help="size of z; 2: also draw the plane [128; at 32 x 32 256, --paper 128]")
+        help="size of z; with 2, also draw the plane [128; at 32 x 32 256, --paper 128]")
     add("--gamma", type=weight,
         help="weight of L_llike in Dec's step, Eq. 9, Fig. 5 [5e-3 for 16,384 features, --paper 1e-5]")
     add("--loss", choices=("minimax", "non-saturating"),
-        help="what Dec descends: L_GAN of Eq. 9, or -log Dis of its pictures [the latter; --paper: minimax]")
-    add("--noise", type=weight, help="std of the Gaussian noise on what Dis learns from [.2; --paper: 0]")
+        help="Dec's adversarial loss: L_GAN (Eq. 9) or -log Dis(x~) [non-saturating; --paper: minimax]")
+    add("--noise", type=weight, help="std of the Gaussian noise on Dis's input in training [.2; --paper: 0]")
     add("--average", type=run.number(float, 0, 1),
-        help="decay of the EMA of Dec that draws, 0: Dec as it is [.999; --paper: 0]")
+        help="decay of the EMA of Dec, which draws; 0: no EMA [.999; --paper: 0]")
     add("--gating", action="store_true", default=None,
-        help="leave out the step of Dis or Dec when it is far ahead")
-    add("--conditional", action="store_true", help="all networks are given the attributes, Sec. 4.2")
-    add("--dis", metavar="RUN", help="vae_dis: folder of the GAN run whose Dis is its fixed metric")
-    add("--lr", type=positive, help="RMSProp's rate [3e-4]")
+        help="skip the step of Dis or Dec when it is far ahead")
+    add("--conditional", action="store_true", help="attributes are an input of all networks, Sec. 4.2")
+    add("--dis", metavar="RUN", help="for vae_dis: the GAN run whose Dis is the fixed metric")
+    add("--lr", type=positive, help="RMSProp's learning rate [3e-4]")
     add("--beside", metavar="RUN", nargs="+",
-        help="with --resume: Figs. 3-5 with this run and these, of any --model and --gamma")
-    p.set_defaults(clf_steps=None)                          # of the classifier that judges; None: its own
+        help="with --resume: Figs. 3-5 comparing that run with these, of any --model and --gamma")
+    p.set_defaults(clf_steps=None)                          # of the judging classifier; None: its own length
     args = run.parse(p, argv, free=("beside",), experiment=experiment, paper=PAPER, tuned=TUNED, quick=QUICK)
     if args.beside and not args.resume:
-        p.error("--beside needs --resume RUN: the run that the others stand beside")
+        p.error("--beside needs --resume RUN: the run to compare the others with")
     if (args.model == "vae_dis") != bool(args.dis):
-        p.error("--model vae_dis and --dis RUN need each other: train the GAN first, --model gan")
+        p.error("--model vae_dis and --dis RUN need each other: train the GAN first, with --model gan")
     if args.gating and "Dis" not in MODELS[args.model]:
-        p.error(f"--gating needs a Dis that learns, --model {args.model} has none")
+        p.error(f"--gating needs a Dis to train; --model {args.model} has none")
     if "gamma" in args.given:
-        args.terms = None                                   # as it is, whatever the number of features
+        args.terms = None                                   # use it unscaled, for any number of features
     if args.gating and not args.paper:
-        args.weigh_real = 2.0                               # balanced where Dis = 1/2, as the thresholds are
+        args.weigh_real = 2.0                               # data and fakes balance at 1/2, as in gates()
     return args
 
 
 def experiment(args):
-    """The row of PAPER and TUNED: the size of pictures, 64 (--quick: 32) unless the set has small ones."""
+    """The row of PAPER and TUNED: the picture size, 64 (--quick: 32) except for data sets of smaller
+    pictures."""
     small = {"cifar10": 32, "cifar100": 32, "svhn": 32, "mnist": 28, "fashion-mnist": 28, "kmnist": 28}
     return str(args.net or small.get(args.dataset, 32 if args.quick else 64))
 
@@ -375,11 +376,11 @@ def experiment(args):
 class RMSProp(torch.optim.Optimizer):
     """s <- .9 s + .1 g^2, theta <- theta - lr g / (sqrt s + eps), g with weight decay.
 
-    The authors' code has gradients g summed over the batch, and spares biases, BatchNorm and the layers of mu
-    and log sigma^2 of the decay: see decayed() and PAPER.
+    The authors' code sums g over the batch, and applies no weight decay to biases, BatchNorm and the layers
+    of mu and log sigma^2: see decayed() and PAPER.
 
-    `gate` in `param_groups` is a 0-dim tensor: set to 0 in place, which works in a captured CUDA graph too, a
-    step leaves theta and s as they are.  torch.optim.RMSprop would go on averaging.
+    `gate` in `param_groups` is a 0-dim tensor.  While it is 0, a step leaves theta and s unchanged, whereas
+    torch.optim.RMSprop would still update s.  Set it in place, so that it works in a CUDA graph too.
     """
 
     def __init__(self, params, lr, weight_decay=1e-5, eps=1e-8):
@@ -407,7 +408,7 @@ class RMSProp(torch.optim.Optimizer):
 
 
 def decayed(net, args):
-    """The parameters of `net` in groups: those that args.weight_decay is for, and the others."""
+    """Parameter groups of `net`: one with args.weight_decay, one without decay."""
     named = [(args.decay_all or p.ndim > 1 and name.split(".")[0] not in ("mu", "log_var"), p)
              for name, p in net.named_parameters()]
     groups = [{"params": [p for yes, p in named if yes == on], "weight_decay": args.weight_decay * on}
@@ -416,15 +417,17 @@ def decayed(net, args):
 
 
 def rate(args, step):
-    """RMSProp's rate in step 1, 2, ...: constant, or as in the authors' code, where in epoch e of E, of 250
-    steps each, it has gone (e / E)^.75 of the way to 1e-5 / 64."""
+    """RMSProp's learning rate in step 1, 2, ...: constant or, with args.anneal, as in the authors' code.
+
+    There it has fallen by (e / E)^.75 of the way to 1e-5 / 64 in epoch e of E, an epoch being 250 steps.
+    """
     if not args.anneal:
         return args.lr
     return args.lr - ((step - 1) // 250 * 250 / args.steps) ** 0.75 * (args.lr - 1e-5 / 64)
 
 
 def gamma(args, f):
-    """gamma of Eq. 9 for features or pixels f (n, ...): that of the tables is for a sum of `args.terms`."""
+    """gamma of Eq. 9 for features or pixels f (n, ...), rescaled from a sum of `args.terms` terms."""
     return args.gamma if args.terms is None else args.gamma * args.terms / f[0].numel()
 
 
@@ -432,8 +435,8 @@ def Dis_sees(Dis, x, x_fake, y, args):
     """a (n + m,) and Dis_l of x and x_fake in one batch (authors' code), so that BatchNorm does not hide
     differences in brightness and contrast.
 
-    x (n, C, H, W), x_fake (m, C, H, W) with m = n or 2 n.  --noise: every picture gets the same draw of noise
-    as its x, without which Dis wins on high-frequency texture and Dec draws nothing else.
+    x (n, C, H, W), x_fake (m, C, H, W) with m = n or 2 n.  --noise adds the same noise to each x and its
+    fakes.  Without noise Dis wins on high-frequency texture, and Dec draws nothing else.
     """
     k = 1 + len(x_fake) // len(x)
     both = torch.cat([x, x_fake])
@@ -443,10 +446,10 @@ def Dis_sees(Dis, x, x_fake, y, args):
 
 
 def gates(a, *a_fake):
-    """(gate of Dis, gate of Dec), 0-dim and 0 or 1: whoever is far ahead stands still (authors' code).
+    """(gate of Dis, gate of Dec), 0-dim and 0 or 1: a network that is far ahead skips a step (authors' code).
 
-    Dis if its cost on data or on fakes is below .68 - .35, Dec if one is above .68 + .35; if both would,
-    neither does.  At Dis = 1/2, where costs are log 2 = .69, both move.
+    Dis skips if its cost on data or on fakes is below .68 - .35, Dec if either is above .68 + .35, neither
+    if both would.  At Dis = 1/2, where costs are log 2 = .69, neither skips.
     """
     costs = -torch.stack([F.logsigmoid(a.float()).mean(), L_GAN(a, *a_fake, real=0.0) / len(a_fake)]).detach()
     if dist.is_initialized():                               # all ranks gate alike
@@ -458,7 +461,7 @@ def gates(a, *a_fake):
 
 
 def gate(opt_Dis, opt_Dec, a, *a_fake):
-    """--gating: set the optimizers' gates for this step; returns them as scalars for the log."""
+    """--gating: set the optimizers' gates for this step, and return them as scalars for the log."""
     found = gates(a, *a_fake)
     for opt, is_open in zip((opt_Dis, opt_Dec), found):
         for group in opt.param_groups:
@@ -471,7 +474,7 @@ def gate(opt_Dis, opt_Dec, a, *a_fake):
 def networks_32(args, dy, ch):
     """32 x 32 (architectures.py, with args.maps = 192 and args.units = 1024): Table 1 down to 4 x 4.
 
-    Dis_l is the second strided convolution, whose 8 x 8 are Table 1's.
+    Dis_l is the second strided convolution: 8 x 8, as in Table 1.
     """
     maps = args.maps
     enc = nn.Sequential(
@@ -494,7 +497,7 @@ def networks_32(args, dy, ch):
 
 
 def networks_28(args, dy, ch):
-    """28 x 28: two strided convolutions; Dis_l is the second, whose 7 x 7 are nearest to Table 1's 8 x 8.
+    """28 x 28: two strided convolutions; Dis_l is the second: 7 x 7, the closest to Table 1's 8 x 8.
 
     Neither the paper nor the authors' code has a VAE/GAN of this size.
     """
@@ -518,23 +521,23 @@ def networks_28(args, dy, ch):
 # ------------------------------------------------------------------------------------------------------- data
 
 def prepare(args, pictures):
-    """The data set with a test part, and in `extra` for both parts attributes (N, A) in [0, 1] and y (N, dy).
+    """The data set with a test part; `extra` has attributes (N, A) in [0, 1] and y (N, dy) for both parts.
 
-    Attributes are the set's own and its factors of variation, else its labels one-hot, else none.  y, the
+    Attributes are the set's own and its factors of variation, else its one-hot labels, else none.  y, the
     networks' input, has mean 0 and variance 1; dy = 0 without --conditional.  If the set has no test part, or
-    one without attributes, its last tenth is held out, 2,000 at most.  UserError: attributes of another
-    shape, --conditional without any.
+    one without attributes, the last tenth is held out, at most 2,000.  Raises UserError for attributes of
+    another shape, and for --conditional without attributes.
     """
     extra, labels, test_labels = dict(pictures.extra), pictures.labels, pictures.test_labels
     n, keys = len(pictures.images), [key for key in ("attributes", "factors") if key in extra]
     for key in keys:
         if not torch.is_tensor(extra[key]) or extra[key].shape[:-1] != (n,):
-            raise UserError(f"{args.dataset}: {key} are not numbers ({n}, A), a row for each picture")
+            raise UserError(f"{args.dataset}: {key} are not numbers of shape ({n}, A), a row per picture")
     lacking = pictures.test_images is not None and (test_labels is None or test_labels.max() > labels.max())
     stay = n if pictures.test_images is not None else data.cut(n, 2000, 10)
     tell = labels is not None and data.tell(labels[:stay])
     if not tell or lacking or not 0 <= labels.min() <= labels.max() < 100:
-        labels = test_labels = None                         # too few to measure with, or too many to ask for
+        labels = test_labels = None                         # one class, too many, or test labels do not fit
     if labels is not None and not keys:
         keys, extra["attribute_names"] = ["attributes"], pictures.classes or []
         extra["attributes"] = F.one_hot(labels, int(labels.max()) + 1)
@@ -552,7 +555,7 @@ def prepare(args, pictures):
     names = [name for key in keys for name in extra.get(f"{key[:-1]}_names", [])]
     if len(names) != a.shape[1]:
         names = [f"attribute {i}" for i in range(a.shape[1])]
-    if keys:                                                # in [0, 1], without those that all pictures share
+    if keys:                                                # drop attributes that all pictures share
         differ = (a != a[:1]).any(0)
         names = [name for name, d in zip(names, differ) if d]
         a, a_test = a[:, differ], a_test[:, differ]
@@ -568,7 +571,7 @@ def prepare(args, pictures):
 
 
 def standard(a, train):
-    """Attributes a (..., A) less the means of train (N, A), over its deviations; on the CPU."""
+    """Attributes a (..., A), standardized by mean and standard deviation of train (N, A); on the CPU."""
     return (a.cpu() - train.mean(0)) / train.std(0, correction=0).clamp_min(1e-6)
 
 
@@ -596,10 +599,10 @@ def pick(y, n):
 
 
 def settled(args, Enc, Dec, pictures):
-    """Give Dec, the EMA, BatchNorm statistics of its own from 20 minibatches: those of the raw weights are
-    too wide for it.
+    """Recompute BatchNorm's running statistics for Dec, the EMA, on 20 batches: those of the raw weights
+    overestimate its variance.
 
-    The minibatches are of z and z_p as one, or of z alone with args.own_pass, as the authors' Dec has them.
+    A batch holds z and z_p, or z alone with args.own_pass, as in the authors' code.
     """
     def minibatches():
         for i in torch.randint(len(pictures.images), (20, args.batch_size)):
@@ -615,8 +618,8 @@ def settled(args, Enc, Dec, pictures):
 
 
 def about_data(args, Enc, Dec, pictures):
-    """What drawer() needs of the data, once Dec is settled(): rows of y, names of the attributes, and their
-    vectors, of 2,000 pictures, where Dec is not given y."""
+    """Call settled(); return what drawer() needs: rows of y, names and statistics of the attributes and, if y
+    is no input of Dec, their vectors from 2,000 pictures."""
     settled(args, Enc, Dec, pictures)
     e, n = pictures.extra, 2000
     a = e["attributes"]
@@ -630,8 +633,8 @@ def about_data(args, Enc, Dec, pictures):
 
 
 def drawer(args, saved):
-    """What a trained run draws with: z, and attributes: those that Dec is given, else how much of each one's
-    vector (Sec. 4.1.1) is added to z."""
+    """Drawer of a trained run.  Inputs: z and attributes, which are Dec's own input with --conditional, else
+    the amount of each attribute vector (Sec. 4.1.1) to add to z."""
     about = saved["about"]
     names, y = about["names"], about["y"].to(args.device)
     _, Dec, _ = networks(args, y.shape[1])
@@ -655,7 +658,7 @@ def drawer(args, saved):
 
 
 def plane(args, Dec, n):
-    """z = (z1, z2) on an n x n grid over [-1.5, 1.5]^2, z1 to the right and z2 up: (n, n, C, H, W)."""
+    """Pictures (n, n, C, H, W) of z = (z1, z2) on a grid over [-1.5, 1.5]^2, z1 to the right and z2 up."""
     t = torch.linspace(-1.5, 1.5, n, device=args.device)
     z2, z1 = torch.meshgrid(t.flip(0), t, indexing="ij")
     z = torch.stack([z1, z2], 2).flatten(0, 1)
@@ -663,9 +666,9 @@ def plane(args, Dec, n):
 
 
 def attribute_vectors(mu, a):
-    """Sec. 4.1.1: mean of mu (N, dz) over pictures with an attribute less that without, (A, dz); a (N, A).
+    """Sec. 4.1.1: mean of mu (N, dz) over pictures with an attribute minus that without: (A, dz); a (N, A).
 
-    With: above the attribute's mean.  mu = a with one binary attribute: 1.
+    A picture has an attribute if its value is above the mean.  1 for mu = a with one binary attribute.
     """
     on = (a > a.mean(0)).to(mu).T
     with_it, without = (w @ mu / w.sum(1, keepdim=True).clamp_min(1) for w in (on, 1 - on))
@@ -673,7 +676,7 @@ def attribute_vectors(mu, a):
 
 
 def edit(Enc, Dec, pictures, n):
-    """Figs. 6, 7: test pictures' reconstructions, and with each attribute's vector, (n, 1 + A, C, H, W)."""
+    """Figs. 6, 7: reconstructions of n test pictures, and with each attribute added: (n, 1 + A, C, H, W)."""
     e = pictures.extra
     mu = encode(Enc, pictures.images[:10000], e["y"][:10000])               # as many as in the authors' code
     z = encode(Enc, pictures.test_images[:n], e["test_y"][:n])[:, None]
@@ -682,7 +685,7 @@ def edit(Enc, Dec, pictures, n):
 
 
 def figures(r, Enc, Dec, pictures):
-    """Draw the paper's figures that model and data set have into the run's folder."""
+    """Draw the paper's figures for this model and data set into the run's folder."""
     args, y = r.args, pictures.extra["test_y"]
     n = min(16, len(y) // 8 * 8 or len(y))
     x = scaled(args, pictures.test_images[:n])
@@ -717,14 +720,14 @@ def trained(args, where, dy):
 
 
 def beside(r, runs, pictures):
-    """--beside: Figs. 3-5 with a block or row for each (settings, Enc or None, Dec) of `runs`."""
+    """--beside: Figs. 3-5 with a block or row for each (settings, Enc or None, Dec) in `runs`."""
     y, x = pictures.extra["test_y"], scaled(r.args, pictures.test_images[:8])
     samples, rows = [], [("data", x)]
     for args, Enc, Dec in runs:
         name = args.model + (f", gamma {args.gamma:g}" if "gamma" in args.given else "")
         with r.aside():
             settled(args, Enc, Dec, pictures)
-        with r.aside():                                     # the same z wherever its size is the same
+        with r.aside():                                     # the same z for runs of the same --z-dim
             samples.append((name, draw(args, Dec, pick(y, 24))))
         if Enc:
             rows.append((name, metrics.batched(Dec, encode(Enc, x, y[:8]), y[:8])))
@@ -742,7 +745,7 @@ TABLE_2 = {"vaegan": {"paper": 0.9114, "paper mse": 22.39}, "vae": {"paper": 0.9
 
 
 def published(args, pictures):
-    """The paper's values, experiment id -> dict: those of this run's data, network and protocol."""
+    """The paper's values for this run's data, network and protocol: experiment id -> dict."""
     e, found = pictures.extra, {}
     if (pictures.name, args.net, args.width, args.conditional, e["y"].shape[1]) == ("lfw", 64, 1.0, True, 73):
         found["vg-lfw"] = TABLE_2.get(args.model, {})
@@ -754,21 +757,21 @@ def published(args, pictures):
 
 
 def sharpness(x):
-    """Mean over pictures (n, C, H, W) of the variance of their grey Laplacian.  0 for a linear shade."""
+    """Variance of the Laplacian in grey, mean over pictures (n, C, H, W).  0 for a linear gradient."""
     x = x.float().mean(1)
     lap = 4 * x[:, 1:-1, 1:-1] - x[:, :-2, 1:-1] - x[:, 2:, 1:-1] - x[:, 1:-1, :-2] - x[:, 1:-1, 2:]
     return lap.flatten(1).var(1, correction=0).mean().item()
 
 
 def distance(f, f_tilde):
-    """Squared distance of f and f~ (n, ...) as a share of that of f to the next picture's.  0 for f~ = f."""
+    """Squared distance of f~ from f (n, ...), relative to that of the next picture's f.  0 for f~ = f."""
     return ((f - f_tilde).square().mean() / (f - f.roll(1, 0)).square().mean()).item()
 
 
 def similarity(read, y):
-    """Table 2: (mean cosine of the best of k samples, mean squared error of these, summed over attributes).
+    """Table 2: (mean cosine of the best of k samples, their mean squared error summed over attributes).
 
-    read (N, k, A): attributes read from k samples for each y (N, A).  (1, 0) if one sample of each has them.
+    read (N, k, A): predicted attributes of k samples for each y (N, A).  (1, 0) if one of each k matches y.
     """
     cosine, best = F.cosine_similarity(read, y[:, None], dim=2).max(1)
     error = (read[torch.arange(len(y)), best] - y).square().sum(1)
@@ -776,10 +779,10 @@ def similarity(read, y):
 
 
 def knn_error(f, labels, f_test, test_labels, k=5):
-    """Error in % of the majority label of the k nearest of f (N, d), Euclidean, over f_test (M, d).
+    """Error in % of k-nearest-neighbour classification of f_test (M, d) by f (N, d), Euclidean.
 
-    Of equally frequent labels the smallest wins, as in scikit-learn: so the pixels of CIFAR-10 have the
-    paper's 66.02; if that of the nearest won, 64.44.  0 for f_test = f, k = 1.
+    Ties go to the smallest label, as in scikit-learn.  This gives the paper's 66.02 on pixels of CIFAR-10;
+    with ties to the nearest neighbour it is 64.44.  0 for f_test = f, k = 1.
     """
     labels, k, mean = labels.to(f.device), min(k, len(f)), f_test.mean(0)
     f, f_test = f - mean, f_test - mean                     # distances stay, rounding errors shrink
@@ -793,9 +796,9 @@ def knn_error(f, labels, f_test, test_labels, k=5):
 
 
 def retrieval(args, Dis, pictures):
-    """vg-knn: errors in %, in the last convolution of Dis after its ReLU, and in pixels.
+    """vg-knn: errors in %, on the last convolution of Dis after its ReLU, and on pixels.
 
-    The paper does not say which layer it took.
+    The paper does not name the layer.
     """
     for net in (nn.Sequential(Dis.dis_l, Dis.above), lambda x: x.to(args.device).flatten(1)):
         f, f_test = (metrics.batched(net, x, scale=(-1.0, 1.0))
@@ -804,11 +807,11 @@ def retrieval(args, Dis, pictures):
 
 
 def evaluate(r, Enc, Dec, Dis, pictures):
-    """The numbers of this model and data set: experiment id -> dict with "value" and, if known, "paper"."""
+    """Numbers for this model and data set: experiment id -> dict with "value" and, if known, "paper"."""
     args, e, results = r.args, pictures.extra, {}
     a, names, y, test = e["attributes"], e["names"], e["test_y"][:2000], pictures.test_images[:2000]
     x = scaled(args, test)
-    if names:                                               # the paper's has the layers of Enc
+    if names:                                               # the paper's regressor has Enc's layers
         regressor = metrics.classifier(pictures.images, a, args.device, args.data_dir, args.clf_steps)
 
     def unit(drawn):                                        # [-1, 1] -> [0, 1]
@@ -839,7 +842,7 @@ def evaluate(r, Enc, Dec, Dis, pictures):
         if names:
             found["regressor"] = distance(*(metrics.features(regressor, unit(t)) for t in (x, x_tilde)))
         results["vg-celeba-recon"] = found | looks(x_tilde)
-    if Enc and names and not args.conditional:              # what an added vector adds to those without it
+    if Enc and names and not args.conditional:              # effect of adding a vector where it is absent
         edited = edit(Enc, Dec, pictures, min(200, len(x)))
         got = read(edited.flatten(0, 1)).unflatten(0, edited.shape[:2])                 # (n, 1 + A, A)
         lacks = (e["test_attributes"][:len(got)] <= a.mean(0)).float()
@@ -858,7 +861,7 @@ def evaluate(r, Enc, Dec, Dis, pictures):
 
 
 def report(r, Enc, Dec, Dis, pictures):
-    """Figures and results.json."""
+    """Draw the figures and write results.json."""
     args = r.args
     with r.aside():
         settled(args, Enc, Dec, pictures)

@@ -717,7 +717,7 @@ def test_prompts(folder, tmp_path, capsys):
     with pytest.raises(UserError, match="cannot be read"):
         text2image.main(["--resume", str(folder), "--prompts", str(tmp_path / "none.txt")])
     more.write_text("\n")
-    with pytest.raises(UserError, match="is empty: a sentence a line expected"):
+    with pytest.raises(UserError, match="is empty: one sentence per line expected"):
         text2image.main(["--resume", str(folder), "--prompts", str(more)])
     for unread in ("", " !?", "красный круг"):
         with pytest.raises(UserError, match="has none of the letters and digits that phi_t reads"):
