@@ -101,7 +101,8 @@ def parser(file, doc, **defaults):
     add("--real", action="store_true", help="with --sample: also N real pictures, for FID tools")
     add("--label", help="short for --set label=LABEL")
     add("--set", action="append", metavar="NAME=VALUE", help="set a label, a code or an attribute")
-    add("--export", metavar="FILE", help="save the generator: a torch.export program (.pt2) or weights (.npz)")
+    add("--export", metavar="FILE",
+        help="save the generator as a torch.export program (.pt2) or as weights (.npz)")
     add("--explore", metavar="RUN", help="try the generator in a browser, with sliders; needs no --resume")
     p.set_defaults(script=script, **defaults)
     return p
