@@ -1,28 +1,30 @@
-"""How fast the scripts are, mode by mode, against a tutorial's loop and against what the machine could do.
+"""Benchmark: the speed of the scripts in each mode, compared with a tutorial's loop and the machine's limits.
 
-    python -m common.bench                            all scripts, each at its own data set and batch
+    python -m common.bench                            all scripts, each with its default data set and batch
     python -m common.bench --quick --jobs 8           the same on a GPU in under three minutes
     python -m common.bench gan dcgan --width .25 --quick --json bench.json
-    python -m common.bench vaegan --scaling           images/s against batch size and size of pictures
+    python -m common.bench vaegan --scaling           images/s for several batch sizes and picture sizes
 
-Modes, each measured in processes of its own, the repeats in turn:
-    textbook   the same networks and batch as a tutorial writes the loop: DataLoader, torch.optim one tensor
-               at a time, loss.backward() into every network, float32
+Modes, each measured in separate processes, with interleaved repeats:
+    textbook   the same networks and batch in a tutorial's loop: DataLoader, torch.optim one tensor at a time,
+               loss.backward() into every network, float32
     resident   the data as one tensor on the device
-    fused      the script's own step: fused optimizers, gradients only where they are needed, channels_last
-    bf16       matrix products in bfloat16, where the hardware has it
-    graph      that step as one CUDA graph
-    compiled   the whole step by torch.compile, on a GPU captured as above; on a CPU only by --modes: minutes
+    fused      the script's own step: fused optimizers, only the gradients needed, channels_last
+    bf16       bfloat16 autocast, if the hardware has bfloat16
+    graph      this step as one CUDA graph
+    compiled   the whole step with torch.compile, on a GPU then captured as above; on a CPU, where compiling
+               takes minutes, only if --modes asks for it
 
-A flag that is not listed below goes to those of the scripts that have it.  The script's own main() runs up to
-its loop over `Run.loop`, which is replaced by one that warms up, takes the time and leaves.  A mode that
-fails prints one line and leaves an empty row.  --jobs N prepares N processes side by side; each takes its
-time alone while the others are suspended, which "start s" and "compile s" then include.
+Flags not listed below are passed to the scripts that have them.  The script's main() runs up to `Run.loop`,
+which is replaced by a loop that warms up, measures and exits.  A mode that fails prints one line and leaves
+an empty row.  --jobs N prepares N processes in parallel; each is measured alone while the others are
+suspended.  "start s" and "compile s" then include the time spent suspended.
 
-"arithmetic %" and "bytes %": the work of the script's own eager step (matrix products and convolutions; what
-each operation reads and writes, above 100 where caches or compiling save it), at the rate measured, as a
-share of the device's best matrix product and copy.  "cpu ms": processor time a step, over all threads; on one
-thread more than that in "ms" means that others used the core.  "start s": from the process to the first step.
+"arithmetic %" and "bytes %": the work of the script's eager step at the measured rate, as a share of the
+device's best matrix product and copy.  Arithmetic counts matrix products and convolutions; bytes counts what
+each operation reads and writes, above 100 if caches or compilation save memory traffic.  "cpu ms": processor
+time per step over all threads; with one thread, "ms" above "cpu ms" means that other processes used the core.
+"start s": from process start to the first step.
 """
 
 import argparse
@@ -54,25 +56,25 @@ SCRIPTS = ("gan", "cgan", "dcgan", "aae", "vaegan", "text2image", "infogan")
 EAGER = ("--no-amp", "--no-compile", "--no-graph")
 MODES = {"textbook": EAGER, "resident": EAGER, "fused": EAGER, "bf16": ("--amp", *EAGER[1:]),
          "graph": ("--no-compile", "--graph"), "compiled": ("--compile",)}
-OWN = {  # what leads to the step that most of a run consists of
-    "infogan": ("--gan-steps", "0"),                               # without the regular GAN beside it
-    "text2image": ("--encoder-steps", "0", "--style-steps", "0")}  # G and D at once
+OWN = {  # flags that skip to the main phase of a run
+    "infogan": ("--gan-steps", "0"),                               # no regular GAN beside it
+    "text2image": ("--encoder-steps", "0", "--style-steps", "0")}  # start with G and D
 SIZES = {"dcgan": (("--net", "svhn"), ("--net", "64")),
          "vaegan": (("--net", "28"), ("--net", "32"), ("--net", "64"))}
 ENDLESS = ("--steps", "1000000000", "--save-every", "1000000000")
 FLOAT, BFLOAT, COPY = "float32 GFLOP/s", "bfloat16 GFLOP/s", "copy GB/s"
 
 
-# ---- a tutorial's loop, by replacing what the scripts import
+# ---- a tutorial's loop, by replacing functions that the scripts import
 
 class Rate(float):
-    """A rate that stays as it is: one tensor at a time, torch.optim is fast with Python's numbers alone."""
+    """A constant rate: one tensor at a time, torch.optim is fast only with Python numbers."""
     div_ = mul_ = add_ = fill_ = clamp_ = lambda self, *_, **__: self
     item = float.__float__
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Picture by picture, as float32 in `scale`, with what belongs to it."""
+    """Single pictures as float32 in `scale`, with their labels and so on."""
 
     def __init__(self, tensors, scale):
         self.tensors, (self.low, self.high) = tensors, scale
@@ -86,11 +88,11 @@ class Pictures(torch.utils.data.Dataset):
 
 
 class Loader(data.Batches):
-    """torch's DataLoader behind the face of data.Batches."""
+    """torch's DataLoader with the interface of data.Batches."""
 
     def __init__(self, *tensors, **more):
         super().__init__(*tensors, **{**more, "resident": False})
-        workers = 4 if self.cuda else 0  # of a CPU the step itself has the cores
+        workers = 4 if self.cuda else 0  # on a CPU the step needs the cores
         loader = torch.utils.data.DataLoader(
             Pictures(self.tensors, self.scale), self.b, shuffle=True, drop_last=True, num_workers=workers,
             persistent_workers=workers > 0, pin_memory=self.cuda)
@@ -102,14 +104,14 @@ class Loader(data.Batches):
 
 
 def descend(*losses_and_opts):
-    """fuse.descend() by loss.backward(): gradients for all that has a part in the loss."""
+    """fuse.descend() with loss.backward(): gradients for every parameter that the loss depends on."""
     pairs, kept = list(zip(losses_and_opts[::2], losses_and_opts[1::2])), []
     for i, (loss, opt) in enumerate(pairs, 1):
         opt.zero_grad()
         loss.backward(retain_graph=i < len(pairs))
         kept += [(p, p.grad) for group in opt.param_groups for p in group["params"]]
         if i < len(pairs):
-            opt.zero_grad()  # the next loss's would be added to those kept
+            opt.zero_grad()  # otherwise the next loss's gradients would be added to the kept ones
     for p, g in kept:
         p.grad = g
     for _, opt in pairs:
@@ -122,7 +124,7 @@ def place(args, *nets):
 
 
 def optimizer(kind, **fixed):
-    """`kind` of torch.optim, one tensor at a time; `fixed`: settings that the script's own has within."""
+    """`kind` of torch.optim, one tensor at a time; `fixed`: values built into the script's optimizer."""
     def make(params, lr, momentum=None, fused=None, **more):
         more |= {} if momentum is None else {"momentum": Rate(momentum)}
         return kind(params, Rate(lr), foreach=False, **more, **fixed)
@@ -135,7 +137,7 @@ def adam(params, lr, betas=(0.5, 0.999), weight_decay=0.0, decoupled=False):
 
 
 def textbook(script, loader):
-    """The module `script`, so far not imported, with a tutorial's loop."""
+    """Import the module `script` with a tutorial's loop.  It must not have been imported before."""
     fuse.descend, fuse.place, fuse.frozen = descend, place, lambda *nets: contextlib.nullcontext()
     fuse.SGD = optimizer(torch.optim.SGD)
     fuse.Adam = adam
@@ -145,14 +147,14 @@ def textbook(script, loader):
     return module
 
 
-# ---- one measurement, in a process of its own
+# ---- one measurement, in a separate process
 
 class Done(Exception):
-    """Leaves the script's main() when everything is measured."""
+    """Raised to leave the script's main() when all measurements are done."""
 
 
 class Bytes(TorchDispatchMode):
-    """Adds up what each operation reads and writes."""
+    """Sums the bytes that each operation reads and writes."""
     total = 0
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
@@ -164,8 +166,8 @@ class Bytes(TorchDispatchMode):
 
 
 def loop(self, job, found, turn, end=None):
-    """In place of Run.loop: warm up, wait for `turn()`, measure for job["seconds"], two steps at least, and
-    count into `found`."""
+    """Replaces Run.loop: warm up, wait for `turn()`, measure for job["seconds"] or at least two steps, and
+    write the results to `found`."""
     if end == self.step:  # a phase without steps
         return
     args, numbers = self.args, itertools.count(1)
@@ -183,21 +185,21 @@ def loop(self, job, found, turn, end=None):
         return time.perf_counter() - began
 
     found["start"] = time.time() - job["began"]
-    warm = (6 if args.graph else 2) + 2 * compiled  # compiling, three steps, the capture, replays
+    warm = (6 if args.graph else 2) + 2 * compiled  # compilation, three steps, capture, replays
     preparing = yield from steps(warm)
     turn()
     step = yield from steps(1)
-    for seconds in (0.1 * job["seconds"], job["seconds"]):  # the first to estimate, and for the clock to rise
+    for seconds in (0.1 * job["seconds"], job["seconds"]):  # first estimate, and let the clock rise
         n = max(1 + (seconds == job["seconds"]), round(seconds / step))
         cpu = time.process_time()
         step = (yield from steps(n)) / n
         cpu = (time.process_time() - cpu) / n
-    peak = Path("/proc/self/status")  # getrusage would count the parent process, too
+    peak = Path("/proc/self/status")  # getrusage would include the parent process
     peak = peak.read_text() if peak.exists() else ""
     found |= {"step": step, "cpu": cpu, "batch": args.batch_size, "compile": preparing - warm * step,
               "host": int(peak.split("VmHWM:")[1].split()[0]) * 1024 if "VmHWM:" in peak else None,
               "gpu": torch.cuda.max_memory_allocated() if cuda else None}
-    if job["count"]:  # a step each: either would count what the other does
+    if job["count"]:  # in separate steps, as each would count the other's work
         with FlopCounterMode(display=False) as flops:
             yield from steps(1)
         with Bytes() as moved:
@@ -207,14 +209,14 @@ def loop(self, job, found, turn, end=None):
 
 
 def work(job, turn):
-    """Measure what `job` says, prepared up to where `turn()` returns; a dict."""
+    """Prepare the measurement `job`, wait for `turn()`, measure.  Returns a dict."""
     if job["mode"] == "limits":
         turn()
         return limits(torch.device(job["device"]), job["seconds"])
     plain, found = job["mode"] in ("textbook", "resident"), {}
     load = (lambda name: textbook(name, job["mode"] == "textbook")) if plain else importlib.import_module
     module = load(job["script"])
-    if job["script"] == "text2image":  # phi_t of every text comes before the steps, minutes of it on a CPU
+    if job["script"] == "text2image":  # skip encoding all texts, which takes minutes on a CPU
         module.texts_of = lambda phi_t, t, device: torch.randn(*t.shape[:-1], module.NH, device=device)
     with tempfile.TemporaryDirectory() as out, contextlib.suppress(Done), \
             mock.patch.object(run.Run, "loop", lambda self, *end: loop(self, job, found, turn, *end)), \
@@ -224,21 +226,21 @@ def work(job, turn):
 
 
 def serve(job):
-    """work(job) for Machine.measure(): "ready" and the findings go to stdout; a line on stdin is the turn."""
+    """work(job) for Machine.measure(): print "ready", wait for a line on stdin, print the results."""
     sys.excepthook, answers = run._one_line("bench"), sys.stdout
 
     def turn():
         print("ready", file=answers, flush=True)
         if not sys.stdin.readline():
-            sys.exit(1)  # who asked is gone
+            sys.exit(1)  # the parent is gone
 
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # what the script says
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # hide the script's output
         found = work(job, turn)
     print(json.dumps(found), file=answers, flush=True)
 
 
 def limits(device, seconds):
-    """The best rates of the device: matrix products, and a copy, which reads and writes."""
+    """The best rates of the device: matrix products, and a copy (reads plus writes)."""
     cuda, rates = device.type == "cuda", {}
     n = 8192 if cuda else 1536
 
@@ -260,10 +262,10 @@ def limits(device, seconds):
     return rates | {COPY: 2e-9 * a.nbytes / best(lambda: b.copy_(a))}
 
 
-# ---- many of them
+# ---- all measurements
 
 class Machine:
-    """Runs measurements in processes of their own, which take their time one by one, the others suspended."""
+    """Runs measurements in separate processes; while one measures, the others are suspended."""
 
     def __init__(self, jobs, cache):
         self.turn, self.processes = threading.Lock(), set()
@@ -273,14 +275,14 @@ class Machine:
 
     def signal(self, name, processes):
         for process in processes:
-            with contextlib.suppress(ProcessLookupError):  # it has just ended
-                if hasattr(os, "killpg"):  # and so do its DataLoader's and its compiler's
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                if hasattr(os, "killpg"):  # include its DataLoader and compiler workers
                     os.killpg(process.pid, getattr(signal, name))
                 elif name == "SIGKILL":
                     process.kill()
 
     def measure(self, job):
-        """work(job) in a fresh process.  UserError: the line with which it failed."""
+        """work(job) in a new process.  UserError: its error line, if it failed."""
         command = [sys.executable, "-m", "common.bench", "--work", json.dumps(job | {"began": time.time()})]
         with tempfile.TemporaryFile("w+") as errors:
             with self.turn:
@@ -311,8 +313,8 @@ class Machine:
 
 
 def row_of(job, runs):
-    """Medians over the repeats `runs`, without any an empty row; of the time to compile and of memory the
-    largest."""
+    """The table row of the repeats `runs`: medians, but maxima of compile time and memory; empty without
+    runs."""
     row = {"script": job["script"], "flags": job["shown"], "batch": None, "mode": job["mode"],
            **dict.fromkeys(("images/s", "low", "high", "x textbook", "ms", "cpu ms", "arithmetic %",
                             "bytes %", "start s", "compile s", "host MB", "gpu MB", "flops", "bytes")),
@@ -331,8 +333,8 @@ def row_of(job, runs):
 
 
 def compare(rows, rates):
-    """Add to the rows of one script and its flags the shares of the limits `rates`, and the speed over the
-    textbook loop's."""
+    """Add to the rows of one script with its flags the shares of the limits `rates`, and the speedup over the
+    textbook loop."""
     work, base = next((r for r in rows if r["flops"]), None), rows[0]
     for row in (r for r in rows if r["ms"]):
         if base["mode"] == "textbook" and base["ms"]:
@@ -344,7 +346,7 @@ def compare(rows, rates):
 
 
 def table(rows):
-    """Markdown of the rows; a column without any value is left out."""
+    """A Markdown table of the rows, without empty columns."""
     columns = ["script", "flags", "batch", "mode", "images/s", "low", "high", "x textbook", "ms",
                "cpu ms", "arithmetic %", "bytes %", "host MB", "gpu MB", "start s", "compile s"]
     columns = [c for c in columns if any(row[c] not in (None, "") for row in rows)]
@@ -375,7 +377,7 @@ def parser_of(script):
 
 
 def share_out(p, words, scripts):
-    """Script -> those of the further flags that it has; a flag that none has, or a bad value, ends it."""
+    """Script -> which of the further flags it has.  Exits on a bad value or a flag that no script has."""
     groups, flags, known = [], {}, set()
     for word in words:
         if not word.startswith("--") and not groups:
@@ -394,20 +396,21 @@ def share_out(p, words, scripts):
 
 
 def parse_args(argv=None):
-    """The flags, and script -> those that it is given."""
+    """The benchmark's own flags, and script -> flags for it."""
     p = argparse.ArgumentParser(prog="python -m common.bench", usage="%(prog)s [script ...] [flags]",
                                 description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--modes", help="out of those above, separated by commas [all that the machine offers, "
-                   "--quick without resident and fused where it has bf16]")
-    p.add_argument("--repeats", type=run.number(int, 1), help="processes for each mode [3, --quick 1]")
-    p.add_argument("--seconds", type=run.number(float, 0, open_low=True), help="in each [10, --quick 2]")
+    p.add_argument("--modes", help="modes from the list above, separated by commas [all available; with "
+                   "--quick not resident and fused, if there is bf16]")
+    p.add_argument("--repeats", type=run.number(int, 1), help="processes per mode [3, --quick 1]")
+    p.add_argument("--seconds", type=run.number(float, 0, open_low=True),
+                   help="to measure, per process [10, --quick 2]")
     p.add_argument("--jobs", type=run.number(int, 1), default=1, metavar="N",
-                   help="processes that prepare side by side [%(default)s]")
+                   help="processes prepared in parallel [%(default)s]")
     p.add_argument("--quick", action="store_true", help="fewer and shorter measurements")
-    p.add_argument("--scaling", action="store_true", help="batches and sizes of pictures in place of modes")
-    p.add_argument("--device", default="auto", help="as the scripts' [%(default)s]")
-    p.add_argument("--json", metavar="FILE", type=Path, help="write all that is measured to this file too")
+    p.add_argument("--scaling", action="store_true", help="compare batch and picture sizes, not modes")
+    p.add_argument("--device", default="auto", help="as for the scripts [%(default)s]")
+    p.add_argument("--json", metavar="FILE", type=Path, help="also write all measurements to this file")
     words = sys.argv[1:] if argv is None else argv
     scripts = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
     args, further = p.parse_known_args(words[len(scripts):])
@@ -417,7 +420,7 @@ def parse_args(argv=None):
     bf16, cuda = fuse.has_bf16(device), device.type == "cuda"
     there = [m for m in MODES if {"bf16": bf16, "graph": cuda}.get(m, True)]
     default = [m for m in there if cuda or m != "compiled"]
-    if args.scaling:  # what the scripts do without further flags
+    if args.scaling:  # the mode that the scripts use by default
         default = [[m for m in default if m != "compiled"][-1]]
     elif args.quick and bf16:
         default = [m for m in default if m not in ("resident", "fused")]
@@ -435,9 +438,9 @@ def main(argv=None):
     args, flags = parse_args(argv)
     report = {"machine": run.machine(args.device), "torch": torch.__version__,
               "date": time.strftime("%Y-%m-%d"), "limits": {}, "rows": []}
-    cache = tempfile.TemporaryDirectory()  # compiling starts from nothing
+    cache = tempfile.TemporaryDirectory()  # compile with a cold cache
     machine = Machine(args.jobs, cache.name)
-    found, failed = {}, set()  # (script, flags, mode) -> (the job, what its repeats measured)
+    found, failed = {}, set()  # (script, flags, mode) -> (job, results of its repeats)
 
     def write():
         try:
@@ -447,7 +450,7 @@ def main(argv=None):
             raise UserError(f"--json {args.json} cannot be written ({e.strerror})") from None
 
     def attempt(job, key=None):
-        """What machine.measure() finds; None, with a line, for what fails, and for its further repeats."""
+        """machine.measure(job).  If it fails, print one line, return None and skip further repeats."""
         try:
             return None if key in failed else machine.measure(job)
         except UserError as e:
@@ -456,7 +459,7 @@ def main(argv=None):
             failed.add(key)
 
     def measure(settings):
-        """All modes of each (script, words); back comes the batch of each that ran."""
+        """Measure all modes of each (script, words).  Returns script -> batch size of those that ran."""
         queue = []
         counted = next((m for m in ("fused", "resident", "bf16", "textbook") if m in args.modes), None)
         for script, words in settings:
@@ -466,7 +469,7 @@ def main(argv=None):
                                  *MODES[mode]], "count": repeat == 0 and mode == counted}
                 found.setdefault((script, job["shown"], mode), (job, []))
                 queue.append(job)
-        if args.jobs > 1:  # what takes longest begins first
+        if args.jobs > 1:  # start the slowest first
             queue.sort(key=lambda job: job["mode"] != "compiled")
         keys = [(job["script"], job["shown"], job["mode"]) for job in queue]
         futures = {pool.submit(attempt, job, key): key for job, key in zip(queue, keys)}
@@ -483,7 +486,7 @@ def main(argv=None):
         return {row["script"]: row["batch"] for row in report["rows"] if row["batch"]}
 
     write()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`: none may stay suspended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # run `finally`, or processes stay suspended
     pool = ThreadPoolExecutor(args.jobs)
     try:
         job = {"mode": "limits", "device": args.device, "seconds": min(2, args.seconds)}

@@ -1,6 +1,6 @@
-"""Data sets as uint8 tensors, in memory or memory-mapped, and endless minibatches drawn from them.
+"""Data sets as uint8 tensors, in memory or memory-mapped, and an endless stream of minibatches.
 
-    faces = load("path/to/folder", size=64)           # or a name: load("mnist"); or load("path/to/file.npz")
+    faces = load("path/to/folder", size=64)           # or load("mnist"), or load("path/to/file.npz")
     batches = Batches(faces.images, faces.labels, batch_size=128, device="cuda", scale=(-1, 1))
     x, y = next(batches)                              # x (128, 3, 64, 64) in [-1, 1], y (128,), on the device
 """
@@ -37,7 +37,7 @@ MNIST = {  # file -> published md5 of its decompressed bytes
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
 SMALL = {"fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100",
          "svhn": "SVHN"}
-PLACE = {  # torchvision set -> what to place in the data folder where it cannot be downloaded
+PLACE = {  # torchvision set -> files to place in the data folder if it cannot be downloaded
     "fashion-mnist": "the four *-ubyte or *-ubyte.gz in FashionMNIST/raw/",
     "kmnist": "the four *-ubyte or *-ubyte.gz in KMNIST/raw/",
     "cifar10": "cifar-10-python.tar.gz",
@@ -51,20 +51,20 @@ PLACE = {  # torchvision set -> what to place in the data folder where it cannot
     "lsun": "lsun/bedroom_train_lmdb/",
     "coco": "coco/annotations/captions_train2014.json and coco/train2014/*.jpg"}
 BUILT_IN = ("mnist", "faces", "shapes", "scenes")
-BOX = {"celeba": (15, 40, 163, 188), "lfw": (50, 50, 200, 200)}  # left, top, right, bottom, as VAE/GAN's code
+BOX = {"celeba": (15, 40, 163, 188), "lfw": (50, 50, 200, 200)}  # left, top, right, bottom; VAE/GAN's code
 ARRAYS = ("images", "labels", "test_images", "test_labels")
 COLUMNS = {"attributes": "attribute_names", "factors": "factor_names", "style": "style_names",
-           "tags": "words"}                         # arrays (N, A) of an .npz, and the names of their columns
-NAMES = ("names", "values", "words", "classes")     # arrays with these endings have no row for each image
+           "tags": "words"}                         # arrays (N, A) of an .npz -> names of their columns
+NAMES = ("names", "values", "words", "classes")     # arrays with these endings lack the row per image
 GPU_SHARE = 0.5        # fraction of the free GPU memory that a data set may fill
-HOST_RESIDENT = 2**30  # bytes; on a CPU a larger set is probably memory-mapped, so read it ahead in a thread
+HOST_RESIDENT = 2**30  # bytes; on a CPU a larger set is probably memory-mapped, so prefetch it in a thread
 
 
 def cut(n, most, share, least=2):
-    """How many of n pictures stay when the last are held out: n / share of them, from `least` to `most`.
+    """How many of n pictures remain for training: the last n / share, from `least` to `most`, are held out.
 
-    load() has put every set into a random order that depends on its size alone, so all classes are among
-    them, and a resumed run finds the same split.  cut(600, 50, 6): 550.  UserError: fewer than two stay.
+    load() shuffles each set in an order that depends only on its size, so the held-out part has all classes
+    and a resumed run finds the same split.  cut(600, 50, 6): 550.  UserError: fewer than two remain.
     """
     stay = n - max(least, min(most, n // share))
     if stay < 2:
@@ -74,7 +74,7 @@ def cut(n, most, share, least=2):
 
 
 def tell(labels):
-    """Whether labels (N,) or None tell classes apart: two or more.  One alone makes any measure perfect."""
+    """Whether labels (N,) or None have two or more classes.  With only one, any accuracy would be perfect."""
     return labels is not None and len(labels[labels >= 0].unique()) > 1
 
 
@@ -87,16 +87,16 @@ class Data:
     test_images: Tensor | None = None
     test_labels: Tensor | None = None
     classes: list[str] | None = None    # the name of each label
-    extra: dict = field(default_factory=dict)  # factors, attributes, captions, files, ... of some sets
+    extra: dict = field(default_factory=dict)  # of some sets: factors, attributes, captions, files, ...
 
 
 def load(name, data_dir="data", size=None, channels=None, download=True, skip_bad=False):
     """Load a data set: a built-in or torchvision name, a folder of pictures, or an .npz file.
 
     `size`: crop the centre square and resize it to size x size (bilinear, antialiased).  `channels`: 1 (grey,
-    ITU-R 601) or 3 (RGB).  None keeps those of the set, but sets made of picture files need a size.  Large
-    sets and folders are prepared once in data_dir/cache and memory-mapped.  `skip_bad`: leave out files of a
-    folder that cannot be read, and name them.
+    ITU-R 601) or 3 (RGB).  None keeps the set's own, but sets of picture files need a size.  Large sets and
+    folders are preprocessed once into data_dir/cache and memory-mapped.  `skip_bad`: skip unreadable files of
+    a folder and list them.
     load("mnist"): images (60000, 1, 28, 28), test_images (10000, 1, 28, 28).
     Raises UserError if the name, a file or an argument is wrong.
     """
@@ -119,7 +119,7 @@ def load(name, data_dir="data", size=None, channels=None, download=True, skip_ba
         arrays = small(name, root, download)
     elif name in PLACE:
         arrays = large(name, root, size, channels or 3, download)
-    elif os.path.isdir(path / "text_c10"):  # unlike Path.is_dir(), without errors
+    elif os.path.isdir(path / "text_c10"):  # unlike Path.is_dir(), it never raises
         arrays, name = captioned(path, root, size, channels, skip_bad), path.resolve().name
     elif os.path.isdir(path):
         arrays, name = folder(path, root, size, channels, skip_bad), path.resolve().name
@@ -146,7 +146,8 @@ def load(name, data_dir="data", size=None, channels=None, download=True, skip_ba
 def ubyte(folder, check=None):
     """Images and labels of MNIST and its relatives from the four *-ubyte files in `folder`, plain or gzipped.
 
-    check(name of the file, its bytes) may raise.  Raises OSError, EOFError, zlib.error or ValueError.
+    check(file name, its bytes) is called for each file.  Raises what check() raises, OSError, EOFError,
+    zlib.error or ValueError.
     """
     arrays = {}
     for key, file in zip(ARRAYS, MNIST):
@@ -185,7 +186,7 @@ def mnist(root):
 def small(name, root, download):
     """A torchvision set that fits in memory, with its test part."""
     with say_what_to_place(name, root):
-        import torchvision  # not at the top: it takes seconds, and most runs need none of it
+        import torchvision  # not at the top: it takes seconds to import, and most runs do not need it
         kind, arrays = getattr(torchvision.datasets, SMALL[name]), {}
         if name.endswith("mnist"):
             raw = root / SMALL[name] / "raw"
@@ -204,17 +205,17 @@ def small(name, root, download):
 
 
 def unpack(archive, folder):
-    """Unpack `folder` from any archive beside it; torchvision takes one archive alone, but checks files."""
+    """Unpack `folder` from `archive`.  torchvision accepts only its own archive but checks the files."""
     if archive.is_file() and not (archive.parent / folder).exists():
         with tarfile.open(archive) as t:
             t.extractall(archive.parent, [m for m in t if m.isfile() and Path(m.name).parent == Path(folder)])
 
 
 def npz(path):
-    """The arrays of an .npz file, checked and shuffled: images uint8 (N, C, H, W); all others are optional.
+    """Read, check and shuffle the arrays of an .npz file: images uint8 (N, C, H, W); all others are optional.
 
     labels (N,); classes (K,); attributes, factors, style, tags (N, A) with attribute_names, factor_names,
-    style_names, words (A,); captions (N,) or (N, k); for each of these rows a test_ part; anything else.
+    style_names, words (A,); captions (N,) or (N, k); a test_ version of each array with N rows; any others.
     """
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is cut off or not an .npz archive: write it anew with numpy.savez")
@@ -249,7 +250,7 @@ def npz(path):
         if kind in arrays:
             names = [f"{kind[:-1]} {i + 1}" for i in range(arrays[kind].shape[1])]
             arrays.setdefault(COLUMNS[kind], names)
-    for key, a in arrays.items():  # shuffled, so that the first rows and the last have all classes
+    for key, a in arrays.items():  # shuffle, so that both the first and the last rows have all classes
         part = "test_" if key.startswith("test_") else ""
         if len(a) == rows[part] and not key.endswith(NAMES):
             arrays[key] = a[shuffled(range(len(a)))] if torch.is_tensor(a) else shuffled(a)
@@ -257,7 +258,7 @@ def npz(path):
 
 
 def misfit(key, a):
-    """What was expected of the array `a` called `key` in an .npz file, and the cure; None if it fits."""
+    """What was expected of the array `a` called `key` in an .npz file, and how to fix it; None if valid."""
     numbers, text, kind = a.dtype.kind in "fiub", a.dtype.kind in "US", key.removeprefix("test_")
     if a.ndim == 0 or not (numbers or text):
         return "numbers or strings, one row or more"
@@ -299,10 +300,10 @@ def misfit(key, a):
 
 
 def renumber(arrays, path):
-    """Number the labels that occur from 0, without gaps, and name them in `classes`.  -1: no label.
+    """Renumber the labels from 0 without gaps and name them in `classes`.  -1 stays "no label".
 
-    Classes of test pictures alone come last, where there are captions.  Without, no network could name them:
-    then test_labels are left out.
+    Classes that only test pictures have come last if there are captions.  Without captions no network could
+    learn them, so test_labels are dropped.
     """
     parts = {key: arrays[key].long() for key in ("labels", "test_labels") if arrays.get(key) is not None}
     values = torch.cat([torch.zeros(0).long(), *parts.values()]).unique()
@@ -334,7 +335,7 @@ def renumber(arrays, path):
 
 
 def to_torch(a):
-    """Strings become a list, floats a float32 tensor, integers int64; uint8 and bool keep their type."""
+    """Convert strings to a list, floats to float32, integers to int64; uint8 and bool keep their type."""
     a = np.asarray(a)
     if a.dtype.kind in "US":
         return (np.char.decode(a, "utf-8", "replace") if a.dtype.kind == "S" else a).tolist()
@@ -344,7 +345,7 @@ def to_torch(a):
 
 
 def resize(images, size, channels):
-    """Crop uint8 (N, C, H, W) to the centre square, resize it to (size, size), make it grey or RGB."""
+    """Crop uint8 (N, C, H, W) to the centre square, resize to (size, size) and convert to grey or RGB."""
     n, c, h, w = images.shape
     if size in (None, h) and size in (None, w) and channels in (None, c):
         return images
@@ -353,7 +354,7 @@ def resize(images, size, channels):
     s, out = min(h, w), torch.empty(n, channels or c, size or h, size or w, dtype=torch.uint8)
     for i in range(0, n, prepare.BLOCK):
         x = images[i:i + prepare.BLOCK]
-        if c == 3 and channels == 1:  # Pillow's integers for ITU-R 601, so that a file and an array agree
+        if c == 3 and channels == 1:  # Pillow's integers for ITU-R 601, so that files and arrays agree
             r, g, b = x.int().unbind(1)
             x = ((19595 * r + 38470 * g + 7471 * b + 32768) >> 16)[:, None]
         if size:
@@ -363,13 +364,14 @@ def resize(images, size, channels):
     return out
 
 
-# ---- sets of files, decoded and resized once into a memory-mapped array
+# ---- sets of picture files, decoded and resized once into a memory-mapped array
 
 def captioned(path, root, size, channels, skip_bad=False):
-    """Birds and flowers: pictures in images/ or jpg/, captions in text_c10/CLASS/NAME.txt, one a line.
+    """Birds and flowers: pictures in images/ or jpg/, captions in text_c10/CLASS/NAME.txt, one per line.
 
-    Whole classes are the test part: those of testclasses.txt or testids.txt, those not in trainvalclasses.txt
-    or trainvalids.txt (a class's name, or its number from 1, a line), or else the last quarter.
+    The test part consists of whole classes: those in testclasses.txt or testids.txt, else those not in
+    trainvalclasses.txt or trainvalids.txt (one class name, or number from 1, per line), else the last
+    quarter.
     """
     found = sorted((path / "text_c10").glob("*/*.txt"))
     texts = {t.stem: t for t in found}
@@ -435,16 +437,16 @@ def large(name, root, size, channels, download):
 
 
 def listed(name, root, download):
-    """(sources, how many, further arrays) of a set whose pictures are files, or entries of a data base.
+    """(sources, their number, further arrays) of a set whose pictures are files or database entries.
 
-    sources: a list, or a function that yields them from a given number on.
+    sources: a list, or a function that yields them from a given index on.
     """
     if name == "lsun":
         import lmdb
         path = root / "lsun" / "bedroom_train_lmdb"
         env = lmdb.open(str(path), create=False, readonly=True, lock=False)
 
-        def values(start):  # in the order of the file: random keys would seek
+        def values(start):  # in file order: random keys would seek
             with env.begin() as txn:
                 cursor = txn.cursor()
                 for key in itertools.islice(cursor.iternext(values=False), start, None):
@@ -467,14 +469,14 @@ def listed(name, root, download):
         names = [a for a in train.attr_names if a]  # the header ends in a blank
         return files, len(files), {"attributes": train.attr.float(), "test_attributes": test.attr.float(),
                                    "attribute_names": names, "test_from": len(train)}
-    if name == "flowers102":  # all three parts: a script that needs a split makes it by class
+    if name == "flowers102":  # all three parts; scripts split by class
         parts = [datasets.Flowers102(root, split=s, download=download) for s in ("train", "val", "test")]
         pairs = sorted((f, y) for d in parts for f, y in zip(d._image_files, d._labels))
         classes = getattr(datasets.Flowers102, "classes", None)
     elif name == "lfw":  # never download=True: torchvision refuses it
         class People(datasets.LFWPeople):
             def _check_integrity(self):
-                return True  # of the archive, which is not read
+                return True  # it would check the archive, which is not read
 
         d = People(root, split="10fold", image_set="funneled")
         pairs, classes = list(zip(d.data, d.targets)), list(d.class_to_idx)
@@ -487,14 +489,14 @@ def listed(name, root, download):
 
 
 def stl10(root, size, channels, download):
-    """(blocks, how many, further arrays): labelled, unlabelled (label -1) and test pictures of STL-10."""
+    """(blocks, their number, further arrays): STL-10's labelled, unlabelled (label -1) and test pictures."""
     from torchvision.datasets import STL10
     unpack(root / STL10.filename, STL10.base_folder)
     train, test = (STL10(root, split=s, download=download) for s in ("train", "test"))
     more = np.memmap(root / "stl10_binary" / "unlabeled_X.bin", np.uint8, "r").reshape(-1, 3, 96, 96)
     more = more.swapaxes(2, 3)  # the file stores pictures column by column
     labels = torch.cat([torch.as_tensor(train.labels).long(), torch.full((len(more),), -1)])
-    order = shuffled(range(len(labels)))  # unlabelled pictures everywhere, not at the end alone
+    order = shuffled(range(len(labels)))  # spread the unlabelled pictures
     rows = [*order, *range(len(labels), len(labels) + len(test))]
 
     def blocks(start):
@@ -509,7 +511,7 @@ def stl10(root, size, channels, download):
 
 
 def rendered(name, root, size, channels):
-    """Images that render.py draws, with their ground truth; shapes and scenes are always in colour."""
+    """Images rendered by render.py, with their ground truth; shapes and scenes are always in colour."""
     from common import render
     channels = 3 if name in ("shapes", "scenes") else channels
 
@@ -530,7 +532,7 @@ def rendered(name, root, size, channels):
 
         return images.shape, blocks, rest
 
-    def painted(size):  # a block at a time
+    def painted(size):  # block by block
         told = render.captioned(render.SCENES, render.SCENES.pictures, size)
         attributes, style = (torch.cat([told[key], told[f"test_{key}"]]) for key in ("attributes", "style"))
         n, live = len(style), sys.stderr.isatty()
@@ -546,13 +548,13 @@ def rendered(name, root, size, channels):
 
         return (n, 3, size, size), blocks, told | {"test_from": len(told["style"])}
 
-    code = hashlib.sha256(Path(render.__file__).read_bytes()).hexdigest()[:16]  # new code renders anew
+    code = hashlib.sha256(Path(render.__file__).read_bytes()).hexdigest()[:16]  # changed code renders again
     return cached(root / "cache" / f"{name}-{size}x{channels}-{code}", make)
 
 
 @contextmanager
 def say_what_to_place(name, root):
-    """Turn whatever goes wrong with the files of set `name` into one line: what to place where."""
+    """Turn any error with the files of set `name` into one line that says which files to place where."""
     try:
         yield
     except ImportError as e:
@@ -563,7 +565,7 @@ def say_what_to_place(name, root):
 
 
 def read_text(path):
-    """The text of a file in UTF-8, whatever the system's encoding, with or without a byte order mark."""
+    """Read a UTF-8 file, with or without a byte order mark, whatever the system's encoding."""
     try:
         return path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
@@ -573,7 +575,7 @@ def read_text(path):
 # ---- minibatches
 
 def warp(x, amount=1.0, share=0.8):
-    """Rotate, stretch, shear and shift a share of the images x (n, C, S, S) at random, repeating their edges.
+    """Randomly rotate, stretch, shear and shift a share of the images x (n, C, S, S), repeating their edges.
 
     `amount` 1: rotate by up to 20 degrees, stretch each side by up to 28 %, shear by up to a fifth, shift by
     up to a fourteenth of the side (2 of 28 pixels); 0: x itself.  `share`: fraction of the batch to warp.  A
@@ -583,13 +585,13 @@ def warp(x, amount=1.0, share=0.8):
         return x
     size = amount * (torch.rand(len(x), 1, device=x.device) < share)
     drawn = (size * (2 * torch.rand(len(x), 6, device=x.device) - 1)).unbind(1)
-    bounds = 0.35, 0.2, 0.25, 0.25, 1 / 7, 1 / 7            # no tensor: a captured step may not copy one
+    bounds = 0.35, 0.2, 0.25, 0.25, 1 / 7, 1 / 7            # not a tensor: a captured step cannot copy one
     turn, shear, wide, high, right, down = (bound * part for bound, part in zip(bounds, drawn))
     maps = torch.stack([wide.exp() * turn.cos(), shear - high.exp() * turn.sin(), right,
                         wide.exp() * turn.sin(), high.exp() * turn.cos(), down], 1).unflatten(1, (2, 3))
-    with torch.autocast(x.device.type, enabled=False):      # a bfloat16 grid blurs those left as they are too
+    with torch.autocast(x.device.type, enabled=False):      # a bfloat16 grid would blur even unwarped images
         grid = F.affine_grid(maps, x.shape, align_corners=False)
-        # For padding_mode="border", which Apple's GPUs lack: stop at the centres of the outermost pixels.
+        # Clamp to the centres of the outermost pixels: padding_mode="border", which Apple's GPUs lack.
         edge = 1 - 1 / x.shape[3]
         return F.grid_sample(x.float(), grid.clamp(-edge, edge), align_corners=False)
 
@@ -598,13 +600,13 @@ class Batches:
     """Endless minibatches of `images` uint8 (N, ...) and `others` (N, ...), without replacement in an epoch.
 
     next() -> x, or (x, *others) if there are any.  x is float32 (batch_size, ...) on `device`, with 0..255
-    mapped to scale[0]..scale[1].  Integer others come as int64; floats, uint8 and bool keep their type.
-    Epoch e visits randperm(N) seeded with (seed, e), batch_size * world images at a time, of which `rank`
-    takes its slice: all ranks together see the batch of one process.  An epoch drops the remainder, the next
-    one drops other images.  `per_epoch`: minibatches in an epoch.
-    `resident`: keep the data on the device (None: if they fit).  If not, a thread gathers the next minibatch
-    on the host while this one is in use.  Nothing waits for the device.
-    Raises UserError if lengths, types or sizes do not agree.
+    mapped to scale[0]..scale[1].  Integer others become int64; floats, uint8 and bool keep their type.
+    Epoch e visits randperm(N), seeded with (seed, e), in batches of batch_size * world images.  Each rank
+    takes its slice, so all ranks together see the batch of a single process.  Each epoch drops the remainder,
+    which differs between epochs.  `per_epoch`: minibatches per epoch.
+    `resident`: keep the data on the device (None: if it fits).  If False, a thread gathers the next minibatch
+    on the host while the current one is in use.  Nothing waits for the device.
+    Raises UserError if lengths, types or sizes do not match.
     """
 
     def __init__(self, images, *others, batch_size, device="cpu", seed=0, scale=(0., 1.), rank=0, world=1,
@@ -666,21 +668,21 @@ class Batches:
         if self.order[0] != self.epoch:
             seed = int(np.random.SeedSequence([self.seed % 2**64, self.epoch]).generate_state(1)[0])
             order = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed))
-            if self.resident:  # pinned: a copy from pageable memory waits for the device
+            if self.resident:  # pinned, as a copy from pageable memory would wait for the device
                 order = (order.pin_memory() if self.cuda else order).to(self.device, non_blocking=self.cuda)
             self.order = self.epoch, order
         start = self.position * self.batch + self.rank * self.b
         return self.order[1][start:start + self.b]
 
     def _gather(self):
-        """Gather the next minibatch in the thread -> a Future of the tensors.
+        """Start gathering the next minibatch in the thread -> a Future of the tensors.
 
-        The thread makes no CUDA call, which could break a CUDA graph capture in the main thread.  So pinned
-        memory is allocated here; its allocator reuses a buffer only after the copy from it is done.
+        The thread makes no CUDA calls, which could break a CUDA graph capture in the main thread.  Therefore
+        pinned memory is allocated here; its allocator reuses a buffer only after the copy from it is done.
         """
         into = [torch.empty(self.b, *t.shape[1:], dtype=t.dtype, pin_memory=self.cuda) for t in self.tensors]
-        index, place = self._index().sort()  # read a memory map in the order of its file,
-        place = place.argsort()  # then restore the order; index_copy_ would take 30 times as long
+        index, place = self._index().sort()  # read a memory map in file order,
+        place = place.argsort()  # then restore the batch order; index_copy_ would take 30 times as long
 
         def gather():
             rows = [t.index_select(0, index) for t in self.tensors]
@@ -689,15 +691,15 @@ class Batches:
         return self.thread.submit(gather)
 
     def state_dict(self):
-        """The position of the next minibatch to hand out, and what it depends on."""
+        """The position of the next minibatch, and everything that its content depends on."""
         return {key: getattr(self, key) for key in ("epoch", "position", "n", "batch", "seed")}
 
     def load_state_dict(self, state):
-        """Resume from `state`.  Raises UserError if its data, batch size (of all ranks) or seed differ."""
+        """Resume from `state`.  UserError: another number of pictures, total batch size or seed."""
         for key, what in (("n", "number of pictures"), ("batch", "batch of all ranks"), ("seed", "seed")):
             if state[key] != getattr(self, key):
                 raise UserError(f"the checkpoint's {what} is {state[key]}, that of this run "
                                 f"{getattr(self, key)}: expected the same"
                                 + ", see --batch-size, of each rank" * (key == "batch"))
-        self.ahead = None  # what was read ahead, if anything, is dropped
+        self.ahead = None  # drop the prefetched minibatch
         self.epoch, self.position = state["epoch"], state["position"]

@@ -1,6 +1,6 @@
-"""--explore RUN-or-FILE: a trained generator in the browser, with a slider or a field for whatever it takes.
+"""--explore RUN-or-FILE: a trained generator in the browser, with a slider or field for each of its inputs.
 
-It listens on 127.0.0.1 alone and knows two requests: the page, and /draw, a PNG.  It serves no files.
+It listens only on 127.0.0.1 and answers two requests: the page, and /draw, a PNG.  It serves no files.
 """
 
 import functools
@@ -22,15 +22,15 @@ from common import UserError, log
 from common.log import say
 
 ROWS = 16           # random inputs on the page, each with a small picture
-MOST = 6            # directions of z
-LONGEST = 8000      # characters of a request
+MOST = 6            # directions of z, at most
+LONGEST = 8000      # characters of a request, at most
 
 
 def serve(draws, title, wishes):
-    """Serve the page until Ctrl-C.  draws: a Drawer.  wishes: name of a knob -> its first value as text."""
-    say("drawing a few hundred pictures to find out what moves them")
+    """Serve the page until Ctrl-C.  draws: a Drawer.  wishes: knob name -> initial value as text."""
+    say("finding the directions of z that change the pictures most")
     server = Server(draws, title, wishes)
-    say(f"http://127.0.0.1:{server.port}/   (Ctrl-C ends it)")
+    say(f"http://127.0.0.1:{server.port}/   (Ctrl-C stops it)")
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -40,7 +40,7 @@ def serve(draws, title, wishes):
 
 
 class Explorer:
-    """Draws ROWS random inputs of a seed, moved along directions of z, with knobs set."""
+    """Draws pictures of ROWS random inputs, with z moved along directions and knobs set."""
 
     def __init__(self, draws, wishes):
         self.draws, self.wishes, self.seed = draws, wishes, torch.initial_seed() % 2**32
@@ -56,8 +56,8 @@ class Explorer:
         return self.draws.draw(ROWS)
 
     def picture(self, fields):
-        """PNG of what (name, text) pairs ask for: seed and row of the random input; z, a step along each
-        direction in standard deviations; knob.NAME, random if empty.  UserError: a bad value."""
+        """The PNG that the (name, text) pairs describe: seed and row select a random input; each z is a step
+        along a direction in standard deviations; knob.NAME is random if empty.  UserError: a bad value."""
         asked = dict(fields)
         seed = number("seed", asked.get("seed", ""), int, 0, 2**63 - 1)
         row = number("row", asked.get("row", ""), int, 0, ROWS - 1)
@@ -71,7 +71,7 @@ class Explorer:
         self.draws.ask(inputs, {k[5:]: text for k, text in asked.items() if k.startswith("knob.") and text})
         if not all(t.isfinite().all() for t in inputs):
             raise UserError("a value too large for float32 found")
-        torch.manual_seed(seed)     # for a generator with noise of its own
+        torch.manual_seed(seed)     # for generators that draw noise themselves
         x = log.to_uint8(self.draws.pictures(inputs)[0])
         file = io.BytesIO()
         image = Image.fromarray((x[0] if len(x) == 1 else x.permute(1, 2, 0)).numpy())
@@ -79,7 +79,7 @@ class Explorer:
         return file.getvalue()
 
     def page(self, title):
-        """The page, one self-contained text."""
+        """The page as one self-contained HTML text."""
         drawn = self.draws.asked(self.random)[0]
         knobs = [control(knob, self.wishes.get(name, knob.start), drawn[name])
                  for name, (_, _, knob) in self.draws.knobs.items()]
@@ -91,10 +91,10 @@ class Explorer:
 
 
 def directions(draws, i, pairs=128):
-    """The directions of input i that move the pictures most, (at most MOST, its size), one standard deviation
-    long: singular vectors of the covariance of z and pictures.
+    """The directions of input i that change the pictures most: (at most MOST, size of the input), each one
+    standard deviation long.  They are singular vectors of the covariance of z and pictures.
 
-    Each z is drawn with its mirror image and the same knobs, so that what knobs do to the pictures cancels.
+    Each z is paired with its mirror image at the same knob settings, so that the effect of the knobs cancels.
     """
     here = draws.draw(pairs)
     z = here[i].flatten(1)
@@ -106,7 +106,7 @@ def directions(draws, i, pairs=128):
 
 
 def number(name, text, kind, low, high):
-    """The number that `text` stands for.  UserError: none, or outside low..high."""
+    """Parse a number.  UserError: not a number, or outside low..high."""
     try:
         value = kind(text)
     except ValueError:
@@ -117,7 +117,7 @@ def number(name, text, kind, low, high):
 
 
 def control(knob, text, drawn):
-    """A knob's field, as HTML.  text: its first value, None: the middle, the first category, or `drawn`."""
+    """The HTML control of a knob.  text: initial value; None: the middle, the first category, or `drawn`."""
     name, label = escape("knob." + knob.name), f"<span>{escape(knob.name)}</span>"
     first = None if text is None else knob.shown(torch.as_tensor(knob.value(str(text))))
     if knob.names:
@@ -134,7 +134,7 @@ def control(knob, text, drawn):
         if not knob.whole:
             start = (knob.low + knob.high) / 2 if first is None else float(first)
             return slider(knob.name, "knob." + knob.name, min(knob.low, start), max(knob.high, start), start)
-    except ValueError:  # its text is no number
+    except ValueError:  # its text is not a number
         pass
     return (f'<label class="wide">{label}<input name="{name}" value="{escape(first or drawn)}" '
             'maxlength="1000" placeholder="empty: at random"></label>')
@@ -148,12 +148,12 @@ def slider(label, name, low, high, start):
 class Server(ThreadingHTTPServer):
     """Listens on the first free port of 127.0.0.1 from 8000.
 
-    All drawing happens in one thread, one picture at a time: networks switch modes, and torch keeps a pool of
-    threads for each thread that computes.
+    All drawing happens in one thread, one picture at a time: networks switch modes, and torch creates a pool
+    of threads for each thread that computes.
     """
 
-    allow_reuse_address = os.name != "nt"                   # there it would share another program's port
-    server_bind = socketserver.TCPServer.server_bind        # HTTPServer's asks the network for a name
+    allow_reuse_address = os.name != "nt"                   # on Windows it would share another program's port
+    server_bind = socketserver.TCPServer.server_bind        # HTTPServer's looks up a host name on the network
 
     def __init__(self, draws, title, wishes):
         for port in (*range(8000, 8100), 0):
@@ -168,7 +168,7 @@ class Server(ThreadingHTTPServer):
         self.page = self.explorer.page(title).encode()
 
     def handle_error(self, request, address):
-        if not isinstance(sys.exc_info()[1], ConnectionError):      # of a page that was closed
+        if not isinstance(sys.exc_info()[1], ConnectionError):      # the page was closed
             super().handle_error(request, address)
 
 
@@ -178,7 +178,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         hosts = ([f"{name}:{self.server.port}"] for name in ("127.0.0.1", "localhost"))
         path, _, query = self.path.partition("?")
-        if self.headers.get_all("Host") not in hosts:       # another site's name for this address
+        if self.headers.get_all("Host") not in hosts:       # DNS rebinding by another site
             self.reply(403, f"open http://127.0.0.1:{self.server.port}/")
         elif self.command != "GET" or path not in ("/", "/draw"):
             self.reply(404, "not found")

@@ -1,7 +1,7 @@
-"""Use a trained generator: --sample, --grid, --real, --set, --export.  This needs no pictures but for --real.
+"""Use a trained generator: --sample, --grid, --real, --set, --export.  Only --real needs the data set.
 
-Each script describes what draws in one function, drawer(args, saved) -> Drawer.  `saved` holds the parts of
-the checkpoint by name, and under "about" what the script told Run.keep() of its data.
+Each script describes its generator in one function, drawer(args, saved) -> Drawer.  `saved` maps names to
+the parts of the checkpoint; saved["about"] is what the script passed to Run.keep() about its data.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from common.log import say
 
 @dataclass
 class Knob:
-    """One thing to ask of a generator: a label, a code, an attribute, a sentence.
+    """One input of a generator that a user can set: a label, a code, an attribute, a sentence.
 
-    It sets one column of an input (n, ...), or all of it if `whole`.  `names`: those of its categories; else
-    it is a number, of which `low` to `high`, as a user types them, are worth trying.  read: what a user types
-    -> the value in the input, ValueError if it is none; tell: a row's value -> what to write in labels.csv.
+    It sets one column of an input (n, ...), or the whole input if `whole`.  names: its categories; if empty,
+    the knob is a number and `low` to `high` is its useful range, as a user types it.  read: typed text ->
+    value in the input, ValueError if invalid.  tell: a row's value -> text for labels.csv.
     """
 
     name: str
@@ -38,10 +38,10 @@ class Knob:
     read: callable = None
     tell: callable = None
     whole: bool = False
-    start: object = None        # what --explore shows at first, as a user types it; None: see control()
+    start: object = None        # initial value in --explore, as a user types it; None: see control()
 
     def value(self, text):
-        """The value that `text` stands for.  UserError: another kind of value."""
+        """Parse `text`.  UserError: not a value of this knob."""
         try:
             if self.read:
                 return self.read(text)
@@ -58,18 +58,18 @@ class Knob:
             raise UserError(f"{self.name} {text!r} found: expected {expected}") from None
 
     def shown(self, value):
-        """The value as text."""
+        """Format a value as text."""
         if self.tell:
             return self.tell(value)
         return str(self.names[int(value)]) if self.names else f"{float(value):.4g}"
 
 
 class Drawer(nn.Module):
-    """What draws: forward(*inputs) -> pictures (n, C, H, W) in [0, 1].
+    """A trained generator: forward(*inputs) -> pictures (n, C, H, W) in [0, 1].
 
-    function: the inputs, tensors (n, ...), -> pictures in `scale`.  draw(n): n random rows of each input.
-    nets: name in the checkpoint -> module.  inputs: name -> its knobs, in the order of function's arguments.
-    within: a context that puts `nets` into the mode they draw in.  size: rows at a time.
+    function: input tensors (n, ...) -> pictures with values in `scale`.  draw(n): n random rows of each
+    input.  nets: name in the checkpoint -> module.  inputs: name -> knobs, in the order of function's
+    arguments.  within: a context manager that puts `nets` in sampling mode.  size: rows per batch.
     """
 
     def __init__(self, function, draw, nets, inputs, scale=(0.0, 1.0), within=None, size=500):
@@ -84,12 +84,12 @@ class Drawer(nn.Module):
 
     @property
     def knobs(self):
-        """Name of each knob -> (number of its input, its column, itself)."""
+        """Knob name -> (index of its input, its column, the knob)."""
         return {knob.name: (i, j, knob) for i, knobs in enumerate(self.inputs.values())
                 for j, knob in enumerate(knobs)}
 
     def ask(self, inputs, wishes):
-        """Set knobs of all rows, in place: wishes, name -> text.  UserError: no such knob or value."""
+        """Set knobs in all rows, in place.  wishes: name -> text.  UserError: unknown knob or value."""
         for name, text in wishes.items():
             if name not in self.knobs:
                 takes = ", ".join(self.knobs) or "nothing but noise"
@@ -100,20 +100,20 @@ class Drawer(nn.Module):
         return inputs
 
     def asked(self, inputs):
-        """What each row asks for: a list of dicts, knob's name -> text."""
+        """The knob settings of each row: a list of dicts, knob name -> text."""
         columns = {name: (inputs[i] if knob.whole else inputs[i][:, j]).cpu() for name, (i, j, knob)
                    in self.knobs.items()}
         return [{name: self.knobs[name][2].shown(column[row]) for name, column in columns.items()}
                 for row in range(len(inputs[0]))]
 
     def pictures(self, inputs):
-        """Draw them, `size` rows at a time: (n, C, H, W) in [0, 1]."""
+        """Generate pictures (n, C, H, W) in [0, 1], `size` rows at a time."""
         with self.within(), torch.no_grad():
             return torch.cat([self(*rows) for rows in zip(*(t.split(self.size) for t in inputs))])
 
 
 def main(r, drawer):
-    """Do what --sample, --export or --explore ask of the run or file that --resume names."""
+    """Run --sample, --export or --explore on the run or file given by --resume."""
     args = r.args
     if args.export:
         args.device = "cpu"
@@ -132,7 +132,7 @@ def main(r, drawer):
 
 
 def load(r, drawer):
-    """(Drawer, the parts of the checkpoint that it was made from) of the run or file that --resume names."""
+    """The (Drawer, checkpoint parts) of the run or file given by --resume."""
     args = r.args
     saved = read(args.resume) if Path(args.resume).is_file() else r.parts_saved()
     try:
@@ -140,13 +140,13 @@ def load(r, drawer):
         for name, net in draws.nets.items():
             net.load_state_dict({k: saved[name][k] for k in net.state_dict()})
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as e:
-        raise UserError(f"{args.resume} lacks what draws: another version of the script wrote it.  Go on "
-                        "with --resume and a few more --steps") from e
+        raise UserError(f"{args.resume} lacks parts of the generator: another version of the script wrote "
+                        "it.  Train it for a few more --steps with --resume") from e
     return draws.to(args.device), saved
 
 
 def wishes_of(args):
-    """--set NAME=VALUE and --label VALUE: name -> text.  UserError: no equals sign."""
+    """Parse --set NAME=VALUE and --label VALUE into name -> text.  UserError: no equals sign."""
     wishes = {} if args.label is None else {"label": args.label}
     for text in args.set or ():
         name, equals, value = text.partition("=")
@@ -157,8 +157,8 @@ def wishes_of(args):
 
 
 def sample(r, draws, wishes):
-    """--sample N: N pictures as samples/00000.png and so on, and in samples/labels.csv what each was asked to
-    be; with --grid one picture, grid.png; with --real as many real pictures too, in real/."""
+    """--sample N: write N pictures, samples/00000.png and so on, and the knobs of each in samples/labels.csv;
+    with --grid one picture, grid.png, instead; with --real also N real pictures, in real/."""
     args, n = r.args, r.args.sample
     inputs = draws.ask(draws.draw(n), wishes)
     r.folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +184,7 @@ def sample(r, draws, wishes):
 
 
 def real(r, shape):
-    """--real: as many training pictures as samples, at the network's size, as real/00000.png and so on."""
+    """--real: write as many training pictures as samples, resized to the network's size, to real/."""
     args = r.args
     images = data.load(args.dataset, args.data_dir, shape[2], shape[1], skip_bad=args.skip_bad).images
     chosen = torch.randperm(len(images))[:args.sample].sort().values
@@ -195,13 +195,13 @@ def real(r, shape):
 
 
 def columns_of(draws, n):
-    """Columns of --grid: one for each category where there is one input of up to 20, else about a square."""
+    """Columns of --grid: one per category if there is a single list of at most 20; else nearly a square."""
     names = [len(knob.names) for _, _, knob in draws.knobs.values() if knob.names]
     return names[0] if len(names) == 1 and names[0] <= min(20, n) else math.ceil(math.sqrt(n))
 
 
 def emptied(folder):
-    """The folder, made anew."""
+    """Delete the folder if it exists and create it again."""
     if folder.is_dir():
         shutil.rmtree(folder)
     folder.mkdir()
@@ -213,11 +213,11 @@ def write_pngs(folder, images, start):
         log.save_png(folder / f"{i:05d}.png", x)
 
 
-# ---- Files that draw elsewhere ----------------------------------------------------------------------------
+# ---- Exported files ---------------------------------------------------------------------------------------
 
 def export(path, draws, saved, r):
-    """--export FILE: FILE.pt2, a program of torch.export with a free batch size that needs PyTorch alone; or
-    FILE.npz, the networks in bfloat16 and all settings, which --resume FILE and --explore FILE take."""
+    """--export FILE.pt2 writes a torch.export program with a dynamic batch size, which needs only PyTorch;
+    --export FILE.npz writes bfloat16 weights and all settings, for --resume FILE and --explore FILE."""
     if path.suffix not in (".pt2", ".npz"):
         raise UserError(f"--export {path} found: a name that ends in .pt2 (a program for PyTorch) or .npz "
                         "(weights for this repository) expected")
@@ -226,7 +226,7 @@ def export(path, draws, saved, r):
         if path.suffix == ".npz":
             write(temporary, draws, saved, r)
         else:
-            with temporary.open("wb") as f:     # by its name, torch would miss the ending .pt2
+            with temporary.open("wb") as f:     # given a path, torch would insist on the suffix .pt2
                 torch.export.save(traced(draws), f, extra_files={"inputs.json": json.dumps(signature(draws))})
         temporary.replace(path)
     except OSError as e:
@@ -238,7 +238,7 @@ def export(path, draws, saved, r):
 
 
 def traced(draws):
-    """The Drawer as a program of torch.export: any number of rows, at least one."""
+    """Trace the Drawer with torch.export, for any number of rows from one."""
     rows = torch.export.Dim("n", min=1, max=2**20)
     example = draws.draw(3)
     with draws.within(), torch.no_grad():
@@ -247,7 +247,7 @@ def traced(draws):
 
 
 def signature(draws):
-    """What the program takes, for whoever opens it: a list of inputs with type, shape and columns."""
+    """A description of the program's inputs for its users: a list with type, shape and columns of each."""
     def column(knob):
         limits = {"names": knob.names} if knob.names else {"low": knob.low, "high": knob.high}
         return {"name": knob.name} | limits
@@ -258,8 +258,7 @@ def signature(draws):
 
 
 def write(path, draws, saved, r):
-    """The parts that draw as arrays, bfloat16 as uint16, with the run's settings and what it knew of its
-    data."""
+    """Write the generator's arrays (bfloat16 stored as int16), the run's settings and saved["about"]."""
     about, arrays = {}, {}
     for key, value in saved["about"].items():
         if torch.is_tensor(value):
@@ -277,13 +276,13 @@ def write(path, draws, saved, r):
 
 
 def settings_in(path):
-    """The settings of the run that FILE.npz was exported from, as in args.json."""
+    """The settings, as in args.json, of the run from which FILE.npz was exported."""
     with opened(path) as arrays:
         return json.loads(str(arrays["settings"]))
 
 
 def read(path):
-    """The parts that FILE.npz holds, as a checkpoint has them: name -> state dict, and "about"."""
+    """The parts in FILE.npz, laid out as in a checkpoint: name -> state dict, and "about"."""
     with opened(path) as arrays:
         floating = set(json.loads(str(arrays["bfloat16"])))
         saved = {"about": json.loads(str(arrays["about"]))}
@@ -297,7 +296,7 @@ def read(path):
 
 @contextlib.contextmanager
 def opened(path):
-    """np.load without pickles.  UserError: not a file of --export."""
+    """np.load without pickles.  UserError: not a file written by --export."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             yield arrays

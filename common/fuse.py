@@ -1,14 +1,14 @@
 """The training step as one unit: mixed precision, descent, torch.compile, CUDA graph, data parallelism.
 
-A script writes its whole iteration, sampling, losses and every update, as one plain function and puts
-`@fuse(args)` on it.  Device and flags choose one of three modes before the first step:
+A script writes its whole iteration (sampling, losses and all updates) as one plain function decorated with
+`@fuse(args)`.  Device and flags choose one of three modes before the first step:
 
     plain       the function as it is: on a CPU, or with --no-graph
     cuda-graph  warmed up with real steps, captured once as a CUDA graph, then replayed: no Python, no kernel
                 launches and no host synchronisation in the loop
-    compiled    --compile: the whole iteration is one graph of torch.compile, on a GPU captured as above
+    compiled    --compile: the whole iteration as one torch.compile graph; on a GPU then captured as above
 
-All modes share one optimizer state, in torch.optim's layout, so a run may change its mode on --resume.
+All modes use the same optimizer state, in torch.optim's layout, so --resume may change the mode.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ def fuse(args):
     """Decorator: make a training iteration fast on `args.device` without changing what it computes.
 
     The iteration takes tensors and returns a dict of 0-dim tensors.  Inside it: no `.item()`, no print, no
-    Python `if` on a tensor (use torch.where, or a second fused function).  A graph's outputs are overwritten
-    by the next call.
+    Python `if` on a tensor (use torch.where, or a second fused function).  Each call of a CUDA graph
+    overwrites the outputs of the last one.
     """
     def decorate(step):
         step = compiled(step) if args.compile else step
@@ -48,15 +48,15 @@ def fuse(args):
 
 
 def compiled(step):
-    """`step` as one graph of torch.compile, without a break.  Its outputs are detached."""
-    from torch._dynamo import config  # not at the top: seconds of imports
+    """Compile `step` into one torch.compile graph without graph breaks.  Its outputs are detached."""
+    from torch._dynamo import config  # not at the top: it takes seconds to import
 
     def detached(*inputs):
         return {name: value.detach() for name, value in step(*inputs).items()}
 
-    # Dynamo keeps what it compiles with the code object, and two steps must not share one.
+    # Dynamo caches compiled code by code object, so give each step its own.
     detached.__code__ = detached.__code__.replace(co_name=f"{step.__name__}_{next(COUNT)}")
-    # Reordering loops ends in an assertion of Inductor on a GPU (PyTorch 2.11; aae.py, vaegan.py).
+    # On a GPU, loop reordering fails an assertion in Inductor (PyTorch 2.11; aae.py, vaegan.py).
     options = {"loop_ordering_after_fusion": False} if BACKEND == "inductor" else None
     whole = torch.compile(detached, fullgraph=True, dynamic=False, backend=BACKEND, options=options)
 
@@ -90,11 +90,11 @@ def cannot_compile(device):
 
 
 class Graph:
-    """`step` as a CUDA graph: `warmup` plain calls on a side stream, one capture, then replays.  Each call is
-    one update.
+    """`step` as a CUDA graph: `warmup` plain calls on a side stream, one capture, then replays.  Each call
+    performs one step.
 
-    Raises ValueError when the inputs' shapes or dtypes differ from the captured ones: the graph would
-    silently work on what its input buffers held before.
+    Raises ValueError if the inputs' shapes or dtypes differ from the captured ones; the graph would otherwise
+    silently reuse the old contents of its input buffers.
     """
 
     def __init__(self, step, warmup=3):
@@ -122,19 +122,19 @@ class Graph:
             raise ValueError(f"the captured step takes {want}, got {got}")
         for buffer, x in zip(self.inputs, inputs):
             buffer.copy_(x, non_blocking=True)
-        self.graph.replay()  # Capturing only records, so the captured call replays as well.
+        self.graph.replay()  # also after the capture, which records but does not execute
         return self.outputs
 
 
 # ---- descent
 
 def descend(*losses_and_opts):
-    """descend(loss, opt): one step of `opt` down the gradient of `loss` in that optimizer's own parameters.
+    """descend(loss, opt): one step of `opt` down the gradient of `loss` with respect to its parameters.
 
     descend(loss_1, opt_1, loss_2, opt_2, ...) computes all gradients before any optimizer steps, so the
     losses may share one forward pass.  Only these parameters receive gradients.  Gradients are averaged over
-    ranks.  Raises RuntimeError inside an autocast block, whose cache of cast weights would go on returning
-    those from before the step, and for a parameter that its loss does not depend on.
+    ranks.  Raises RuntimeError inside an autocast block, whose cache would return the weights from before the
+    step, and if a loss does not depend on one of its parameters.
     """
     losses, opts = losses_and_opts[::2], losses_and_opts[1::2]
     params = [[p for group in opt.param_groups for p in group["params"]] for opt in opts]
@@ -151,10 +151,10 @@ def descend(*losses_and_opts):
 
 
 def _step(opt, params, grads):
-    # Fused Adam goes by memory: a mean over ranks is in plain order, weights are channels_last.
+    # Fused Adam ignores strides: weights are channels_last, a mean over ranks is contiguous.
     grads = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for p, g in zip(params, grads)]
     if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        # The graph holds today's state's addresses: one loaded later would be silently ignored.
+        # The graph holds the addresses of the current state; a state loaded later would be ignored.
         opt.register_load_state_dict_pre_hook(_refuse_load)
     if hasattr(opt, "update"):
         with torch.no_grad():
@@ -173,7 +173,7 @@ def _step(opt, params, grads):
 
 
 def _mean_over_ranks(grads):
-    """The mean over ranks of each gradient, in one exchange."""
+    """Average each gradient over ranks, in one all_reduce."""
     if not dist.is_initialized():
         return grads
     flat = torch.cat([g.flatten() for g in grads])
@@ -189,7 +189,7 @@ def _refuse_load(opt, state):
 @contextlib.contextmanager
 def frozen(*nets):
     """Within the block, gradients flow through `nets` to their inputs but not into their parameters."""
-    if torch.compiler.is_compiling():  # gradients that nobody asks for are dead code
+    if torch.compiler.is_compiling():  # the compiler removes unused gradients
         yield
         return
     params = [p for net in nets for p in net.parameters() if p.requires_grad]
@@ -202,13 +202,13 @@ def frozen(*nets):
             p.requires_grad_(True)
 
 
-# ---- optimizers: rates are 0-dim tensors in `param_groups`, so that set_rate() reaches a captured step
+# ---- optimizers: rates are 0-dim tensors in `param_groups`, so that set_rate() works on a captured step
 
 def Adam(params, lr, betas=(0.5, 0.999), weight_decay=0.0, decoupled=False):
-    """torch.optim.Adam, or AdamW where weight decay is `decoupled`, with its fused kernels.
+    """torch.optim.Adam, or AdamW if weight decay is `decoupled`, with fused kernels.
 
-    `params`: parameters or groups of them, as torch.optim takes them.  Its state exists from the start, which
-    the compiled step needs.
+    `params`: parameters or parameter groups, as in torch.optim.  The state is created at once, as the
+    compiled step needs it.
     """
     params = list(params)
     first = params[0]["params"][0] if isinstance(params[0], dict) else params[0]
@@ -223,7 +223,7 @@ def Adam(params, lr, betas=(0.5, 0.999), weight_decay=0.0, decoupled=False):
 
 
 def _adam(opt, grads):
-    """One update of Adam or AdamW for the compiled step: torch.optim's own step() would break its graph."""
+    """One update of Adam or AdamW for the compiled step, where torch.optim's step() would break the graph."""
     grads = iter(grads)
     for group in opt.param_groups:
         ps = group["params"]
@@ -249,8 +249,8 @@ def _adam(opt, grads):
 class SGD(torch.optim.Optimizer):
     """Classical momentum, v <- momentum v - lr g and theta <- theta + v.
 
-    Both `lr` and `momentum` are 0-dim tensors; torch.optim.SGD's momentum is a Python number, which a
-    captured step would keep for good.
+    Both `lr` and `momentum` are 0-dim tensors.  torch.optim.SGD's momentum is a Python number, which a
+    captured step could not change.
     """
 
     def __init__(self, params, lr, momentum=0.0):
@@ -267,21 +267,21 @@ class SGD(torch.optim.Optimizer):
         if params[0].is_cuda:
             torch._foreach_sub_(v, torch._foreach_mul(grads, group["lr"]))
         else:
-            torch._foreach_addcmul_(v, grads, [group["lr"]] * len(v), value=-1)  # lr * g would be a copy
+            torch._foreach_addcmul_(v, grads, [group["lr"]] * len(v), value=-1)  # no copy for lr * g
         torch._foreach_add_(params, v)
 
 
 def set_rate(opt, lr, **others):
-    """Set the learning rate of `opt`, and `others` such as momentum, in place: a captured step follows."""
+    """Set the learning rate of `opt`, and `others` such as momentum, in place, for captured steps too."""
     for group in opt.param_groups:
         for name, value in {"lr": lr, **others}.items():
             group[name].fill_(value)
 
 
-# ---- exponential moving averages (EMA) of weights, BatchNorm's statistics
+# ---- exponential moving averages (EMA) of weights, BatchNorm statistics
 
 def averaged(net):
-    """A copy of `net` to hold the EMA of its parameters, see average(); its buffer `t` counts the updates."""
+    """A copy of `net` for the EMA of its parameters, see average(); its buffer `t` counts the updates."""
     ema = copy.deepcopy(net).requires_grad_(False)
     ema.register_buffer("t", torch.zeros(()))
     return ema
@@ -291,8 +291,8 @@ def averaged(net):
 def average(ema, net, decay):
     """ema <- decay ema + (1 - decay) net for each parameter; buffers are copied.
 
-    `ema`: made by averaged().  `decay`: from 0, the last parameters, to 1; after t updates at most
-    (1 + t) / (10 + t), so that the first, random parameters are soon forgotten.
+    `ema`: made by averaged().  `decay`: in [0, 1]; 0 copies the parameters.  After t updates it is capped at
+    (1 + t) / (10 + t), so that the EMA soon forgets the random initial parameters.
     """
     share = 1 - ((1 + ema.t) / (10 + ema.t)).clamp(max=decay)
     p_ema, p = list(ema.parameters()), list(net.parameters())
@@ -302,7 +302,7 @@ def average(ema, net, decay):
         torch._foreach_add_(p_ema, change)
     else:  # few passes over memory
         for a, b in zip(p_ema, p):
-            a.lerp_(b, share)  # torch._foreach_lerp_ would make a Python number of it
+            a.lerp_(b, share)  # torch._foreach_lerp_ would convert it to a Python number
     for name, buffer in net.named_buffers():
         ema.get_buffer(name).copy_(buffer)
     ema.t.add_(1)
@@ -310,9 +310,9 @@ def average(ema, net, decay):
 
 @torch.no_grad()
 def calibrate(net, batches):
-    """Set BatchNorm's running statistics in `net` to their plain mean over `batches`, each a tuple of inputs.
+    """Set BatchNorm's running statistics in `net` to their plain mean over `batches`, a tuple of inputs each.
 
-    EMA weights need it: the statistics that average() copies belong to other weights.  Returns `net` in eval
+    EMA weights need this, because average() copies the statistics of the raw weights.  Returns `net` in eval
     mode.
     """
     norms = [m for m in net.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
@@ -328,12 +328,13 @@ def calibrate(net, batches):
     return net.eval()
 
 
-# ---- precision, modes of networks, devices
+# ---- precision, sampling mode, devices
 
 def autocast(args):
-    """A block, to be entered again and again, that runs matrix products in bfloat16 when `args.amp`.
+    """A reusable context manager: bfloat16 autocast if `args.amp`, else nothing.
 
-    bfloat16 has float32's range, so no loss scaling.  Losses and likelihoods belong outside, or in float32.
+    bfloat16 has the range of float32, so no loss scaling is needed.  Compute losses and likelihoods outside
+    it, or in float32.
     """
     if not args.amp:
         return contextlib.nullcontext()
@@ -342,8 +343,7 @@ def autocast(args):
 
 @contextlib.contextmanager
 def sampling(*nets):
-    """Within the block `nets` are in eval mode and without gradients; BatchNorm's buffers stay as they
-    are."""
+    """Within the block, `nets` are in eval mode and gradients are off, so BatchNorm buffers do not change."""
     training = [net.training for net in nets]
     for net in nets:
         net.eval()
@@ -358,21 +358,21 @@ def sampling(*nets):
 def place(args, *nets):
     """Move `nets` to `args.device`, convolutions as channels_last, and return them.
 
-    Under torchrun every rank gets rank 0's parameters and buffers.
+    Under torchrun, all ranks receive the parameters and buffers of rank 0.
     """
     if torch.device(args.device).type == "cpu":
         _keep_freed_memory()
     layout = can(torch.device(args.device).type, "channels_last")
     for net in nets:
-        # Compiled, a convolution of one channel gets gradients in another layout than Inductor expects: it
-        # stays in plain order (PyTorch issue 171622).
+        # When compiled, a convolution with one channel gets gradients in a layout that Inductor does not
+        # expect, so such networks stay contiguous (PyTorch issue 171622).
         one = args.compile and any(1 in m.weight.shape[:2] for m in net.modules()
                                    if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)))
         net.to(args.device, **({"memory_format": torch.channels_last} if layout and not one else {}))
         if dist.is_initialized():
             for t in net.state_dict().values():
                 dist.broadcast(t, 0)
-        if args.compile or not layout:  # a compiled step chooses layouts itself, and takes no hooks
+        if args.compile or not layout:  # a compiled step chooses layouts itself and does not support hooks
             continue
         for m in net.modules():
             if isinstance(m, nn.Flatten):
@@ -381,28 +381,28 @@ def place(args, *nets):
 
 
 def _keep_freed_memory():
-    """Let glibc keep what a step frees for the next one; giving it back each time costs a sixth of a step."""
+    """Let glibc keep the memory that a step frees; returning it to the system costs a sixth of a step."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: larger blocks are mapped and unmapped; its maximum
+        libc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD, its maximum: larger blocks are always mapped
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def _one_layout(flatten, inputs):
-    """Before an nn.Flatten: the gradient goes back through it in the layout of its input.
+    """A pre-hook of nn.Flatten that gives the gradient the memory layout of the input.
 
-    In plain order, an elementwise operation on plain and channels_last tensors would take fifty times as long
-    as on either (CPU).
+    Otherwise it is contiguous, and an elementwise operation that mixes contiguous and channels_last tensors
+    takes fifty times as long on a CPU.
     """
     x, = inputs
     if x.requires_grad and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        x = x.view_as(x)  # x may have a gradient from elsewhere as well
+        x = x.view_as(x)  # hook only this use of x, which may have others
         x.register_hook(lambda g: g.contiguous(memory_format=torch.channels_last))
     return x,
 
 
 def describe(args):
-    """The status line: what a step of this run is, decided by device and flags alone."""
+    """The status line: mode, precision, ranks and device, which depend only on device and flags."""
     graph = args.graph and torch.device(args.device).type == "cuda"
     mode = " ".join(["compiled"] * args.compile + ["cuda-graph"] * graph) or "plain"
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -411,7 +411,7 @@ def describe(args):
 
 
 def has_bf16(device):
-    """Whether `device` (a torch.device) multiplies bfloat16 matrices in hardware; emulated, it is slower than
+    """Whether `device` (a torch.device) multiplies bfloat16 matrices in hardware; emulation is slower than
     float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -423,21 +423,21 @@ def has_bf16(device):
 
 @functools.cache
 def can(device, what):
-    """Whether `device` ("mps" ...) does `what`: "bf16", "channels_last", "float64", "fused" (Adam's update).
+    """Whether `device` ("mps" ...) supports `what`: "bf16", "channels_last", "float64", "fused" (Adam).
 
-    True for "cuda" and "cpu".  On others a small probe must give a CPU's values.
+    True for "cuda" and "cpu".  On other devices a small probe must give the same values as on the CPU.
     """
     if device in ("cpu", "cuda"):
         return True
     try:
         found, expected = (_probe(torch.device(d, 0), what) for d in (device, "cpu"))
         return torch.allclose(found, expected, 0.02, 0.02 if what == "bf16" else 1e-5)
-    except (AssertionError, RuntimeError, TypeError):  # what PyTorch raises where it has no such thing
+    except (AssertionError, RuntimeError, TypeError):  # PyTorch raises these if unsupported
         return False
 
 
 def _probe(device, what):
-    """A small convolution's gradient and its weights after one update, as float32 on the CPU."""
+    """The gradient of a small convolution and its weights after one update, as float32 on the CPU."""
     form = {"memory_format": torch.channels_last} if what == "channels_last" else {}
     t = torch.arange(288.0).sin().to(torch.float64 if what == "float64" else torch.float32)
     x, w = t.view(2, 4, 6, 6).to(device, **form), t.view(8, 4, 3, 3).to(device, **form).requires_grad_()
@@ -450,5 +450,5 @@ def _probe(device, what):
 
 
 def precise(t):
-    """`t`, on the CPU if its device has no float64."""
+    """`t`, moved to the CPU if its device has no float64."""
     return t if can(t.device.type, "float64") else t.cpu()

@@ -1,4 +1,4 @@
-"""What a run leaves behind: TensorBoard events, metrics.jsonl, progress lines, and figures as PNG files."""
+"""A run's output: TensorBoard events, metrics.jsonl, progress lines, and figures as PNG files."""
 
 import atexit
 import contextlib
@@ -24,7 +24,7 @@ from common import UserError
 
 
 def say(text, file=None, end="\n"):
-    """Print `text` to `file` (None: sys.stdout).  A closed or limited console never ends a run."""
+    """Print `text` to `file` (None: sys.stdout).  A closed console or a limited encoding never ends a run."""
     file = file or sys.stdout
     try:
         try:
@@ -34,18 +34,18 @@ def say(text, file=None, end="\n"):
             print(text, file=file, end=end, flush=True)
     except (OSError, ValueError) as e:  # ValueError: the file is closed
         if isinstance(e, OSError) and e.errno in (errno.EPIPE, errno.EIO):
-            # The reader is gone for good.  What is still buffered would fail again when Python exits.
+            # The reader is gone.  Discard the buffer, which would fail again when Python exits.
             with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as null:
                 os.dup2(null.fileno(), file.fileno())
 
 
 def temporary(path):
-    """A name beside `path` that no other process and no other file has."""
+    """A path beside `path` that no other process or file uses."""
     return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
 def write_text(path, text):
-    """Write a text file, whole or not at all: on a full disk the old one survives."""
+    """Write a text file completely or not at all: on a full disk the old one survives."""
     partial = temporary(path)
     try:
         partial.write_text(text, encoding="utf-8")
@@ -55,7 +55,7 @@ def write_text(path, text):
 
 
 class SummaryWriter(tensorboard.SummaryWriter):
-    """TensorBoard's, which cannot write to a folder whose name is not UTF-8: it gets a link to that."""
+    """TensorBoard's SummaryWriter cannot write to a folder whose name is not UTF-8, so give it a link."""
 
     def __init__(self, folder, **more):
         try:
@@ -72,8 +72,8 @@ class SummaryWriter(tensorboard.SummaryWriter):
 class Logger:
     """Sums scalars on their devices and reads them once per interval, so that the loop never waits.
 
-    folder None: a rank that does not log.  step: where a resumed run starts; later lines are dropped.
-    group: of the scalars in TensorBoard, the script's name.  hint: what to add where a run takes long.
+    folder None: a rank that does not log.  step: the step of a resumed run; later log lines are dropped.
+    group: prefix of the scalars in TensorBoard, the script's name.  hint: advice for a long run.
     """
 
     def __init__(self, folder, steps, images_per_step, step=0, group="run", hint=""):
@@ -91,8 +91,8 @@ class Logger:
         self.board = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     def add(self, scalars):
-        """Add one step's scalars, numbers and 0-dim tensors of any device, to the interval's sums."""
-        groups = {}  # torch adds and stacks tensors of one device and type at a time
+        """Add one step's scalars (numbers, or 0-dim tensors on any device) to the interval's sums."""
+        groups = {}  # by device and type, since torch adds and stacks only tensors that share both
         for name, v in scalars.items():
             v = v.detach().float() if isinstance(v, torch.Tensor) else torch.tensor(v, dtype=torch.float64)
             groups.setdefault((v.device, v.dtype), {})[name] = v
@@ -103,7 +103,7 @@ class Logger:
             torch._foreach_add_([sums[name] for name in values], list(values.values()))
 
     def means(self):
-        """The interval's means so far as a dict of floats.  Waits for each device once."""
+        """The means of the interval so far, as a dict of floats.  Waits once per device."""
         totals = dict.fromkeys(self.counts, 0.0)
         for sums in self.sums.values():
             for name, total in zip(sums, torch.stack(list(sums.values())).tolist()):
@@ -137,14 +137,14 @@ class Logger:
         return f"step {step}/{self.steps} {percent:3.0f}%  {rate:.0f} images/s  ETA {eta}  {self.line}"
 
     def _rate(self, step):
-        """Images a second since the interval began, its first step, which may compile, left out."""
+        """Images per second since the interval began, without its first step, which may compile."""
         if step == self.last + 1:
             self.second = time.perf_counter()
         passed = time.perf_counter() - getattr(self, "second", math.inf)
         return (step - self.last - 1) * self.images_per_step / passed if passed > 0 else 0.0
 
     def progress(self, step):
-        """After a step: on a terminal one live line, at most twice a second; once, how long it will take."""
+        """Update a terminal's live line, at most twice a second; after 5 seconds estimate the run time."""
         now, rate = time.perf_counter(), self._rate(step) if not self.rate else self.rate
         if not self.folder:
             return
@@ -153,7 +153,7 @@ class Logger:
             if minutes > 1:
                 say(f"about {minutes:.0f} minutes at {rate:.0f} images/s{self.hint if minutes > 10 else ''}")
         if self.tty and now - self.shown > 0.5:
-            if not self.rate and now - self.looked > 2:  # before the first line: read the device now and then
+            if not self.rate and now - self.looked > 2:  # no line yet: read the device occasionally
                 self.looked, self.line = now, _short(self.means())
             self.shown, columns = now, 80
             with contextlib.suppress(OSError, ValueError):  # the terminal was closed
@@ -164,7 +164,7 @@ class Logger:
         if self.tty and self.folder:
             say("", sys.stderr)
         if self.folder:
-            self.board.flush()  # figures and numbers follow in the same file
+            self.board.flush()  # the file stays open for figures and final numbers
 
 
 def _short(means):
@@ -174,7 +174,7 @@ def _short(means):
 def history(folder):
     """The lines of a run's metrics.jsonl as dicts of numbers, each with "step" and "seconds".
 
-    Damaged lines are skipped and counted in one message.  The last line may be cut off by a kill: no message.
+    Skips damaged lines and reports their number, except for a last line cut off by a kill.
     """
     path, lines, damaged = folder / "metrics.jsonl", [], 0
     *texts, tail = path.read_bytes().split(b"\n") if path.exists() else [b""]
@@ -202,13 +202,13 @@ def _say_once(text):
 # ---- Images -----------------------------------------------------------------------------------------------
 
 def to_uint8(x, scale=(0.0, 1.0)):
-    """Images (..., H, W) with values in `scale` as uint8 on the CPU; values outside are clipped."""
+    """Convert images (..., H, W) with values in `scale` to uint8 on the CPU, with clipping."""
     x = (x.detach().float() - scale[0]) / (scale[1] - scale[0])
     return x.clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
 
 
 def grid(x, columns, scale=(0.0, 1.0)):
-    """Images (n, 1 or 3, H, W) in rows of `columns`, separated by grey lines: uint8 (3, H', W')."""
+    """Arrange images (n, 1 or 3, H, W) in rows of `columns` with grey lines between: uint8 (3, H', W')."""
     x = F.pad(to_uint8(x, scale), (0, 2, 0, 2), value=128)  # make_grid would import torchvision: 3.6 seconds
     x = torch.cat([x, x.new_full((-len(x) % columns, *x.shape[1:]), 128)])
     x = F.pad(rearrange(x, "(r c) k h w -> k (r h) (c w)", c=columns), (2, 0, 2, 0), value=128)
@@ -216,7 +216,7 @@ def grid(x, columns, scale=(0.0, 1.0)):
 
 
 def with_captions(images, captions):
-    """uint8 images (3, H, W) of one width, stacked, each below its caption: uint8 (3, H', W)."""
+    """Stack uint8 images (3, H, W) of equal width, each below its caption: uint8 (3, H', W)."""
     parts = []
     for x, caption in zip(images, captions):
         lines = textwrap.wrap(caption, max(12, x.shape[2] * 2 // 11))
@@ -239,7 +239,7 @@ def save_png(path, image):
 
 
 def smaller(image, side):
-    """A uint8 image (1 or 3, H, W), shrunk so that its longer side is at most `side` pixels."""
+    """Shrink a uint8 image (1 or 3, H, W) so that its longer side is at most `side` pixels."""
     scale = side / max(image.shape[1:])
     if scale >= 1:
         return image
@@ -249,7 +249,7 @@ def smaller(image, side):
 
 
 def animate(files, path, most=60):
-    """The pictures `files` as an animated GIF, at most `most` of them; nothing for fewer than two."""
+    """Write at most `most` of the pictures `files` as an animated GIF; do nothing for fewer than two."""
     if len(files) < 2:
         return
     chosen = [files[i] for i in np.linspace(0, len(files) - 1, min(most, len(files))).round().astype(int)]
@@ -268,10 +268,10 @@ COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 
 
 
 class Axes:
-    """A small chart for line and scatter figures, drawn at twice its size.
+    """A small chart for line and scatter figures, drawn at twice its final size.
 
-    xlim, ylim: data ranges.  low: put the legend at the bottom.  UserError: limits that are not finite or do
-    not rise.
+    xlim, ylim: data ranges.  low: put the legend at the bottom.  UserError: limits that are not finite or not
+    increasing.
     """
 
     def __init__(self, xlim, ylim, xlabel, ylabel, size=(640, 420), low=False):

@@ -1,4 +1,4 @@
-"""What several papers measure.  Everything runs offline: no Inception network, no scikit-learn, no SciPy."""
+"""Measures that several papers share.  All run offline, without Inception network, scikit-learn or SciPy."""
 
 import contextlib
 import hashlib
@@ -25,13 +25,13 @@ def need(ok, expected, found):
 
 
 def finite(*tensors):
-    """Raise a UserError if a number among them is NaN or infinite: a measure of it would say nothing."""
+    """Raise a UserError if any number is NaN or infinite, as a measure of it would be meaningless."""
     bad = sum(int((~t.isfinite()).sum()) for t in tensors)
     need(not bad, "finite numbers to measure", f"{bad} that are NaN or infinite")
 
 
 def shapes(*tensors):
-    """Types and shapes for a message: float32 (2, 3) and int64 (2,)."""
+    """Describe types and shapes for a message: float32 (2, 3) and int64 (2,)."""
     return " and ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors)
 
 
@@ -41,11 +41,11 @@ def shapes(*tensors):
 def batched(net, *tensors, size=500, scale=None):
     """net(*tensors) without gradients, evaluated `size` rows at a time and concatenated.
 
-    net: a module, which runs in eval mode and gets each tensor's rows on its own device; or a function, which
-    runs as it is and gets them where they are.  tensors (N, ...); a None is passed on as None.
+    net: a module, which runs in eval mode and receives rows on its own device; or a function, which runs as
+    it is and receives rows on their device.  tensors (N, ...); None is passed on as None.
     scale (low, high): uint8 tensors become float32, 0 -> low and 255 -> high, as in Batches.
-    Returns what net returns: a tensor, None, or a tuple of these.  net the identity, scale (-1, 1), uint8 0
-    and 255: -1 and 1.  UserError: tensors of different lengths.
+    Returns what net returns: a tensor, None, or a tuple of these.  The identity with scale (-1, 1) maps uint8
+    0 and 255 to -1 and 1.  UserError: tensors of different lengths.
     """
     module = isinstance(net, nn.Module)
     weights = next(itertools.chain(net.parameters(), net.buffers()), None) if module else None
@@ -61,7 +61,7 @@ def batched(net, *tensors, size=500, scale=None):
     need(len({len(t) for t in given}) == 1, "tensors (N, ...) of one length N", shapes(*given))
     parts = []
     with sampling(*[net] if module else []):
-        for start in range(0, max(len(given[0]), 1), size):  # no rows: still one call, for the output's shape
+        for start in range(0, max(len(given[0]), 1), size):  # no rows: call it once for the output's shape
             parts.append(net(*(t if t is None else ready(t[start:start + size]) for t in tensors)))
     return _concatenate(parts)
 
@@ -78,7 +78,7 @@ def _concatenate(parts):
 
 @torch.no_grad()
 def _parzen_ll(samples, x, sigmas, chunk):
-    """(S, N) l(x) for S values of sigma, which share the squared distances."""
+    """(S, N) l(x) for S values of sigma, computed from the same squared distances."""
     need(samples.dim() > 1 and len(samples) and len(x) and samples.shape[1:] == x.shape[1:]
          and samples.is_floating_point() and x.is_floating_point(),
          "floating-point samples (n, ...) and x (N, ...) of one shape, n, N > 0", shapes(samples, x))
@@ -89,14 +89,14 @@ def _parzen_ll(samples, x, sigmas, chunk):
     s = torch.tensor(sigmas, dtype=torch.float64, device=samples.device)[:, None]
     ll = []
     for x_i in x.split(chunk):
-        # ||x||^2 - 2 x mu + ||mu||^2 cancels.  float64 has digits to spare and never runs as TF32.
+        # ||x||^2 - 2 x mu + ||mu||^2 cancels digits, so use float64, which also never runs as TF32.
         x_i = x_i.to(samples.device, torch.float64)
         log_sum = x_i.new_full((len(s), len(x_i)), -math.inf)
         for mu in samples.split(chunk):
             mu = mu.double()
             d2 = torch.addmm(mu.square().sum(1), x_i, mu.T, alpha=-2) + x_i.square().sum(1, keepdim=True)
             near = d2.clamp_(min=0).min(1).values
-            far = (near[:, None] - d2).float()  # the largest term is exp(0), so float32 is enough from here
+            far = (near[:, None] - d2).float()  # the largest term is exp(0), so float32 suffices
             mass = torch.stack([far.div(2 * v * v).exp_().sum(1) for v in sigmas])
             log_sum = torch.logaddexp(log_sum, mass.double().log() - near / (2 * s * s))
         ll.append(log_sum - math.log(n) - d * (s * math.sqrt(2 * math.pi)).log())
@@ -106,9 +106,9 @@ def _parzen_ll(samples, x, sigmas, chunk):
 def parzen_ll(samples, x, sigma, chunk=1000):
     """l(x) = log mean_i exp(-||(x - mu_i) / sigma||^2 / 2) - d log(sigma sqrt(2 pi)), in nats.
 
-    samples mu (n, ...), x (N, ...): floating point, one shape and scale, d numbers each.  Returns (N,)
+    samples mu (n, ...), x (N, ...): floating point, same shape and scale, d numbers each.  Returns (N,)
     float64 on the samples' device.  Memory: chunk x chunk distances.
-    One sample, equal to x, d = 1, sigma = 1: -log(2 pi) / 2 = -0.9189.
+    A single sample equal to x, d = 1, sigma = 1: -log(2 pi) / 2 = -0.9189.
     UserError: different shapes, other types, sigma <= 0.  Source: GAN's parzen_ll.py.
     """
     return _parzen_ll(samples, x, [float(sigma)], chunk)[0]
@@ -131,7 +131,7 @@ def parzen(samples, valid, test, chunk=1000):
 # ---- Codes against labels and factors: InfoGAN Sec. 7, AAE Sec. 6 -----------------------------------------
 
 def majority(cluster, y, k):
-    """(k,) table: cluster -> its most frequent label, the lowest on a tie, -1 for an empty cluster.
+    """(k,) table: cluster -> its most frequent label (the lowest of a tie), -1 for an empty cluster.
 
     cluster (N,) integers in [0, k), y (N,) integers >= 0.  Clusters 0 0 0 1, labels 7 7 3 3, k = 3: 7, 3, -1.
     UserError: other shapes or values.
@@ -146,9 +146,9 @@ def majority(cluster, y, k):
 
 
 def matching(cost):
-    """(r,) the column of each row in the cheapest one-to-one matching of cost (r, c).
+    """(r,) the column of each row in the one-to-one matching of minimum total cost (r, c).
 
-    If r > c, rows without a partner get columns >= c.  [[1, 2], [3, 9]]: 1, 0.
+    If r > c, unmatched rows get columns >= c.  [[1, 2], [3, 9]]: 1, 0.
     Source: the Hungarian method with shortest augmenting paths, O(n^3), n = max(r, c).
     """
     rows, columns = cost.shape
@@ -156,7 +156,7 @@ def matching(cost):
     n = max(rows, columns)
     cost = np.pad(np.asarray(cost, np.float64), ((0, n - rows), (0, n - columns)))
     u, v = np.zeros(n), np.zeros(n + 1)  # prices: cost - u - v >= 0, with equality for matched pairs
-    row = np.full(n + 1, -1)  # column -> its row; column n holds the row to be matched next
+    row = np.full(n + 1, -1)  # column -> its row; column n holds the row being matched
     for i in range(n):
         row[n], j = i, n
         slack, back, done = np.full(n, np.inf), np.full(n, n), np.zeros(n + 1, bool)
@@ -194,7 +194,7 @@ def _ranks(a):
     return rank - rank.mean()
 
 
-# ---- A small classifier, its label agreement and its Frechet distance -------------------------------------
+# ---- A small classifier, label agreement and Frechet distance ---------------------------------------------
 
 class Classifier(nn.Module):
     """Strided 3x3 convolutions with 16, 32, 64, ... channels down to about 4 x 4, `dim` features, logits.
@@ -219,18 +219,18 @@ class Classifier(nn.Module):
         return self.head(self.trunk(x))
 
 
-RECIPE = 1  # increase with any change to Classifier or _train, so that no old file is taken for a new one
+RECIPE = 1  # increase it when Classifier or _train changes, so that old cache files are not used
 
 
 def classifier(images, labels, device, data_dir, steps=None, seed=0):
-    """A Classifier trained on these images, in eval mode; its weights are kept in DATA_DIR/cache.
+    """A Classifier trained on these images, in eval mode; its weights are cached in DATA_DIR/cache.
 
     images uint8 (N, C, H, W).  labels (N,) integers >= 0: softmax over classes; or (N, A) in [0, 1]: A
     independent attributes, one logit each.  Cross-entropy, Adam, one cycle, batch 128, shifts up to 2 pixels.
     steps None: 12 epochs, at least 100 and at most 1,500 steps; 99.2 % on MNIST's test images.
-    The file's name is a hash of what the weights depend on: labels, 1,000 of the images, steps, seed.  The
-    same arguments give the same weights (to the bit on a CPU) and leave the caller's random state alone.
-    data_dir None: nothing is kept.  UserError: other shapes, types or labels; a damaged file.
+    The file name is a hash of labels, 1,000 of the images, steps and seed.  The same arguments give the same
+    weights (bit-identical on a CPU).  The caller's random state does not change.
+    data_dir None: no cache.  UserError: other shapes, types or labels; a damaged file.
     """
     need(images.dim() == 4 and images.dtype == torch.uint8 and labels.dim() in (1, 2)
          and len(labels) == len(images) > 0, "images uint8 (N, C, H, W) and labels (N,) or (N, A), N > 0",
@@ -239,7 +239,7 @@ def classifier(images, labels, device, data_dir, steps=None, seed=0):
     need(labels.dim() == 1 or labels.max() <= 1, "attributes in [0, 1]", labels.max().item())
     classes = int(labels.max()) + 1 if labels.dim() == 1 else labels.shape[1]
     steps = steps or min(1500, max(100, 12 * len(images) // 128))
-    # The CPU's generator alone draws the weights; torch.manual_seed would reset those of GPUs, too.
+    # Seed only the CPU generator, which draws the weights; torch.manual_seed would also reset the GPUs'.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         clf = Classifier(images.shape[1:], classes)
@@ -304,7 +304,7 @@ def _train(clf, images, labels, steps, seed, batch=128, lr=5e-3, shift=2):
 
 
 def _judge(net, clf, x):
-    """net(x), for `net` a part of clf and images x (N, C, H, W), uint8 or float in [0, 1]."""
+    """net(x), where `net` is part of clf, for images x (N, C, H, W), uint8 or float in [0, 1]."""
     need(x.shape[1:] == clf.shape and len(x), f"images (N, *{clf.shape}), N > 0", shapes(x))
     if x.dtype != torch.uint8:
         low, high = x.aminmax()
@@ -324,7 +324,7 @@ def features(clf, x):
 
 
 def label_agreement(clf, x, y):
-    """Fraction in [0, 1] of images x whose largest logit is that of their label y.  For real x: the accuracy.
+    """Fraction in [0, 1] of images x that clf assigns to their label y.  For real images: its accuracy.
 
     x (N, C, H, W) uint8 or float in [0, 1], y (N,) integers.  All logits equal: the fraction with label 0.
     UserError: other shapes or ranges.
@@ -338,7 +338,7 @@ def frechet(feat_a, feat_b):
     """||m1 - m2||^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)), with mean m and covariance C of each set of features.
 
     feat_a (N, d), feat_b (M, d), N, M > 1.  Returns a float >= 0; 0 for a set and itself; N(m1, s1^2 I) and
-    N(m2, s2^2 I): ||m1 - m2||^2 + d (s1 - s2)^2.  Small sets bias it upwards: compare at equal N.
+    N(m2, s2^2 I): ||m1 - m2||^2 + d (s1 - s2)^2.  Small sets bias it upwards, so compare at equal N.
     UserError: other shapes.  Source: FID, Heusel et al. 2017.
     """
     need(feat_a.dim() == feat_b.dim() == 2 and feat_a.shape[1] == feat_b.shape[1]
@@ -348,7 +348,7 @@ def frechet(feat_a, feat_b):
     b = b.to(a.device)
     finite(a, b)
     C1, C2 = torch.atleast_2d(a.T.cov()), torch.atleast_2d(b.T.cov())
-    # With R = C1^(1/2), R C2 R is symmetric and has the eigenvalues of C1 C2: no complex numbers.
+    # With R = C1^(1/2), R C2 R is symmetric and has the eigenvalues of C1 C2; no complex numbers arise.
     e, U = torch.linalg.eigh(C1)
     R = U * e.clamp(min=0).sqrt() @ U.T
     cross = torch.linalg.eigvalsh(R @ C2 @ R).clamp(min=0).sqrt().sum()
@@ -360,7 +360,7 @@ def frechet_distance(clf, x_a, x_b):
     """Frechet distance of two sets of images in the classifier's features; 0 for a set and itself.
 
     x_a (N, C, H, W), x_b (M, C, H, W), uint8 or float in [0, 1]; errors: see label_agreement and frechet.
-    An offline substitute for FID that also suits greyscale digits.  Its scale depends on the classifier:
-    compare values of one classifier at equal N, and never with FID.
+    An offline substitute for FID that also suits greyscale digits.  Its scale depends on the classifier, so
+    compare only values of the same classifier at equal N, never with FID.
     """
     return frechet(features(clf, x_a), features(clf, x_b))

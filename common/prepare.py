@@ -1,4 +1,4 @@
-"""Picture files: found in folders, decoded in threads, kept as one memory-mapped array of uint8."""
+"""Picture files: find them in folders, decode them in threads, cache them as a memory-mapped uint8 array."""
 
 import hashlib
 import itertools
@@ -31,19 +31,19 @@ except ImportError:  # Windows
     fcntl = None
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")      # of SUFFIXES; an EPS file runs a program
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")   # only these: an EPS file would run a program
 GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B")     # Pillow's modes without colour
 SPLIT = re.compile(r"(train|test|val)(ing|id|idation)?([ _-]?(set|images|data|pictures|[0-9]+))*",
                    re.IGNORECASE)          # parts of a set: train, Test, val2017, training_set
-LITTER = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")   # left by other systems
+LITTER = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")   # made by operating systems
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))  # EXIF orientation -> upright
-BLOCK = 1024           # images decoded, written and checked at a time; another value voids what is prepared
+BLOCK = 1024           # images per block; changing it invalidates caches
 
 
 # ---- folders
 
 def folder(path, root, size, channels, skip_bad=False):
-    """A folder of pictures, shuffled; sub-folders, if any, are the classes, or train/ and test/."""
+    """Load a folder of pictures, shuffled; sub-folders, if any, are classes, or train/ and test/."""
     files, left_out = walk(path)
     parts = layout(sorted(files), path)
     left_out["pictures beside the two parts"] = len(files) - sum(map(len, parts.values()))
@@ -93,10 +93,10 @@ def folder(path, root, size, channels, skip_bad=False):
 
 
 def walk(path):
-    """-> {picture's path below `path`: [bytes, time of change]}, and a Counter of what was left out and why.
+    """-> {picture's path relative to `path`: [size, mtime]}, and a Counter of what was skipped and why.
 
-    Links are followed last, and no folder or file is read twice.  LITTER and hidden files and folders are
-    ignored.
+    Links are followed last, and no folder or file is read twice.  Ignores LITTER and hidden files and
+    folders.
     """
     found, left_out, seen, links, folders = {}, Counter(), set(), [], [str(path)]
     root, prefix = os.path.realpath(path), len(os.path.join(path, ""))
@@ -136,10 +136,10 @@ def walk(path):
 
 
 def layout(files, path):
-    """-> {"": {file: class}}, with folders train/ and test/ also "test_".  Class None: no sub-folders.
+    """-> {"": {file: class}}, and with folders train/ and test/ also "test_".  Class None: no sub-folders.
 
-    A lone folder around all others, or around all of a part, is a wrapper, no class.  val/ is the test part
-    if there is no test/.  What lies beside train/ and test/ is in neither.
+    A single folder that contains everything, or all of a part, is a wrapper, not a class.  val/ is the test
+    part if there is no test/.  Files beside train/ and test/ belong to neither part.
     """
     def top(f, depth):
         return unicodedata.normalize("NFC", f.split("/", depth + 1)[depth]) if f.count("/") > depth else None
@@ -171,7 +171,7 @@ def layout(files, path):
 
 
 def shuffled(rows):
-    """The rows as a list in a random order that depends on their number alone."""
+    """The rows as a list, shuffled in an order that depends only on their number."""
     return [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()]
 
 
@@ -179,7 +179,7 @@ def shuffled(rows):
 
 @contextmanager
 def opened(source):
-    """Open the picture of a path or of a (name, file) pair; an error in the block becomes one line."""
+    """Open the picture at a path or in a (name, file) pair; an error in the block becomes a UserError."""
     name, file = source if isinstance(source, tuple) else (source, source)
     try:
         with Image.open(file, formats=FORMATS) as im:
@@ -189,10 +189,10 @@ def opened(source):
 
 
 def scan(sources, name):
-    """-> whether all pictures are grey, and how to scale integers and floats beyond 8 bits, alike for all.
+    """-> whether all pictures are grey, and one scaling for all pictures with more than 8 bits.
 
     {"I" or "F": (low, factor, half)}: uint8 = (value - low) factor + half.  Raises UserError if the range of
-    their values does not tell.
+    the values is ambiguous.
     """
     def mode(source):
         with opened(source) as im:
@@ -226,11 +226,11 @@ def decode(source, size, channels, box=None, scales=None):
     """One picture as uint8 (channels, size, size): upright, on white, cropped to `box` or its centre."""
     with opened(source) as im:
         if box is None:
-            im.draft("L" if channels == 1 else "RGB", (2 * size, 2 * size))  # a JPEG no larger than needed
+            im.draft("L" if channels == 1 else "RGB", (2 * size, 2 * size))  # no larger a JPEG than needed
         turn = None
         with suppress(Exception):  # a broken EXIF tag
             turn = TURNS.get(im.getexif().get(0x0112))
-        if im.mode[0] in "IF":  # convert() would clip all above 255 to white
+        if im.mode[0] in "IF":  # convert() would clip values above 255 to white
             low, factor, half = scales[im.mode[0]]
             im = Image.fromarray(((np.asarray(im) - float(low)) * factor + half).astype(np.uint8))
         if im.mode in ("RGBA", "LA", "PA") or "transparency" in im.info:
@@ -241,15 +241,15 @@ def decode(source, size, channels, box=None, scales=None):
         if s == 1 < size:
             raise ValueError(f"{im.width}x{im.height} pixels would become one flat colour")
         left, top = (im.width - s) // 2, (im.height - s) // 2
-        im = im.crop(box or (left, top, left + s, top + s))  # resize(box=) would look beyond the edge
+        im = im.crop(box or (left, top, left + s, top + s))  # resize(box=) would read beyond it
         a = np.asarray(im.resize((size, size), Image.Resampling.BILINEAR))
     return a[None] if channels == 1 else a.transpose(2, 0, 1)
 
 
 def in_threads(work, sources):
-    """Yield work(source), or the UserError that it raises, of each source, in order.
+    """Yield work(source), or the UserError that it raised, for each source in order.
 
-    Pillow and zlib work without Python's lock.
+    Threads suffice: Pillow and zlib release the GIL.
     """
     def attempt(source):
         try:
@@ -260,12 +260,12 @@ def in_threads(work, sources):
     sources = iter(sources)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ThreadPoolExecutor(min(16, cpus)) as pool:
-        while part := list(itertools.islice(sources, BLOCK)):  # map() takes memory for each source at once
+        while part := list(itertools.islice(sources, BLOCK)):  # map() would submit all sources at once
             yield from pool.map(attempt, part)
 
 
 def decode_blocks(name, sources, start, work, n=None, cure="replace them"):
-    """Yield work(source) of the sources from `start` to n, BLOCK stacked at a time, and report progress.
+    """Yield work(source) for the sources from `start` to n, stacked in blocks of BLOCK; report progress.
 
     Raises UserError with a list of all pictures that cannot be read.
     """
@@ -288,12 +288,12 @@ def decode_blocks(name, sources, start, work, n=None, cure="replace them"):
 
 
 def listing(bad):
-    """The pictures that cannot be read, at most 50 by name."""
+    """A list of unreadable pictures for a message: at most 50 by name."""
     return "; ".join(bad[:50]) + f"; and {len(bad) - 50:,} more" * (len(bad) > 50)
 
 
 def printable(name):
-    """A file's name with escapes for line breaks and for bytes that are not UTF-8."""
+    """A file name with line breaks and bytes that are not UTF-8 escaped."""
     return str(name).encode("utf-8", "backslashreplace").decode().replace("\n", "\\n")
 
 
@@ -306,7 +306,8 @@ def brief(e):
 
 @contextmanager
 def locked(path):
-    """Let in one process at a time; a killed process releases its lock.  Some file systems have no locks."""
+    """Hold an exclusive lock, which the system releases if the process is killed.  Where the file system has
+    no locks, there is none."""
     with open(path, "a+b") as f:
         if not lock(f):
             say(f"waiting for the process that prepares {path.stem}", sys.stderr)
@@ -316,7 +317,7 @@ def locked(path):
 
 
 def lock(f):
-    """Lock the open file `f` until it is closed; False while another process has it."""
+    """Lock the open file `f` until it is closed; False if another process holds the lock."""
     try:
         if fcntl:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -332,12 +333,12 @@ def lock(f):
 
 
 def cached(where, make):
-    """Memory-map the images in the folder `where` and check them; prepare them first if they do not exist.
+    """Memory-map the images in the folder `where` and check them; preprocess them first if necessary.
 
     make() -> shape of the images, blocks, dict of further arrays.  blocks(i) yields uint8 arrays of BLOCK
-    images from number i on; preprocessing that was interrupted resumes there.
-    -> {"images": Tensor, **further arrays}; "test_from" among these says where "test_images" begin.
-    All bytes are checked each time, at about 1 GB/s a core: 9 s / cores for a million 3x64x64 images.
+    images from index i on, so that interrupted preprocessing can resume.
+    -> {"images": Tensor, **further arrays}.  If these include "test_from", "test_images" begin at that index.
+    All bytes are checked each time, at about 1 GB/s per core: 9 s / cores for a million 3x64x64 images.
     Raises UserError if the folder cannot be written or is damaged.
     """
     try:
@@ -346,7 +347,7 @@ def cached(where, make):
             with locked(where.with_name(f"{where.name}.lock")):
                 mine = where.with_name(f"{where.name}.tmp{os.getpid()}")
                 for left in sorted(where.parent.glob(f"{where.name}.tmp*")):
-                    try:  # we hold the lock, so its process is dead; if not, Windows refuses: files are open
+                    try:  # we hold the lock, so its owner is dead; else Windows refuses: files are open
                         left.rename(mine)
                     except OSError:
                         shutil.rmtree(left, ignore_errors=True)
@@ -368,15 +369,15 @@ def cached(where, make):
             return checksum(where / "images.npy", images.offset + i * each, size, seed + i)
 
         found = b"".join(in_threads(check, range(0, len(images), BLOCK)))
-        if not marks.exists():  # prepared before there were any
+        if not marks.exists():  # prepared before checksums were stored
             marks.write_bytes(found)
         elif marks.read_bytes() != found:
             raise ValueError
     except Exception as e:
         raise UserError(f"{where} is damaged: delete this folder and run again, it is then prepared "
-                        "anew") from e
+                        "again") from e
     with warnings.catch_warnings():
-        # Mode "r", though torch warns of it: a private writable mapping larger than the memory is refused.
+        # Keep mode "r" despite the warning: writable private mappings larger than memory are refused.
         warnings.filterwarnings("ignore", message=".*not writable")
         images, split = torch.from_numpy(images), arrays.pop("test_from", None)
     return arrays | ({"images": images} if split is None else
@@ -384,12 +385,13 @@ def cached(where, make):
 
 
 def seed_of(shape, rest):
-    """What the checksums of all blocks depend on: the shape of the images and the bytes of rest.pt."""
+    """The seed of all blocks' checksums, from the shape of the images and the bytes of rest.pt."""
     return zlib.crc32(rest, zlib.crc32(repr(tuple(shape)).encode()))
 
 
 def checksum(path, start, size, seed):
-    """CRC-32, 4 bytes, of `size` bytes of a file from `start` on.  A memory map would stay in memory."""
+    """CRC-32 (4 bytes) of `size` bytes of a file from `start` on, by read(): the pages of a memory map would
+    stay in memory."""
     crc = seed % 2**32
     with open(path, "rb") as f:
         f.seek(start)
@@ -399,11 +401,11 @@ def checksum(path, start, size, seed):
 
 
 def write(where, temporary, shape, blocks, rest):
-    """Write images.npy, rest.pt and checksums to `temporary`, which may be half done; rename it to `where`.
+    """Write images.npy, rest.pt and checksums to `temporary`, which may be partly done; rename it to `where`.
 
-    There is a checksum for each block, of shape, rest, position and pixels.  Blocks that agree are kept, so
-    neither a kill nor a changed list nor a damaged file leaves a wrong picture.  No memory map is written to,
-    since a full disk would then be a bus error.
+    Each block has a checksum of shape, rest, position and pixels.  Only blocks whose checksum matches are
+    kept, so neither a kill nor a changed list nor a damaged file leaves a wrong picture.  Uses write() and no
+    memory map, where a full disk would be a bus error.
     """
     n, each, done, head, packed = shape[0], math.prod(shape[1:]), 0, BytesIO(), BytesIO()
     np.lib.format.write_array_header_1_0(
@@ -439,5 +441,5 @@ def write(where, temporary, shape, blocks, rest):
         temporary.rename(where)
     except Exception:  # not KeyboardInterrupt, after which preprocessing resumes
         shutil.rmtree(temporary, ignore_errors=True)
-        if not where.exists():  # else another process was faster: its copy is as good
+        if not where.exists():  # otherwise use the copy that another process finished first
             raise

@@ -1,10 +1,10 @@
 """Rendered data sets with known ground truth, made on first use: nothing to download, every label exact.
 
-`shapes` and `scenes` are flat pictures of one or two objects, each with five English captions; an outline is
-a signed distance function, which says how much of a pixel it covers.  `faces` are shaded 3-D heads from a
-linear morphable model: each part (head, hair, hat, ...) is a cloud of points whose positions, normals and
-colours are linear in a head's coefficients.  So a batch of pictures is three matrix products, one scatter
-(the z-buffer) and one gather; nothing runs once per picture.
+`shapes` and `scenes` are flat pictures of one or two objects, each with five English captions; outlines are
+signed distance functions, which give the coverage of each pixel.  `faces` are shaded 3-D heads from a linear
+morphable model: each part (head, hair, hat, ...) is a cloud of points whose positions, normals and colours
+are linear in a head's coefficients.  So a batch of pictures takes three matrix products, one scatter (the
+z-buffer) and one gather, without a loop over pictures.
 """
 
 import math
@@ -20,16 +20,16 @@ from common import UserError
 FACTORS = ["azimuth", "elevation", "lighting", "width"]
 DEGREES = [60, 25, 70]  # azimuth, elevation and lighting at 1
 ATTRIBUTES = ["smile", "glasses", "beard", "long_hair", "hat", "skin", "hair"]
-IDENTITY = ["jaw", "nose", "eyes", "length", "lips", "brow"]  # shapes of a face that no label tells
-TONES = ["hat_hue", "shirt_hue", "background"]                # and colours
+IDENTITY = ["jaw", "nose", "eyes", "length", "lips", "brow"]  # shape of a face, without labels
+TONES = ["hat_hue", "shirt_hue", "background"]                # colours, without labels
 
 
 # ---- Faces: surfaces ---------------------------------------------------------------------------------------
-# A patch maps u in [0, 1], v in [-1, 1] to points (..., 3) and to paint {name: weight}.  x is to the right of
-# the picture, y up, z to the viewer; the chin is at y = -1, the crown at 1.03.  All is mirror symmetric in x.
+# A patch maps u in [0, 1], v in [-1, 1] to points (..., 3) and to paint {name: weight}.  x points right in
+# the picture, y up, z to the viewer; the chin is at y = -1, the crown at 1.03.  Everything is symmetric in x.
 
 def _step(x, a, b):
-    """0 up to x = a, 1 from x = b on, smooth between; with a > b it falls from 1 to 0."""
+    """Smooth step from 0 at x = a to 1 at x = b; with a > b it falls from 1 to 0."""
     t = ((x - a) / (b - a)).clamp(0, 1)
     return t * t * (3 - 2 * t)
 
@@ -40,12 +40,12 @@ def _bump(x, y, x0, y0, sx, sy):
 
 
 def _disc(x, y, rx, ry, soft=.12):
-    """1 inside the ellipse with radii rx, ry, 0 outside, smooth between."""
+    """1 inside the ellipse with radii rx and ry, 0 outside, with a smooth edge."""
     return torch.sigmoid((1 - (x / rx) ** 2 - (y / ry) ** 2) / soft * 2)
 
 
 def _head(u, v, smile=0, beard=0, jaw=0, nose=0, eyes=0, length=0, lips=0, brow=0):
-    """A superellipsoid, its front pushed along z into a face; (a, b), the first (x, y), places features."""
+    """A superellipsoid, its front displaced along z; features are placed by (a, b), the original (x, y)."""
     theta, phi = math.pi * u, math.pi * v
     x, y, z = theta.sin() * phi.sin(), theta.cos(), theta.sin() * phi.cos()
     r = (x.abs() / .74) ** 2.4 + (y.abs() / 1.03) ** 2.4 + (z.abs() / torch.where(z > 0, .78, .95)) ** 2.4
@@ -147,18 +147,18 @@ def _pair(patch):
 PARTS = {"head": ([_head], ["smile", "beard", *IDENTITY]), "body": ([_neck, *_pair(_ear)], []),
          "hair": ([_hair], ["long_hair"]), "glasses": ([*_pair(_rim), *_pair(_arm), _bridge], []),
          "hat": ([_hat], [])}
-# A point covers 2 x 2 samples and cracks of 1 close, so neighbours may be almost 3 samples apart, when a head
-# is widest (times 1.15) and nearest (times 8 / 7).
+# A point covers 2 x 2 samples and cracks of 1 sample are closed, so neighbours may be almost 3 samples apart
+# when a head is widest (times 1.15) and nearest (times 8 / 7).
 SPACING = 2.2
-INDEX = 2 ** 28  # more than the points of a head at the largest size
-CHUNK = 2 ** 19  # points and samples at a time, about what a CPU's cache holds; a GPU takes more
+INDEX = 2 ** 28  # more than the number of points of a head at the largest size
+CHUNK = 2 ** 19  # points and samples per chunk, to fit in a CPU's cache; a GPU takes 32 times as many
 
 
 # ---- Faces: from surfaces to matrices ----------------------------------------------------------------------
 
 def _grid(patch, modes, gap):
     """(u, v) whose neighbours are at most `gap` apart on the patch and on each of its modes."""
-    # u keeps off the poles, which have no normal.
+    # Keep u away from the poles, which have no normal.
     grid = [torch.linspace(1e-3, 1 - 1e-3, 200).double(), torch.linspace(-1, 1, 201).double()]
     shapes = torch.stack([patch(*torch.meshgrid(grid, indexing="ij"), **mode)[0] for mode in modes])
     for i in (0, 1):
@@ -169,14 +169,14 @@ def _grid(patch, modes, gap):
 
 
 def _grain(x, bits):
-    """x in multiples of 2^-bits, float32.  Sums of products of such numbers are exact, whatever their order:
-    pictures are the same to the bit however many are made at a time and on however many threads."""
+    """Round x to multiples of 2^-bits, as float32.  Sums of products of such numbers are exact in any order,
+    so pictures are bit-identical for any chunk size and number of threads."""
     return ((x * 2 ** bits).round() / 2 ** bits).float()
 
 
 @lru_cache(maxsize=16)
 def _part(name, gap, device):
-    """-> points, normals (3 k, N each: the mean, then each mode's change); paint (r, N) and its r names."""
+    """-> points, normals (3 k, N each): mean, then change for each mode; paint (r, N) and its r names."""
     patches, modes = PARTS[name]
     modes = [{}, *({mode: 1} for mode in modes)]
     shapes, paints = [], []
@@ -189,7 +189,7 @@ def _part(name, gap, device):
         paints.append({k: weight.flatten() for k, weight in patch(*uv)[1].items()})
     shapes = torch.cat(shapes, 2)  # (2, k, N, 3)
     shapes = torch.cat([shapes[:, :1], shapes[:, 1:] - shapes[:, :1]], 1).permute(0, 3, 1, 2).flatten(1, 2)
-    names = list(paints[0])  # a part's first patch has all of its paints
+    names = list(paints[0])  # the first patch of a part has all its paints
     paint = torch.stack([torch.cat([w.get(k, torch.zeros_like(w[names[0]])) for w in paints]) for k in names])
     return *_grain(shapes, 11).to(device), _grain(paint, 8).to(device), names
 
@@ -201,7 +201,7 @@ def _mix(a, b, t):
 
 
 def _colours(attributes, tones, plain):
-    """{paint: (n, 3)}, linear light.  A paint on skin is its difference from skin, if it is there."""
+    """{paint: (n, 3)} in linear light.  Paints on skin are differences from the skin colour, 0 if absent."""
     def rgb(*c):
         return attributes.new_tensor([c])
 
@@ -224,7 +224,7 @@ def _colours(attributes, tones, plain):
 
 
 def _rotation(angle, i, j):
-    """(n, 3, 3): by angle (n,) in the plane of axes i and j."""
+    """(n, 3, 3) rotations by angle (n,) in the plane of axes i and j."""
     R = torch.eye(3).to(angle).repeat(len(angle), 1, 1)
     R[:, i, i] = R[:, j, j] = angle.cos()
     R[:, i, j], R[:, j, i] = angle.sin(), -angle.sin()
@@ -232,7 +232,7 @@ def _rotation(angle, i, j):
 
 
 def _pose(factors):
-    """-> camera (n, 3, 3), which turns and widens; lamp (n, 2, 3), Lambert's and Blinn's directions."""
+    """-> camera (n, 3, 3): rotation and width; lamp (n, 2, 3): directions of Lambert's and Blinn's terms."""
     azimuth, elevation, lighting = (factors[:, :3] * factors.new_tensor(DEGREES)).deg2rad().unbind(1)
     one, up = torch.ones_like(azimuth), math.radians(25)
     R = _rotation(elevation, 2, 1) @ _rotation(azimuth, 0, 2)
@@ -243,10 +243,10 @@ def _pose(factors):
 
 
 def _nearest(xyz, scale, centre, S):
-    """Points (m, 3, N) -> (m, 1, S S) int64: each sample's nearest point, depth * 2^28 + index, or 0."""
+    """Points (m, 3, N) -> (m, 1, S S) int64: depth * 2^28 + index of the nearest point per sample, or 0."""
     x, y, z = xyz.unbind(1)
-    f = 8 * scale / (8 - z)  # seen from 8 units away; f grows towards the viewer, so it orders by depth
-    # Two samples more on each side; the outermost takes all that falls outside.
+    f = 8 * scale / (8 - z)  # perspective from 8 units away; serves as depth: it grows towards the viewer
+    # A margin of two samples on each side; points outside the picture go to the outermost.
     column = (x * f).add_(S / 2 + 2.5).clamp_(0, S + 4).floor_()
     row = (centre - y).mul_(f).add_(S / 2 + 2.5).clamp_(0, S + 4).floor_()
     cell = torch.add(column, row, alpha=S + 5).long()
@@ -255,7 +255,7 @@ def _nearest(xyz, scale, centre, S):
     key = key.new_zeros(len(f), (S + 5) ** 2).scatter_reduce_(1, cell, key, "amax").view(-1, S + 5, S + 5)
     key = torch.maximum(key[:, 1:-2], key[:, 2:-1])  # a point covers 2 x 2 samples
     key = torch.maximum(key[:, :, 1:-2], key[:, :, 2:-1])
-    # A crack one sample wide, with nearer points on both sides, closes.
+    # Close cracks that are one sample wide with nearer points on both sides.
     key = torch.maximum(key[:, 1:-1], torch.minimum(key[:, :-2], key[:, 2:]))
     key = torch.maximum(key[:, :, 1:-1], torch.minimum(key[:, :, :-2], key[:, :, 2:]))
     return key.flatten(1)[:, None]
@@ -264,9 +264,9 @@ def _nearest(xyz, scale, centre, S):
 @torch.no_grad()
 def heads(factors, attributes=None, identity=None, tones=None, size=64, channels=3, plain=False,
           device="cpu"):
-    """The renderer behind `faces`: draw n heads as told -> uint8 (n, channels, size, size) on `device`.
+    """The renderer of `faces`: draw n heads -> uint8 (n, channels, size, size) on `device`.
 
-    factors (n, 4) in [-1, 1] and attributes (n, 7) in [0, 1] as in `faces`, values in between are blends;
+    factors (n, 4) in [-1, 1] and attributes (n, 7) in [0, 1] as in `faces`; values in between are blends;
     identity (n, 6) in [-1, 1]: jaw, nose, eyes (distance), length, lips, brow; tones (n, 3) in [0, 1]: hue of
     the hat, hue of the shirt, brightness of the background.  Default 0; skin, hair and tones 0.5.
     plain: a bare head on black, without hair, glasses, hat and shirt.
@@ -276,13 +276,13 @@ def heads(factors, attributes=None, identity=None, tones=None, size=64, channels
         raise UserError(f"expected size 8..256, found {size}")
     if channels not in (1, 3):
         raise UserError(f"expected channels 1 (grey) or 3 (colour), found {channels}")
-    n, samples = len(factors), 2 if size >= 48 else 3  # samples x samples a pixel
+    n, samples = len(factors), 2 if size >= 48 else 3  # samples x samples per pixel
     S = size * samples
     factors = factors.double().cpu()
     attributes, identity, tones = (
         factors.new_tensor(default).expand(n, -1) if t is None else t.double().cpu() for t, default in
         ((attributes, [0.] * 5 + [.5] * 2), (identity, [0.] * len(IDENTITY)), (tones, [.5] * len(TONES))))
-    scale, centre = (S / 2.4, .015) if plain else (S / 2.72, .1)  # samples a unit of length; y in the middle
+    scale, centre = (S / 2.4, .015) if plain else (S / 2.72, .1)  # samples per unit; y of the centre
     camera, lamp = _pose(factors)
     colours = _colours(attributes, tones, plain)
     if channels == 1:
@@ -292,7 +292,7 @@ def heads(factors, attributes=None, identity=None, tones=None, size=64, channels
     products = [[], [], []]  # points, normals, paint: each part's coefficients (n, rows, k) and matrix (k, N)
     for name in ("head", "body") if plain else PARTS:
         points, normals, paint, names = _part(name, SPACING / scale, device)
-        there = knobs[name] if name in ("glasses", "hat") else torch.ones(n)  # at 0 a point inside the head
+        there = knobs[name] if name in ("glasses", "hat") else torch.ones(n)  # 0 puts all points inside it
         modes = torch.stack([there] + [there * knobs[mode] for mode in PARTS[name][1]], 1)[:, None, None]
         for product, coefficients, matrix in (
                 (products[0], (camera[..., None] * modes).flatten(2), points),
@@ -322,12 +322,12 @@ def heads(factors, attributes=None, identity=None, tones=None, size=64, channels
 
 
 def faces(n=20000, size=64, channels=3, seed=0, plain=False, device="cpu"):
-    """n rendered heads with everything about them that was drawn; factors and attributes are all independent.
+    """n rendered heads with their ground truth; all factors and attributes are independent.
 
     -> dict of
-    images           uint8 (n, channels, size, size) on `device`; channels 3 = colour, 1 = grey, its luma
+    images           uint8 (n, channels, size, size) on `device`; channels 3 = colour, 1 = grey (luma)
     factors          float32 (n, 4), uniform in [-1, 1]:
-                       azimuth    -1 = faces 60 degrees to the left of the picture, 1 = to the right
+                       azimuth    -1 = faces 60 degrees to the left in the picture, 1 = to the right
                        elevation  -1 = looks 25 degrees up, 1 = down
                        lighting   -1 = lit from 70 degrees to the left, 1 = right, always from 25 degrees up
                        width      -1 = head 0.85 times the mean width, 1 = 1.15 times
@@ -336,9 +336,9 @@ def faces(n=20000, size=64, channels=3, seed=0, plain=False, device="cpu"):
                        skin, uniform, 0 = dark .. 1 = light; hair, uniform, 0 = black, 0.5 = brown, 1 = blond
     attribute_names  ["smile", "glasses", "beard", "long_hair", "hat", "skin", "hair"]
 
-    Shapes of faces, colours of hats and shirts and the background (see `heads`) vary too and have no label.
-    plain: bare heads on black that differ in factors and shape alone, as in InfoGAN Fig. 3; attributes are 0,
-    skin and hair 0.5.  A seed gives the same pictures to the bit, and the first ones do not depend on n.
+    Face shape, hat and shirt colours and the background (see `heads`) also vary but have no labels.
+    plain: bare heads on black that differ only in factors and shape, as in InfoGAN Fig. 3; attributes are 0,
+    skin and hair 0.5.  The same seed gives bit-identical pictures, and the first ones do not depend on n.
     Raises UserError, a ValueError: n < 1, size not in 8..256, channels not 1 or 3.
     """
     if n < 1:
@@ -362,7 +362,7 @@ PALETTE = {"red": [.86, .13, .14], "orange": [.95, .49, .05], "yellow": [.97, .8
            "brown": [.47, .27, .12], "black": [.10, .10, .11]}
 SIZES, TEXTURES = ["small", "large"], ["plain", "striped", "dotted"]
 RELATIONS, BACKGROUNDS = ["alone", "above", "left of"], ["plain", "chequered", "barred", "shaded"]
-STYLE = ["x", "y", "slip", "shade", "red", "green", "blue"]  # what no caption tells
+STYLE = ["x", "y", "slip", "shade", "red", "green", "blue"]  # not in any caption
 RADIUS = [8, 13]  # pictures are 64 units wide
 SYNONYMS = {"small": ["small", "little", "tiny"], "large": ["large", "big"], "circle": ["circle", "disc"],
             "square": ["square", "box"], "cross": ["cross", "plus sign"], "diamond": ["diamond", "rhombus"],
@@ -380,18 +380,18 @@ GROUNDS = ["on a {} background", "against a {} background", "in front of a {} ba
 
 @dataclass(frozen=True)
 class Words:
-    """What the captions of a set can say of an object, and which (colour, shape) pairs are held out."""
+    """The vocabulary of a set's captions, and which (colour, shape) pairs are held out."""
 
     colours: tuple
     shapes: tuple
     held_out: tuple
-    varied: bool  # more forms of sentences
+    varied: bool  # more sentence patterns
     pictures: int
-    per_test: int  # pictures to train on for each one held out
+    per_test: int  # training pictures per test picture
 
     @property
     def object(self):
-        """Attribute of an object -> its values."""
+        """Attribute of an object -> possible values."""
         return {"size": SIZES, "colour": list(self.colours), "shape": list(self.shapes), "texture": TEXTURES}
 
 
@@ -422,7 +422,7 @@ def _triangle(x, y):
 
 def _star(x, y):
     x, up = x.abs(), .08 - y
-    for cos, sin in ((.809017, -.587785), (-.809017, -.587785)):  # fold the plane into a tenth of it
+    for cos, sin in ((.809017, -.587785), (-.809017, -.587785)):  # fold the plane into one tenth
         beyond = 2 * (cos * x + sin * up).clamp(min=0)
         x, up = x - beyond * cos, up - beyond * sin
     return .8047 * x.abs() + .5937 * (up - 1.12)  # the edge from a tip (0, 1.12) to a notch
@@ -434,7 +434,7 @@ def _cross(x, y):
 
 
 def _heart(x, y):
-    """Two quarters of a square's side and half circles on them (Inigo Quilez), 1.6 radii a unit."""
+    """Straight sides with two half circles on top (Inigo Quilez), at 1.6 radii per unit."""
     a, up = x.abs() / 1.6, .58 - y / 1.6
     lobe = ((a - .25) ** 2 + (up - .75) ** 2).sqrt() - .353553
     t = .5 * (a + up).clamp(min=0)
@@ -443,7 +443,7 @@ def _heart(x, y):
 
 
 def _diamond(x, y):
-    return .8137 * x.abs() + .5812 * y.abs() - .62  # half as wide again as high: .76 and 1.07
+    return .8137 * x.abs() + .5812 * y.abs() - .62  # half-axes .76 and 1.07
 
 
 def _crescent(x, y):
@@ -456,7 +456,7 @@ OUTLINES = {"circle": _circle, "square": _square, "triangle": _triangle, "star":
 
 
 def _caption(words, draw, whole, varied):
-    """A sentence on a picture's attributes `words`, on all of them if `whole`; draw() makes its choices."""
+    """A sentence about a picture's attributes `words`, all of them if `whole`; draw(): random numbers."""
     def pick(of):
         return of[int(draw() * len(of))]
 
@@ -472,7 +472,7 @@ def _caption(words, draw, whole, varied):
     if relation != "alone":
         nouns, swap = [text, noun(*words[4:8])], draw() < .5
         first, second = nouns[::-1 if swap else 1]
-        if varied and draw() < .3:  # the second one is where the first one is not
+        if varied and draw() < .3:  # state the position of the second object
             text = f"{first} with {second} {BESIDE[relation if swap else INVERSE[relation]]}"
         else:
             text = f"{first} {pick(SYNONYMS[INVERSE[relation] if swap else relation])} {second}"
@@ -485,9 +485,9 @@ def _caption(words, draw, whole, varied):
 
 @torch.no_grad()
 def paint(attributes, style, size=64, words=SHAPES):
-    """The renderer behind `shapes` and `scenes`: draw attributes (n, 10) and style (n, 7)
+    """The renderer of `shapes` and `scenes`: attributes (n, 10) and style (n, 7)
     -> uint8 (n, 3, size, size)."""
-    def cover(d):  # the share of a pixel whose middle is d units outside an edge
+    def cover(d):  # coverage of a pixel whose centre is d units outside an edge
         return (.5 - d * (size / 64)).clamp(0, 1)
 
     centre = (torch.arange(size) + .5) * (64 / size) - 32
@@ -495,7 +495,7 @@ def paint(attributes, style, size=64, words=SHAPES):
     gy, gx = torch.meshgrid(centre, centre, indexing="ij")
     checks = ((gx + 32) // 16 + (gy + 32) // 16) % 2
     grounds = torch.stack([0 * gx, .17 * checks, .17 * ((gx + 32) // 8 % 2), (gy + 32) / 180])
-    # An object is drawn in a window of its own; no outline reaches further than 17 units from its middle.
+    # Draw each object in its own window; no outline reaches further than 17 units from its centre.
     half = math.ceil(17 * size / 64) + 2
     window, edge = torch.arange(-half, half), F.pad(centre, (half, half))
     images = torch.empty(len(style), 3, size, size, dtype=torch.uint8)
@@ -537,9 +537,10 @@ def paint(attributes, style, size=64, words=SHAPES):
 
 
 def _scene_draw(n, seed, first, other, counts):
-    """-> attributes, style, and (n, 85) numbers in [0, 1) for the captions' choices.
+    """-> attributes, style, and (n, 85) random numbers in [0, 1) for the captions.
 
-    first, other: (colour, shape) pairs that one object and the other may have; which is object 1 is drawn.
+    first, other: (colour, shape) pairs allowed for one object and for the other; which one becomes object 1
+    is random.
     """
     draw = torch.rand(n, 100, generator=torch.Generator().manual_seed(seed))
 
@@ -559,7 +560,7 @@ def _scene_draw(n, seed, first, other, counts):
 
 
 def captioned(words, n, size=64, seed=0):
-    """All of `shapes` or `scenes` but the pictures, which `paint` draws of attributes and style."""
+    """`shapes` or `scenes` without the pictures, which `paint` renders from attributes and style."""
     if n < 5:
         raise UserError(f"expected n >= 5, found {n}")
     if not 16 <= size <= 256:
@@ -584,31 +585,31 @@ def captioned(words, n, size=64, seed=0):
 
 
 def shapes(n=SHAPES.pictures, size=64, seed=0):
-    """n pictures of one or two objects, and n / 5 for tests with combinations held out of them.
+    """n pictures of one or two objects, and n / 5 test pictures with held-out combinations.
 
     -> dict of
-    images            uint8 (n, 3, size, size); each of test_images has an object of held_out, five pairs of
-                        colour and shape that are in no training picture
-    attributes        int64 (n, 10), indices into attribute_values, and test_attributes: what captions tell
-    attribute_names   size 1, colour 1, shape 1, texture 1, the same of object 2, relation, background
-    attribute_values  list of the names of each one's values.  Object 1 is the upper or the left one, so a
-                        picture has one description; object 2 has "none" where object 1 is alone
-    captions          n lists of 5 sentences, and test_captions.  The first tells everything, others leave the
-                        background out at times; either object may come first ("above", "below")
-    style             float32 (n, 7), and test_style: what no caption tells, all independent but for the last
-                        three.  x, y (place), slip (one object against the other), shade, in [-1, 1]; red,
+    images            uint8 (n, 3, size, size), and test_images.  Each test picture has an object with a pair
+                        of colour and shape from held_out; training pictures have none of these five pairs
+    attributes        int64 (n, 10), indices into attribute_values, and test_attributes: content of captions
+    attribute_names   size 1, colour 1, shape 1, texture 1, the same for object 2, relation, background
+    attribute_values  names of the values of each attribute.  Object 1 is the upper or left one, so each
+                        picture has one description; object 2 has "none" if object 1 is alone
+    captions          n lists of 5 sentences, and test_captions.  The first has all attributes, others may
+                        omit the background; either object may come first ("above", "below")
+    style             float32 (n, 7), and test_style: what no caption mentions, independent except for the
+                        last three.  x, y (place), slip (offset between the objects), shade, in [-1, 1]; red,
                         green, blue of the background, a pale colour of any hue, in [0, 1]
     style_names, held_out
 
-    Values are equally likely, pairs held out aside.  A seed gives the same pictures to the bit, and the first
-    ones do not depend on n.  Raises UserError, a ValueError: n < 5, size not in 16..256.
+    Values are equally likely, apart from held-out pairs.  The same seed gives bit-identical pictures, and the
+    first ones do not depend on n.  Raises UserError, a ValueError: n < 5, size not in 16..256.
     """
     return _painted(SHAPES, n, size, seed)
 
 
 def scenes(n=SCENES.pictures, size=64, seed=0):
-    """As `shapes`, with 8 colours and 8 shapes, six of the 64 pairs held out, and more forms of sentences;
-    n / 20 pictures for tests."""
+    """Like `shapes`, but with 8 colours, 8 shapes, six of the 64 pairs held out, more sentence patterns and
+    n / 20 test pictures."""
     return _painted(SCENES, n, size, seed)
 
 

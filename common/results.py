@@ -1,11 +1,11 @@
-"""Recorded runs: results/ holds one small JSON file for each, and RESULTS.md is written from them.
+"""Recorded runs: results/ holds one small JSON file per run, from which RESULTS.md is generated.
 
     python -m common.results                           write RESULTS.md
     python -m common.results --keep runs/gan-mnist     copy a run's results.json into results/
-    python -m common.results --run ig-cls --seed 5     run a recorded command again and keep its results
+    python -m common.results --run ig-cls --seed 5     repeat a recorded command and keep its results
     python -m common.results --defaults                time the seven default runs
 
-results/experiments.json lists experiments and published values, results/notes/ what is known of a script.
+results/experiments.json lists experiments and published values; results/notes/ has notes on each script.
 """
 
 import argparse
@@ -25,7 +25,7 @@ NEEDED = ("commit", "seed", "step", "seconds", "machine", "mode", "versions", "d
 SETTINGS = ("paper", "tuned", "quick", "other")
 LOCAL = {"data-dir", "out", "name", "resume", "sample", "grid", "real", "set", "label", "export", "explore",
          "check", "device", "log-every", "save-every", "n",
-         "prompt", "prompts", "beside", "exemplars"}  # of one machine, or of what is drawn: not kept
+         "prompt", "prompts", "beside", "exemplars"}  # specific to a machine or to sampling: not kept
 CHOICE = {"dataset", "net", "task", "prior", "model", "encoder", "labels", "clusters", "z-dim", "factor",
           "variant", "conditional", "attributes", "features", "dis", "phi-t", "image-features"}
 LENGTH = {"steps", "width", "encoder-steps", "style-steps", "gan-steps", "nn-steps", "nn-samples"}
@@ -34,17 +34,17 @@ PATH = re.compile(r"(?:^|(?<=[\s'\"=:,(]))(?:/|~|\.\.[\\/]|[A-Za-z]:[\\/]|\\\\)[
 
 
 def flags(command, but=()):
-    """{flag: values} of a recorded command, in its order."""
+    """{flag: values} of a recorded command, in order."""
     return {f: v for f, *v in map(str.split, command.split(" --")[1:]) if f.removeprefix("no-") not in but}
 
 
 def typed(start, chosen):
-    """`start` and the flags of `chosen` (flag -> values) as one line."""
+    """The words `start` and the flags `chosen` (flag -> values) as one command line."""
     return " ".join([*start, *(w for f, v in chosen.items() for w in [f"--{f}", *v])])
 
 
 def by_hand(record):
-    """{flag: values} of what was changed by hand: flags of no kind above, and --paper if not alone."""
+    """{flag: values} of settings changed: flags of none of the kinds above; --paper only beside others."""
     found = flags(record["command"], LOCAL | CHOICE | LENGTH | MODE)
     return {} if set(found) == {"paper"} else found
 
@@ -57,14 +57,14 @@ def about(record):
 
 
 def published(experiment, record):
-    """Whether data, network and, by what the script says, protocol are those of the published value."""
+    """Whether data, network and protocol (as the script reports it) match the published value."""
     own, (_, dataset, width) = record["results"].get(experiment["id"], {}), about(record)
     return ("paper" in own and dataset in experiment["data"] and width == 1 and
             all(record["all settings"].get(k) in v for k, v in experiment.get("where", {}).items()))
 
 
 def read(path):
-    """The report or record in `path`.  UserError: it is missing, damaged or incomplete."""
+    """Read a report or record.  UserError: it is missing, damaged or incomplete."""
     try:
         found = json.loads(path.read_text())
         about(found), SETTINGS.index(found["settings"]), [found[k] for k in NEEDED]
@@ -74,12 +74,12 @@ def read(path):
 
 
 def load():
-    """{name: record} of results/, in order of name."""
+    """{name: record} of results/, sorted by name."""
     return {p.stem: read(p) for p in sorted((ROOT / "results").glob("*-s[0-9]*.json"))}
 
 
 def stripped(report):
-    """The record of a run: its report without names and paths of one machine.  UserError: a path is left."""
+    """The record of a run: its report without names and paths of the machine.  UserError: a path remains."""
     def plain(v):
         return f"path/to/{PureWindowsPath(v).name}" if isinstance(v, str) and PATH.match(v) else v
     command = {f: [plain(w) for w in v] for f, v in flags(report["command"], LOCAL).items()}
@@ -92,8 +92,8 @@ def stripped(report):
 
 
 def keep(folder, name=None):
-    """Copy a run's results.json into results/ and return the record's name: `name`, which is replaced, else
-    <script>-<dataset>[-<experiment>]-<settings>[-<name>]-s<seed>.  UserError: another run has it."""
+    """Copy a run's results.json into results/ and return the record's name: `name`, overwriting it, else
+    <script>-<dataset>[-<experiment>]-<settings>[-<name>]-s<seed>.  UserError: another run has this name."""
     report = read(Path(folder) / "results.json")
     record, (script, dataset, width) = stripped(report), about(report)
     chosen = [w for f, v in flags(record["command"], {"dataset"}).items() if f in CHOICE for w in v or [f]]
@@ -108,7 +108,7 @@ def keep(folder, name=None):
 
 
 def value(group, name):
-    """The cell of one number: mean and deviation over seeds and each value, or all that a run says of it."""
+    """A table cell: mean, deviation and values over seeds, or one run's value with its further numbers."""
     def number(v):
         return "not finite" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4g}"
     own = group[0]["results"][name]
@@ -122,7 +122,7 @@ def value(group, name):
 
 
 def groups(records, name):
-    """The records that hold this number, those that differ in seed alone together, PAPER's first."""
+    """The records with this number, grouped if they differ only in seed, PAPER settings first."""
     found = {}
     for r in filter(lambda r: name in r["results"], records.values()):
         key = (SETTINGS.index(r["settings"]), *about(r), typed([], flags(r["command"], LENGTH | MODE)),
@@ -132,7 +132,7 @@ def groups(records, name):
 
 
 def row(first, paper, group, name):
-    """The cells of one group of runs."""
+    """The table cells of one group of runs."""
     r, (_, dataset, width), text = group[0], about(group[0]), value(group, name)
     changed = "; ".join(filter(None, [f"`{typed([], by_hand(r))}`" * bool(by_hand(r)), r.get("note")])) + ": "
     cells = {"paper": [text, "", ""], "tuned": ["", text, ""]}.get(r["settings"], ["", "", changed + text])
@@ -145,7 +145,7 @@ def row(first, paper, group, name):
 
 
 def rows(e, records):
-    """The rows of one experiment: the paper's value beside runs with its data and network, or alone."""
+    """Rows of one experiment: the paper's value beside runs with the same data and network, or alone."""
     found = groups(records, e["id"])
     same = [g for g in found if "data" not in e or published(e, g[0])]  # no "data": the paper has no number
     head = f"**{e['id']}**: {e['what']}", e["paper"]
@@ -176,7 +176,7 @@ def markdown():
 
 
 def chosen(name, minutes, records):
-    """What to run again: a record, an experiment's first (TUNED before PAPER) or what fits."""
+    """The records to repeat: one by name, an experiment's first (TUNED before PAPER), or all that fit."""
     able = sorted((n for n in records if not records[n].get("note")), key=lambda n: records[n]["seconds"])
     if name:
         found = [n for s in ("tuned", "paper", "quick", "other") for n in records
@@ -190,7 +190,7 @@ def chosen(name, minutes, records):
 
 
 def start(script, words, data, out):
-    """Run a script, its output shown; the exit code and the seconds that all of it took."""
+    """Run a script and show its output.  Returns the exit code and the total seconds."""
     print(f"results: python {script}.py {' '.join(words)}", flush=True)
     begun = time.time()
     words = [*words, "--data-dir", data, "--out", out]
@@ -198,7 +198,7 @@ def start(script, words, data, out):
 
 
 def again(name, record, seed, data_dir):
-    """Run a record's command again; its results replace the record's, or stand beside it for another seed."""
+    """Repeat a record's command.  The results replace the record, or become a new one for another seed."""
     seed = record["seed"] if seed is None else seed
     kept = re.sub(r"-s[0-9]+$", f"-s{seed}", name)
     out = ROOT / "runs" / time.strftime("again-%Y%m%d-%H%M%S") / kept
@@ -210,7 +210,7 @@ def again(name, record, seed, data_dir):
 
 
 def defaults(data_dir):
-    """Run the seven scripts one after another and print a table of seconds; the exit code."""
+    """Run the seven scripts in turn and print a table of seconds.  Returns the exit code."""
     out = ROOT / time.strftime("runs/defaults-%Y%m%d-%H%M%S")
     lines = [(f"{script}.py", *start(script, [], data_dir, out)) for script in SCRIPTS]
     lines.append(("all", max(abs(code) for _, code, _ in lines), sum(seconds for *_, seconds in lines)))
@@ -224,11 +224,11 @@ def main(argv=None):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_mutually_exclusive_group().add_argument
     add("--keep", nargs="+", metavar="RUN", help="folders of finished runs to record")
-    add("--run", metavar="ID", help="run again: a file of results/, or an experiment (tuned settings first)")
-    add("--minutes", type=float, help="run again what fits this budget, by recorded seconds, cheapest first")
-    add("--defaults", action="store_true", help="run all scripts with their defaults and time them")
+    add("--run", metavar="ID", help="repeat a record of results/, or an experiment (tuned settings first)")
+    add("--minutes", type=float, help="repeat what fits in this time by recorded seconds, cheapest first")
+    add("--defaults", action="store_true", help="run and time all scripts with their defaults")
     add("--check", action="store_true", help="exit with 1 if RESULTS.md is not up to date")
-    p.add_argument("--seed", type=int, help="for what is run again [the recorded one]")
+    p.add_argument("--seed", type=int, help="random seed of repeated runs [the recorded one]")
     p.add_argument("--data-dir", default="data", help="where data sets are kept [%(default)s]")
     args = p.parse_args(argv)
     if args.defaults:

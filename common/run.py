@@ -1,4 +1,4 @@
-"""What every run shares: flags, device, seeds, ranks, its folder, checkpoints, and a clean way to stop."""
+"""What all runs share: flags, device, seeds, ranks, folders, checkpoints and a clean stop."""
 
 import argparse
 import atexit
@@ -34,12 +34,12 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# Flags that a resumed run may change; the others are part of what it is.
+# Flags that a resumed run may change.  Changing any other one is an error.
 FREE = {"resume", "sample", "grid", "real", "set", "label", "export", "explore", "check", "steps", "device",
         "amp", "compile", "graph", "log_every", "save_every", "data_dir", "out", "name",
-        "dataset",     # moved; Batches holds the number of pictures to what it was
-        "batch_size"}  # on another number of ranks; Batches holds the batch of all of them to what it was
-ANEW = ("resume", "sample", "grid", "real", "set", "label", "export", "explore", "check")  # asked each time
+        "dataset",     # it may have moved; Batches checks that the number of pictures is the same
+        "batch_size"}  # the number of ranks may differ; Batches checks that the total batch is the same
+ANEW = ("resume", "sample", "grid", "real", "set", "label", "export", "explore", "check")  # never restored
 PATHS = ("dataset", "data_dir", "out", "dis", "encoder")  # flags that may be relative paths
 TOO_LARGE = ("can't allocate memory", "size calculation overflowed", "Overflow when unpacking")  # torch, CPU
 UNREADABLE = (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, RuntimeError, LookupError,
@@ -49,7 +49,7 @@ UNWRITABLE = {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EISDI
 
 
 def number(kind, low, high=1e15, open_low=False):
-    """An argparse type: `kind` (int or float) from `low` to `high`; `open_low` leaves `low` itself out."""
+    """An argparse type: `kind` (int or float) from `low` to `high`; `open_low` excludes `low` itself."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high or open_low and value == low:
@@ -62,9 +62,9 @@ def number(kind, low, high=1e15, open_low=False):
 
 
 def parser(file, doc, **defaults):
-    """The parser with the flags that all scripts share; `defaults` for dataset, steps, batch_size and so on.
+    """A parser with the flags that all scripts share; `defaults` for dataset, steps, batch_size and so on.
 
-    From here on a UserError that nobody catches ends the process with one line on stderr and exit code 1.
+    From here on, an uncaught UserError ends the process with one line on stderr and exit code 1.
     """
     script = Path(file).stem
     sys.excepthook = _one_line(script)
@@ -75,40 +75,41 @@ def parser(file, doc, **defaults):
     flag = argparse.BooleanOptionalAction
     add("--dataset", help="a name, a folder of images or an .npz file [%(default)s]")
     add("--data-dir", metavar="DIR", default="data", help="where data sets are kept [%(default)s]")
-    add("--out", metavar="DIR", default="runs", help="where the run's folder is made [%(default)s]")
-    add("--name", default="", help="ending of the run's folder, to tell runs apart")
+    add("--out", metavar="DIR", default="runs", help="where run folders are created [%(default)s]")
+    add("--name", default="", help="suffix of the run's folder")
     own = {k: "%(default)s" if k in defaults else "the experiment's" for k in ("steps", "batch_size")}
-    add("--paper", action="store_true", help="the settings of the paper alone [tuned in places]")
-    add("--quick", action="store_true", help="narrow and short, for a look on a CPU")
-    add("--skip-bad", action="store_true", help="leave out pictures that cannot be read")
+    add("--paper", action="store_true", help="use only the published settings [tuned in places]")
+    add("--quick", action="store_true", help="a narrow, short run for a CPU")
+    add("--skip-bad", action="store_true", help="skip pictures that cannot be read")
     add("--steps", metavar="N", type=number(int, 1), help=f"iterations [{own['steps']}]")
     add("--batch-size", metavar="N", type=number(int, 2),
-        help=f"images a step, on each rank [{own['batch_size']}]")
+        help=f"images per step and rank [{own['batch_size']}]")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed [%(default)s]")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ... [%(default)s: cuda if there is one]")
-    add("--amp", action=flag, help="bfloat16 matrix products [where the hardware has them]")
+    add("--amp", action=flag, help="bfloat16 autocast [if the hardware has bfloat16]")
     add("--compile", action=flag, help="torch.compile the whole step [--no-compile]")
-    add("--graph", action=flag, help="the step as one CUDA graph [on a GPU]")
+    add("--graph", action=flag, help="run the step as one CUDA graph [on a GPU]")
     add("--log-every", metavar="N", type=number(int, 1), default=100,
         help="steps between log lines [%(default)s]")
     add("--save-every", metavar="N", type=number(int, 1), default=1000,
         help="steps between checkpoints [%(default)s]")
-    add("--resume", metavar="RUN", help="go on from the checkpoint in this run's folder, with its flags")
+    add("--resume", metavar="RUN", help="continue the run in this folder with its settings")
     add("--check", action="store_true", help="exit with 1 if the header's metric is missed")
-    add = p.add_argument_group("use a trained run: --resume RUN, or a file of --export").add_argument
-    add("--sample", type=number(int, 1), metavar="N", help="write N single PNGs and stop")
-    add("--grid", action="store_true", help="with --sample: one PNG that shows all")
-    add("--real", action="store_true", help="with --sample: as many real pictures beside, for FID tools")
+    add = p.add_argument_group("use a trained run: --resume RUN, or an exported .npz file").add_argument
+    add("--sample", type=number(int, 1), metavar="N", help="write N PNGs and stop")
+    add("--grid", action="store_true", help="with --sample: one PNG with all N")
+    add("--real", action="store_true", help="with --sample: also N real pictures, for FID tools")
     add("--label", help="short for --set label=LABEL")
-    add("--set", action="append", metavar="NAME=VALUE", help="what to draw: a label, a code, an attribute")
-    add("--export", metavar="FILE", help="what draws, as a program of torch.export (.pt2) or weights (.npz)")
-    add("--explore", metavar="RUN", help="what draws, with sliders in a browser; RUN needs no --resume")
+    add("--set", action="append", metavar="NAME=VALUE", help="set a label, a code or an attribute")
+    add("--export", metavar="FILE",
+        help="save the generator as a torch.export program (.pt2) or as weights (.npz)")
+    add("--explore", metavar="RUN", help="try the generator in a browser, with sliders; needs no --resume")
     p.set_defaults(script=script, **defaults)
     return p
 
 
 def _epilog(script, doc):
-    """What ends the help, in 80 columns: title, authors and commands of a script's header."""
+    """The end of the help, in 80 columns: title, authors and commands from a script's header."""
     title, *_ = doc.strip().split("\n\n")
     lines = [part for line in title.splitlines() for part in textwrap.wrap(line, 79)] + [""]
     for line in re.findall(r"^ +(python .*)", doc, re.MULTILINE):
@@ -124,14 +125,14 @@ def _epilog(script, doc):
 
 
 def parse(p, argv=None, free=(), experiment=None, paper=None, tuned=None, quick=None):
-    """The settings of a run, one namespace: flags as given, else those of the run that --resume names, else
+    """The settings of a run as one namespace: flags on the command line, then saved settings (--resume), then
     defaults.
 
-    `paper`, `tuned` and `quick` map an experiment to its settings, `experiment(args)` names it.  A setting
-    without a value is taken from `tuned`, else from `paper`; with --paper from `paper` alone, with --quick
-    from `quick` before all.  `args.given` names the flags given by hand, `args.settings` is "paper", "tuned"
-    or "quick".  A resumed run keeps all of its settings, whatever the defaults are by then; changing one is
-    an error unless it is listed in FREE or `free`.
+    `paper`, `tuned` and `quick` map an experiment to its settings; `experiment(args)` names the experiment.
+    A setting that is still None comes from `tuned`, else from `paper`; with --paper only from `paper`; with
+    --quick first from `quick`.  `args.given` lists the flags that were typed; `args.settings` is "paper",
+    "tuned" or "quick".  A resumed run keeps its settings even if the defaults have changed.  Changing a saved
+    flag is an error unless it is listed in FREE or `free`.
     """
     defaults = vars(p.parse_args([]))
     given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
@@ -171,9 +172,9 @@ def parse(p, argv=None, free=(), experiment=None, paper=None, tuned=None, quick=
 
 
 def _check(p, saved, folder):
-    """Hold saved settings to what their flags would accept.  UserError: the first that does not fit.
+    """Check saved settings against their flags.  UserError: names the first that the flag would refuse.
 
-    Where no flag gave it, it may be a table's value that the flag does not take: 0 for none, or a name.
+    A value from a table may be one that the flag itself refuses: 0 for none, or a name.
     """
     for action in p._actions:
         value = saved.get(action.dest)
@@ -202,8 +203,7 @@ def _check(p, saved, folder):
 
 
 def _saved(folder, script):
-    """The settings of the run in `folder`, or in a file of --export, but for what is asked of it anew each
-    time."""
+    """The settings of the run in `folder`, or in an exported file, without the flags in ANEW."""
     path = Path(folder) / "args.json"
     try:
         saved = export.settings_in(folder) if Path(folder).is_file() else json.loads(path.read_text("utf-8"))
@@ -218,28 +218,28 @@ def _saved(folder, script):
 
 
 class Run:
-    """One run: seeds, device and ranks on creation, then its folder, steps, checkpoints and results.
+    """One run: sets up device, seeds, ranks and folder, then drives steps, checkpoints and results.
 
-    Settles `args.device`, `args.amp`, `args.compile` and `args.graph` in place.
+    Resolves `args.device`, `args.amp`, `args.compile` and `args.graph` in place.
     `lead`: whether this process logs, draws and saves (rank 0).
     """
 
     def __init__(self, args):
         self.asked, self.kept, self.read = dict(vars(args)), dict(vars(args)), None
-        for key in PATHS:  # a run may be resumed from another folder
+        for key in PATHS:  # absolute, since a run may be resumed from another directory
             value = self.asked.get(key)
             named = key == "dataset" and value in (*data.BUILT_IN, *data.PLACE, "toy")
             if isinstance(value, str) and not named and Path(value).expanduser().exists():
                 self.kept[key] = str(Path(value).expanduser().resolve())
         self.args, self.parts, self.step, self.stopped = args, {}, 0, False
-        self.start, self.end = 0, args.steps  # of the loop at hand
+        self.start, self.end = 0, args.steps  # of the current loop
         self.logger = self.board = None
         self.drawn = False
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.lead = self.rank == 0
         args.device = str(_device(args.device, self.lead))
-        # torch.cuda, torch.mps ...: the module that holds the device's random numbers
+        # The module with the device's random state: torch.cuda, torch.mps, ...
         self.random = None if args.device == "cpu" else torch.get_device_module(args.device)
         cuda = args.device.startswith("cuda")
         if cuda:
@@ -256,9 +256,9 @@ class Run:
         torch.manual_seed(args.seed)
         label = Path(args.dataset).stem + (f"-{args.name}" if args.name else "")
         self.folder = Path(args.resume or Path(args.out) / f"{args.script}-{label}")
-        if args.resume and self.folder.is_file():  # of --export: it has no folder of its own
+        if args.resume and self.folder.is_file():  # an exported file has no run folder
             if not self.drawing:
-                raise UserError(f"{args.resume} holds what draws, not a run: expected with --sample, "
+                raise UserError(f"{args.resume} holds a generator, not a run: expected with --sample, "
                                 "--export or --explore")
             self.folder = Path(args.out) / self.folder.stem
         self.lock = None
@@ -267,12 +267,12 @@ class Run:
 
     @property
     def drawing(self):
-        """Whether the run is only to be drawn from: --sample, --export, --explore, text2image's --prompt."""
+        """Whether to use a trained run as it is: --sample, --export, --explore, text2image's --prompt."""
         flags = ("sample", "export", "explore", "prompt", "prompts")
         return any(getattr(self.args, flag, None) for flag in flags)
 
     def _lead_alone(self, act):
-        """Let rank 0 do what can fail; its refusal ends the other ranks too."""
+        """Call `act` on rank 0 alone.  If it raises a UserError, all ranks exit."""
         error = None
         if self.lead:
             try:
@@ -288,8 +288,8 @@ class Run:
             raise error
 
     def _claim(self):
-        """Make the run's folder and lock it.  One that holds a checkpoint is left alone; one of a run that
-        ended before its first is taken over."""
+        """Create and lock the run's folder.  A folder with a checkpoint is refused; one left by a run that
+        ended before its first checkpoint is reused."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock()
@@ -303,7 +303,7 @@ class Run:
         shutil.rmtree(self.folder / "frames", ignore_errors=True)
 
     def _lock(self):
-        """Lock the folder for training, for the life of this process; reading goes on beside it."""
+        """Lock the folder for training until this process ends; other processes may still read it."""
         if self.lock:
             return
         lock = open(self.folder / "lock", "a+b")  # noqa: SIM115
@@ -321,16 +321,17 @@ class Run:
         except OSError:  # a file system without locks
             pass
         self.lock = lock
-        for left in self.folder.glob("*.tmp"):  # of processes that were killed
+        for left in self.folder.glob("*.tmp"):  # left by killed processes
             left.unlink(missing_ok=True)
 
     def keep(self, about=dict, **parts):
-        """What a checkpoint holds (anything with state_dict); restores them all when resuming.
+        """Register the parts of the checkpoint (anything with state_dict), and load them when resuming.
 
-        `about()` is called before each save, with random numbers of its own: a dict of what the script's
-        drawer() needs to know of the data (numbers, strings, lists, tensors).  It is also the place to bring
-        what draws into the state in which it draws, such as BatchNorm statistics of its own.
-        Call keep() once, after all checks and before the first step: from here on the folder holds a run.
+        `about()` is called before each save, with a separate random state.  It returns a dict of what the
+        script's drawer() needs to know about the data (numbers, strings, lists, tensors).  It may also
+        prepare the generator for sampling, for example calibrate its BatchNorm statistics.
+        Call keep() once, after all argument checks and before the first step: from then on the folder holds
+        a run.
         """
         self.parts, self.about = parts, about
         if self.args.resume:
@@ -339,12 +340,12 @@ class Run:
             log.write_text(self.folder / "args.json", json.dumps(self.kept, indent=1) + "\n")
             (self.folder / "metrics.jsonl").touch()
         if self.world > 1:
-            # The networks are alike by now; latents must not be.
+            # All ranks hold the same networks, but must draw different latents.
             torch.manual_seed(self.args.seed + 7919 * self.rank)
 
     def loop(self, end=None):
-        """The steps from where the run stands to `end` (None: --steps), with logging, checkpoints and a clean
-        stop between them.  A run of several phases calls it once for each."""
+        """Yield the steps from the current one to `end` (None: --steps); log, save and stop cleanly between
+        steps.  A run of several phases calls it once per phase."""
         args = self.args
         if end is not None:
             self.start, self.end = self.step, end
@@ -382,7 +383,7 @@ class Run:
                 signal.signal(s, handler)
 
     def _train_alone(self):
-        """Lock a resumed run, unless another process has trained it since its checkpoint was read."""
+        """Lock a resumed run.  UserError if another process has trained it since its checkpoint was read."""
         try:
             self._lock()
         except OSError as e:
@@ -392,21 +393,21 @@ class Run:
 
     @property
     def feed(self):
-        """How this process draws its minibatches: batch size, device, seed, rank and number of ranks."""
+        """Arguments for Batches: batch size, device, seed, rank and number of ranks."""
         return {"batch_size": self.args.batch_size, "device": self.args.device, "seed": self.args.seed,
                 "rank": self.rank, "world": self.world}
 
     def log(self, scalars):
-        """Add one step's 0-dim tensors to the interval's means; nothing is read from the device here."""
+        """Add one step's 0-dim tensors to the means of the log interval, without a device synchronization."""
         self.logger.add(scalars)
 
     def every(self, n):
-        """Whether the step at hand is a multiple of `n` or the last one of its loop."""
+        """Whether the current step is a multiple of `n` or the last of its loop."""
         return (self.step + 1) % n == 0 or self.step + 1 == self.end
 
     def draws(self):
-        """Whether to draw samples in the step at hand: after 2 % of the run or a minute, soon again, and then
-        every --save-every steps."""
+        """Whether to draw samples in this step: after 2, 5, 10 and 20 % of the loop, after the first minute,
+        and every --save-every steps."""
         step, steps = self.step + 1 - self.start, self.end - self.start
         early = {math.ceil(steps * part) for part in (0.02, 0.05, 0.1, 0.2) if steps >= 100}
         late = not self.drawn and time.perf_counter() - self.logger.start > 60
@@ -414,8 +415,8 @@ class Run:
 
     @contextlib.contextmanager
     def aside(self):
-        """Within the block random numbers come from the seed alone, and training's own are left as they
-        were."""
+        """Within the block, random numbers depend only on the seed; training's random state is restored
+        afterwards."""
         with torch.random.fork_rng([]), contextlib.ExitStack() as after:
             if self.random:
                 after.callback(self.random.set_rng_state, self.random.get_rng_state())
@@ -423,12 +424,12 @@ class Run:
             yield
 
     def _stop(self, number, frame):
-        if self.stopped:  # the second time, at once
+        if self.stopped:  # a second signal stops at once
             raise KeyboardInterrupt
         self.stopped = True
 
     def _all_stop(self, step):
-        """Ranks stop after the same step: they agree on it every ten steps."""
+        """Whether to stop now.  Ranks agree every ten steps, so that all stop after the same step."""
         if self.world == 1:
             return self.stopped
         if step % 10:
@@ -447,8 +448,8 @@ class Run:
                 "is kept: try a lower learning rate, --no-amp or another seed")
 
     def save(self):
-        """Write checkpoint.pt to a temporary file, sync it, rename it: whenever it is cut off, the old one is
-        whole."""
+        """Write checkpoint.pt to a temporary file, sync it and rename it, so that an interrupted save leaves
+        the previous checkpoint intact."""
         if not self.lead:
             return
         with self.aside():
@@ -514,7 +515,7 @@ class Run:
         return {k: v for k, v in self.kept.items() if k not in {"given", *FREE}}
 
     def _same_settings(self, state):
-        """UserError where args.json says other than the checkpoint, which keeps what it was trained with."""
+        """UserError if args.json differs from the settings stored in the checkpoint."""
         mine = json.loads(json.dumps(self._trained_with()))  # tuples as lists
         for k, v in json.loads(state.get("settings", "{}")).items():
             now = mine.get(k, v)
@@ -523,7 +524,7 @@ class Run:
                                 f"trained with {v!r}: put that back")
 
     def show(self, name, image):
-        """Save the uint8 picture (3, H, W) as NAME.png in the run's folder, and for TensorBoard."""
+        """Save the uint8 picture (3, H, W) as NAME.png in the run's folder and in TensorBoard."""
         if not self.lead:
             return
         self.drawn = True
@@ -539,7 +540,7 @@ class Run:
         return self.board
 
     def parts_saved(self):
-        """The checkpoint's parts by name, and what about() said as "about", for what only draws."""
+        """The checkpoint's parts by name, with the result of about() as "about"."""
         path = self.folder / "checkpoint.pt"
         try:
             intact(path)
@@ -554,14 +555,14 @@ class Run:
             raise UserError(f"{path} is damaged or not a checkpoint of this run ({data.brief(e)})") from None
 
     def shipped(self):
-        """The settings that --export FILE.npz keeps: those of the run, but for its paths."""
+        """The settings that --export FILE.npz stores: those of the run, without paths."""
         dropped = {*ANEW, "data_dir", "out", "name", "dis", "encoder"}
         return {k: v for k, v in self.kept.items() if k not in dropped}
 
     def results(self, results, passed=True):
-        """Write results.json and print a line a number; with --check exit with 1 unless `passed`.
+        """Write results.json and print one line per number; with --check, exit with 1 unless `passed`.
 
-        `results`: experiment id -> dict with "value", and where there is one "paper" (the paper's value).
+        `results`: experiment id -> dict with "value" and, if there is one, "paper" (the paper's value).
         """
         if not self.lead:
             return
@@ -594,7 +595,7 @@ class Run:
 
 
 def stops():
-    """The signals that end a run after the step at hand; SIGHUP is left alone where it is ignored (nohup)."""
+    """The signals that stop a run after the current step; SIGHUP only if it is not ignored (nohup)."""
     hangup = getattr(signal, "SIGHUP", None)  # Windows has none
     heard = hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN
     return [signal.SIGINT, signal.SIGTERM, *[hangup] * heard]
@@ -606,7 +607,7 @@ def _stamp(path):
 
 
 def _fits(name, part):
-    """Raise ValueError where an optimizer's state has other shapes than its parameters."""
+    """Raise ValueError if an optimizer's state and its parameters differ in shape."""
     for p, state in getattr(part, "state", {}).items() if isinstance(part, torch.optim.Optimizer) else ():
         for key, t in state.items():
             if torch.is_tensor(t) and t.dim() and t.shape != p.shape:
@@ -614,7 +615,7 @@ def _fits(name, part):
 
 
 def _for_json(value):
-    """`value` with None in place of numbers that JSON cannot hold."""
+    """`value` with None in place of NaN and infinity, which JSON cannot hold."""
     if isinstance(value, dict):
         return {k: _for_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -623,7 +624,7 @@ def _for_json(value):
 
 
 def _commit():
-    """The commit of the checkout that this is, with a plus for uncommitted changes; None outside of one."""
+    """The commit of this checkout, with a plus for uncommitted changes; None without git."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
@@ -634,7 +635,7 @@ def _commit():
 
 
 def machine(device):
-    """What ran it: the GPU's name, or the processor's and the number of threads."""
+    """The name of the GPU, or of the processor with the number of threads."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     cpu = Path("/proc/cpuinfo")
@@ -645,10 +646,10 @@ def machine(device):
 
 
 def fetch(where, wanted, device="cpu", **nets):
-    """Fill `nets` from the checkpoint of another run: its folder or the file.
+    """Load `nets` from the checkpoint of another run; `where` is its folder or the file.
 
-    `wanted`: the run that fits, in words, for the UserError where the file cannot be read, is damaged, or
-    lacks one of `nets` in its size.
+    UserError: the file cannot be read, is damaged, or lacks one of `nets` in this size.  `wanted` says in
+    that message which run is expected.
     """
     path = Path(where) / "checkpoint.pt" if Path(where).is_dir() else Path(where)
     try:
@@ -686,7 +687,7 @@ def _device(name, lead=True):
 
 
 def _flags(given):
-    """The flags given by hand as they would be typed: False is --no-..., which alone gives it."""
+    """The given flags as they would be typed; False becomes --no-..."""
     words = []
     for k, v in given.items():
         flag = k.replace("_", "-")
@@ -702,7 +703,7 @@ def _short(value):
 
 
 def _one_line(script):
-    """An excepthook: a mistake of the user's, or of the machine's, is one line on stderr."""
+    """An excepthook that prints mistakes of the user and failures of the machine as one line on stderr."""
     def hook(kind, error, trace):
         said = " ".join(str(error).split())[:80]
         if issubclass(kind, UserError):
