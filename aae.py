@@ -296,7 +296,7 @@ def build(args, m, mean, std):
             v = [V(d(t), d(t_fake.detach())) for d, t, t_fake in zip(D, real, fake)]
         descend(-sum(v), opt_D)
         with amp, frozen(*D):
-            gain = sum(log_D(d(t)) for d, t in zip(D, fake)) - disagreement(Q_bar, x, a, args)
+            gain = args.adversary * sum(log_D(d(t)) for d, t in zip(D, fake)) - disagreement(Q_bar, x, a, args)
         scalars = dict(zip(("V", "V_y"), v))
         if args.lam is None:
             descend(-gain, opt_Q)
@@ -377,7 +377,7 @@ def number_or_all(text):
 def parse_args(argv=None):
     p = run.parser(__file__, __doc__, dataset="mnist")
     add = p.add_argument_group("adversarial autoencoder").add_argument
-    positive = run.number(float, 0, open_low=True)
+    positive, flag = run.number(float, 0, open_low=True), argparse.BooleanOptionalAction
     add("--task", choices=TASKS, default="prior", help="the experiment, one of Secs. 2 to 7 [%(default)s]")
     add("--prior", choices=("gaussian", "mixture", "swiss-roll"), default="mixture",
         help="p(z) of --task prior [%(default)s]")
@@ -395,7 +395,14 @@ def parse_args(argv=None):
         "SGD's .01 .1 .1]")
     add("--lam", type=run.number(float, 0),
         help="Q and P descend the squared error and lam times Q's adversarial loss at once [two phases]")
-    add("--bn", action=argparse.BooleanOptionalAction, help="BatchNorm in Q and P [where Q infers y, SVHN]")
+    add("--adversary", action=flag, default=True,
+        help="Q's codes come to the prior; without, Q only learns labels and consistency [yes]")
+    add("--drops", type=positive, nargs="*", metavar="E",
+        help="the rates fall to a tenth after each of these epochs, or below 1 fractions of --steps [.5 .8]")
+    add("--bn", action=flag, help="BatchNorm in Q and P [where Q infers y, SVHN]")
+    add("--D-label", action=flag, help="D sees the label in --task style too [yes; --paper: no]")
+    add("--spread", type=run.number(float, 0),
+        help="std of the logits of y over a minibatch, 0: free [3 without labels, else 0]")
     add("--consistency", type=run.number(float, 0),
         help="weight of q(y|x) being alike whatever the noise on x [with labels 20, clusters 5, else 0]")
     add("--warp", type=run.number(float, 0), help="how much pictures that Q sees after the reconstruction "
