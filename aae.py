@@ -296,7 +296,8 @@ def build(args, m, mean, std):
             v = [V(d(t), d(t_fake.detach())) for d, t, t_fake in zip(D, real, fake)]
         descend(-sum(v), opt_D)
         with amp, frozen(*D):
-            gain = args.adversary * sum(log_D(d(t)) for d, t in zip(D, fake)) - disagreement(Q_bar, x, a, args)
+            fooled = args.adversary * sum(log_D(d(t)) for d, t in zip(D, fake))     # True: 1, False: 0
+            gain = fooled - disagreement(Q_bar, x, a, args)
         scalars = dict(zip(("V", "V_y"), v))
         if args.lam is None:
             descend(-gain, opt_Q)

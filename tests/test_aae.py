@@ -682,6 +682,15 @@ def test_one_objective_in_place_of_the_two_phases_moves_Q_and_P_together():
         torch.testing.assert_close(p, q)
 
 
+def test_without_the_adversary_only_consistency_moves_Q_in_the_regularisation_phase():
+    for adversary, consistency in (("--adversary", "0"), ("--no-adversary", "5"), ("--no-adversary", "0")):
+        parts, step = built("--task", "semi", adversary, "--consistency", consistency)
+        still(parts, "opt_R", "opt_S")
+        before = weights(parts["Q"])
+        step(*BATCH, *PAIR)
+        assert any(moved(before, parts["Q"])) is ((adversary, consistency) != ("--no-adversary", "0"))
+
+
 def test_a_window_of_many_samples_is_that_of_all_of_them(monkeypatch):
     torch.manual_seed(0)
     samples, valid, test = torch.rand(500, 12), torch.rand(20, 12), torch.rand(30, 12)
