@@ -385,7 +385,7 @@ def test_the_average_follows_the_weights():
     parts, step = built("--task", "prior", "--average", "0")
     step(*BATCH)
     assert all(torch.equal(p, q) for p, q in zip(parts["Q"].parameters(), parts["Q_bar"].parameters()))
-    parts, step = built("--task", "prior")
+    parts, step = built("--task", "prior", "--average", ".999")
     first = weights(parts["Q"])
     step(*BATCH)
     for p, q, bar in zip(first, parts["Q"].parameters(), parts["Q_bar"].parameters()):
@@ -606,7 +606,7 @@ def test_every_experiment_has_its_published_settings():
         for k, v in (SGD | expected).items():
             assert getattr(a, k) == v, (name, k)
         tuned = args(*WORDS[name].split())
-        assert (tuned.settings, tuned.optimizer, tuned.average) == ("tuned", "adam", 0.999)
+        assert (tuned.settings, tuned.optimizer) == ("tuned", "adam")
         assert set(aae.TUNED[name]) <= set(PAPER[name])
     flagged = args("--paper", "--task", "semi", "--optimizer", "adam", "--rates", *"123", "--noise", "0")
     assert (flagged.optimizer, flagged.rates, flagged.noise, flagged.bn) == ("adam", [1, 2, 3], 0, False)
@@ -680,6 +680,15 @@ def test_one_objective_in_place_of_the_two_phases_moves_Q_and_P_together():
     step(*BATCH)
     for p, q in zip(alone, weights(parts["Q"], parts["P"]), strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_without_the_adversary_only_consistency_moves_Q_in_the_regularisation_phase():
+    for adversary, consistency in (("--adversary", "0"), ("--no-adversary", "5"), ("--no-adversary", "0")):
+        parts, step = built("--task", "semi", adversary, "--consistency", consistency)
+        still(parts, "opt_R", "opt_S")
+        before = weights(parts["Q"])
+        step(*BATCH, *PAIR)
+        assert any(moved(before, parts["Q"])) is ((adversary, consistency) != ("--no-adversary", "0"))
 
 
 def test_a_window_of_many_samples_is_that_of_all_of_them(monkeypatch):
