@@ -61,7 +61,8 @@ PAPER = {       # steps: updates of D, half of the minibatches in the paper's ep
                        steps=114_000),                              # 200 epochs of 73,257
 }
 TUNED = {name: dict(
-    batch_stats=False)          # a picture is a function of its z alone; Frechet distances are alike
+    batch_stats=False,          # a picture is a function of its z alone; Frechet distance 205, 475: see eps
+    eps=1e-5)                   # --quick --steps 800, two seeds: Frechet distance 254, 470; at 1e-8 590, 476
     for name in PAPER}
 QUICK = {"64": dict(size=32, width=0.125, batch_size=32, lr=3e-4, steps=4000, clf_steps=300)}
 

@@ -74,7 +74,7 @@ TUNED = {
         steps=3000, gan_steps=1000,
         warm_up=1500,                      # categories first, then style: else digits share a category
         warp=1.0,                          # a quarter of the width, 1,500 steps: 29 % error, without 76 %
-        decay_lr=True,                     # linearly to 0 over the second half; not measured
+        decay_lr=True,                     # narrow, 4,000 steps: Frechet 13, constant 16; error 5.7, 3.9 %
         fix_sigma=False, lam_cont=0.1),    # narrow, 4,000 steps: Frechet distance 13, else 19
     "svhn": ONE_PASS, "celeba": ONE_PASS, "chairs": ONE_PASS, "chairs-width": ONE_PASS,
     "faces": STABLE, "faces-elevation": STABLE, "faces-lighting": STABLE, "faces-width": STABLE,
