@@ -8,6 +8,7 @@ import io
 import math
 import os
 import re
+import signal
 import socketserver
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -28,15 +29,14 @@ LONGEST = 8000      # characters of a request, at most
 
 def serve(draws, title, wishes):
     """Serve the page until Ctrl-C.  draws: a Drawer.  wishes: knob name -> initial value as text."""
-    say("finding the directions of z that change the pictures most")
-    server = Server(draws, title, wishes)
-    say(f"http://127.0.0.1:{server.port}/   (Ctrl-C stops it)")
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # shells ignore it for background jobs
     try:
-        server.serve_forever()
+        say("finding the directions of z that change the pictures most")
+        with Server(draws, title, wishes) as server:
+            say(f"http://127.0.0.1:{server.port}/   (Ctrl-C stops it)")
+            server.serve_forever()
     except KeyboardInterrupt:
         say("\nended")
-    finally:
-        server.server_close()
 
 
 class Explorer:
