@@ -455,10 +455,18 @@ def decode(G, z, args, net=None):
     if not args.batch_stats:
         with sampling(G):
             return metrics.batched(net, z)
-    half = max(1, args.batch_size // 2)
     with batch_statistics(G):
-        return torch.cat([net(torch.cat([part, sample_z(half, args, z.device)]))[:len(part)]
-                          for part in z.split(half)])
+        return torch.cat([among_fresh(net, part, args) for part in z.split(half(args))])
+
+
+def half(args):
+    """Half a batch, at least one picture."""
+    return max(1, args.batch_size // 2)
+
+
+def among_fresh(net, z, args):
+    """net(z), the rest of the batch being half a batch of fresh z."""
+    return net(torch.cat([z, sample_z(half(args), args, z.device)]))[:z.shape[0]]       # exports fix len()
 
 
 @contextlib.contextmanager
@@ -490,16 +498,10 @@ def draw(G, args, n):
 def drawer(args, saved):
     """Sampler of a trained run: z -> pictures."""
     G, _ = networks(args, saved["about"]["channels"])
-    rest = {}
-    if args.batch_stats:                                    # half of each batch is fresh z: see decode()
-        half = max(1, args.batch_size // 2)
-        rest = {"within": lambda: batch_statistics(G), "size": half}
-
-    def function(z):
-        if not args.batch_stats:
-            return G(z)
-        return G(torch.cat([z, sample_z(half, args, z.device)]))[:z.shape[0]]   # exports fix len()
-
+    function, rest = G, {}
+    if args.batch_stats:
+        function = functools.partial(among_fresh, G, args=args)
+        rest = {"within": lambda: batch_statistics(G), "size": half(args)}
     return export.Drawer(function, lambda n: (latents(n, args),), {"G": G}, {"z": []}, args.scale, **rest)
 
 

@@ -77,16 +77,13 @@ class Drawer(nn.Module):
         self.nets, self.function, self.draw = nn.ModuleDict(nets), function, draw
         self.inputs, self.scale, self.size = inputs, scale, size
         self.within = within or (lambda: sampling(*self.nets.values()))
+        # Knob name -> (index of its input, its column, the knob).
+        self.knobs = {knob.name: (i, j, knob) for i, knobs in enumerate(inputs.values())
+                      for j, knob in enumerate(knobs)}
 
     def forward(self, *inputs):
         low, high = self.scale
         return (self.function(*inputs).float() - low) / (high - low)
-
-    @property
-    def knobs(self):
-        """Knob name -> (index of its input, its column, the knob)."""
-        return {knob.name: (i, j, knob) for i, knobs in enumerate(self.inputs.values())
-                for j, knob in enumerate(knobs)}
 
     def ask(self, inputs, wishes):
         """Set knobs in all rows, in place.  wishes: name -> text.  UserError: unknown knob or value."""

@@ -25,14 +25,9 @@ import torch
 from torch import distributed as dist
 from torch.utils.tensorboard.summary import hparams
 
-from common import UserError, data, export, intact, log
+from common import UserError, data, export, intact, log, prepare
 from common.fuse import cannot_compile, describe, has_bf16
 from common.log import say
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 # Flags that a resumed run may change.  Changing any other one is an error.
 FREE = {"resume", "sample", "grid", "real", "set", "label", "export", "explore", "check", "steps", "device",
@@ -306,21 +301,12 @@ class Run:
         """Lock the folder for training until this process ends; other processes may still read it."""
         if self.lock:
             return
-        lock = open(self.folder / "lock", "a+b")  # noqa: SIM115
-        try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:  # Windows
-                import msvcrt
-                lock.seek(0)
-                msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
-        except (BlockingIOError, PermissionError):
-            lock.close()
+        file = open(self.folder / "lock", "a+b")  # noqa: SIM115
+        if not prepare.lock(file):
+            file.close()
             raise UserError(f"another process is training in {self.folder}: wait for it, or give this run "
-                            "another --name") from None
-        except OSError:  # a file system without locks
-            pass
-        self.lock = lock
+                            "another --name")
+        self.lock = file
         for left in self.folder.glob("*.tmp"):  # left by killed processes
             left.unlink(missing_ok=True)
 
@@ -480,8 +466,7 @@ class Run:
         path = self.folder / "checkpoint.pt"
         try:
             self.read = _stamp(path)
-            intact(path)
-            state = torch.load(path, map_location=self.args.device, weights_only=True)
+            state = _checkpoint(path, self.args.device)
             self._same_settings(state)
             missing = sorted(set(self.parts) ^ set(state["parts"]))
             if missing:
@@ -543,8 +528,7 @@ class Run:
         """The checkpoint's parts by name, with the result of about() as "about"."""
         path = self.folder / "checkpoint.pt"
         try:
-            intact(path)
-            state = torch.load(path, map_location=self.args.device, weights_only=True)
+            state = _checkpoint(path, self.args.device)
             self._same_settings(state)
             return {**state["parts"], "about": state.get("about", {})}
         except FileNotFoundError:
@@ -645,6 +629,12 @@ def machine(device):
     return f"{where}{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads"
 
 
+def _checkpoint(path, device):
+    """The contents of a checkpoint, verified.  Raises those of UNREADABLE."""
+    intact(path)
+    return torch.load(path, map_location=device, weights_only=True)
+
+
 def fetch(where, wanted, device="cpu", **nets):
     """Load `nets` from the checkpoint of another run; `where` is its folder or the file.
 
@@ -653,8 +643,7 @@ def fetch(where, wanted, device="cpu", **nets):
     """
     path = Path(where) / "checkpoint.pt" if Path(where).is_dir() else Path(where)
     try:
-        intact(path)
-        parts = torch.load(path, map_location=device, weights_only=True)["parts"]
+        parts = _checkpoint(path, device)["parts"]
         for name, net in nets.items():
             net.load_state_dict(parts[name])
     except OSError as e:

@@ -17,7 +17,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from common import UserError, log, run
+from common import UserError, log, prepare, run
 from common.fuse import Adam
 
 SMALL = ("--batch-size", "8", "--log-every", "1", "--save-every", "20", "--device", "cpu")
@@ -572,13 +572,13 @@ def test_a_hang_up_is_heard_unless_it_is_ignored(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.skipif(run.fcntl is None, reason="the lock of Windows is another")
+@pytest.mark.skipif(prepare.fcntl is None, reason="the lock of Windows is another")
 def test_one_process_trains_in_a_folder_and_others_may_read(digits, tmp_path):
     done = script(*gan(digits, tmp_path, "--steps", "4"))
     assert done.returncode == 0, done.stderr
     (folder,) = (f for f in tmp_path.iterdir() if (f / "checkpoint.pt").exists())
     with open(folder / "lock", "a+b") as lock:
-        run.fcntl.flock(lock, run.fcntl.LOCK_EX)
+        prepare.fcntl.flock(lock, prepare.fcntl.LOCK_EX)
         going_on = script("gan.py", "--resume", folder, "--steps", "8")
         assert going_on.returncode == 1 and "another process is training" in going_on.stderr
         assert len(going_on.stderr.splitlines()) == 1
