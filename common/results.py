@@ -5,7 +5,8 @@
     python -m common.results --run ig-cls --seed 5     repeat a recorded command and keep its results
     python -m common.results --defaults                time the seven default runs
 
-results/experiments.json lists experiments and published values; results/notes/ has notes on each script.
+results/experiments.json lists experiments and published values; results/notes/ has notes on each script, and
+results/ablations/ the records behind the tables in these notes.
 """
 
 import argparse
