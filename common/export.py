@@ -46,12 +46,13 @@ class Knob:
             if self.read:
                 return self.read(text)
             if self.names:
-                return self.names.index(text) if text in self.names else range(len(self.names))[int(text)]
+                numbers = range(len(self.names))
+                return self.names.index(text) if text in self.names else numbers.index(int(text))
             number = float(text)
             if not math.isfinite(number):
                 raise ValueError
             return number
-        except (ValueError, IndexError, OverflowError) as e:
+        except (ValueError, OverflowError) as e:
             known = [*map(str, self.names[:20]), *["..."] * (len(self.names) > 20)]
             expected = f"one of {', '.join(known)}" if known else "a number"
             expected = str(e) if self.read else expected
@@ -160,22 +161,20 @@ def sample(r, draws, wishes):
     inputs = draws.ask(draws.draw(n), wishes)
     r.folder.mkdir(parents=True, exist_ok=True)
     if args.grid:
-        x = draws.pictures(inputs)
-        path = r.folder / "grid.png"
+        x, path = draws.pictures(inputs), r.folder / "grid.png"
         log.save_png(path, log.grid(x, columns_of(draws, n)))
-        say(f"{n} pictures in {path}")
-        return
-    folder = emptied(r.folder / "samples")
-    for start in range(0, n, draws.size):
-        x = draws.pictures(tuple(t[start:start + draws.size] for t in inputs))
-        write_pngs(folder, log.to_uint8(x), start)
-    if draws.knobs:
-        with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as f:
+    else:
+        path = emptied(r.folder / "samples")
+        for start in range(0, n, draws.size):
+            x = draws.pictures(tuple(t[start:start + draws.size] for t in inputs))
+            write_pngs(path, log.to_uint8(x), start)
+    if draws.knobs and not args.grid:
+        with (path / "labels.csv").open("w", newline="", encoding="utf-8") as f:
             table = csv.writer(f)
             table.writerow(["file", *draws.knobs])
             for i, asked in enumerate(draws.asked(inputs)):
                 table.writerow([f"{i:05d}.png", *asked.values()])
-    say(f"{n} pictures in {folder}")
+    say(f"{n} pictures in {path}")
     if args.real:
         real(r, x.shape)
 

@@ -84,8 +84,8 @@ def cannot_compile(device):
             return "a GPU of capability 7.0 or newer is needed"
         if not importlib.util.find_spec("triton"):
             return "Triton is not installed"
-        if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
-            return "Python.h not found: install Python's development headers"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "Python.h not found: install Python's development headers"
     return ""
 
 

@@ -10,6 +10,7 @@ import os
 import pickle
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,13 +30,16 @@ from common import UserError, data, export, intact, log, prepare
 from common.fuse import cannot_compile, describe, has_bf16
 from common.log import say
 
+ANEW = ("resume", "sample", "grid", "real", "set", "label", "export", "explore", "check")  # never restored
 # Flags that a resumed run may change.  Changing any other one is an error.
-FREE = {"resume", "sample", "grid", "real", "set", "label", "export", "explore", "check", "steps", "device",
-        "amp", "compile", "graph", "log_every", "save_every", "data_dir", "out", "name",
+FREE = {*ANEW, "name", "out", "data_dir", "steps", "device", "amp", "compile", "graph", "log_every",
+        "save_every",
         "dataset",     # it may have moved; Batches checks that the number of pictures is the same
         "batch_size"}  # the number of ranks may differ; Batches checks that the total batch is the same
-ANEW = ("resume", "sample", "grid", "real", "set", "label", "export", "explore", "check")  # never restored
-PATHS = ("dataset", "data_dir", "out", "dis", "encoder")  # flags that may be relative paths
+DRAWING = ("sample", "export", "explore", "prompt", "prompts")  # use a trained run as it is
+PATHS = ("dataset", "data_dir", "out", "dis", "encoder", "exemplars")  # flags that may be relative paths
+WORDS = {"dataset": (*data.BUILT_IN, *data.PLACE, "toy"),  # values of PATHS that are none
+         "encoder": ("deterministic", "gaussian", "universal")}
 TOO_LARGE = ("can't allocate memory", "size calculation overflowed", "Overflow when unpacking")  # torch, CPU
 UNREADABLE = (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, RuntimeError, LookupError,
               TypeError, ValueError)  # what torch.load() and load_state_dict() raise
@@ -136,7 +140,7 @@ def parse(p, argv=None, free=(), experiment=None, paper=None, tuned=None, quick=
         p.error("--paper and --quick exclude each other")
     if given.get("explore"):
         given.setdefault("resume", given["explore"])
-    drawing = [k for k in ("sample", "export", "explore") if given.get(k)]
+    drawing = [k for k in DRAWING if given.get(k)]
     if drawing and not given.get("resume"):
         p.error(f"--{drawing[0]} needs --resume RUN: the run whose networks draw")
     lone = [k for k in ("grid", "real", "set", "label") if given.get(k)]
@@ -154,7 +158,8 @@ def parse(p, argv=None, free=(), experiment=None, paper=None, tuned=None, quick=
         p.error("--dataset is empty: a name, a folder of images or an .npz file expected")
     args.given = sorted({*given, *saved.get("given", [k for k in saved if saved[k] != defaults.get(k)])})
     if paper:
-        args.experiment = experiment(args)
+        row = saved.get("experiment")
+        args.experiment = row if row in paper else experiment(args)
         chosen = paper[args.experiment] | ({} if args.paper else (tuned or {}).get(args.experiment, {}))
         if args.quick and args.experiment not in (quick or {}):
             raise UserError(f"--quick has no settings for {args.experiment}: give --width .25 and --steps")
@@ -222,9 +227,8 @@ class Run:
     def __init__(self, args):
         self.asked, self.kept, self.read = dict(vars(args)), dict(vars(args)), None
         for key in PATHS:  # absolute, since a run may be resumed from another directory
-            value = self.asked.get(key)
-            named = key == "dataset" and value in (*data.BUILT_IN, *data.PLACE, "toy")
-            if isinstance(value, str) and not named and Path(value).expanduser().exists():
+            value, words = self.asked.get(key), WORDS.get(key, ())
+            if isinstance(value, str) and value not in words and Path(value).expanduser().exists():
                 self.kept[key] = str(Path(value).expanduser().resolve())
         self.args, self.parts, self.step, self.stopped = args, {}, 0, False
         self.start, self.end = 0, args.steps  # of the current loop
@@ -263,8 +267,7 @@ class Run:
     @property
     def drawing(self):
         """Whether to use a trained run as it is: --sample, --export, --explore, text2image's --prompt."""
-        flags = ("sample", "export", "explore", "prompt", "prompts")
-        return any(getattr(self.args, flag, None) for flag in flags)
+        return any(getattr(self.args, flag, None) for flag in DRAWING)
 
     def _lead_alone(self, act):
         """Call `act` on rank 0 alone.  If it raises a UserError, all ranks exit."""
@@ -392,12 +395,12 @@ class Run:
         return (self.step + 1) % n == 0 or self.step + 1 == self.end
 
     def draws(self):
-        """Whether to draw samples in this step: after 2, 5, 10 and 20 % of the loop, after the first minute,
-        and every --save-every steps."""
+        """Whether to draw samples in this step, on rank 0 alone: after 2, 5, 10 and 20 % of the loop, after
+        the first minute, and every --save-every steps."""
         step, steps = self.step + 1 - self.start, self.end - self.start
         early = {math.ceil(steps * part) for part in (0.02, 0.05, 0.1, 0.2) if steps >= 100}
         late = not self.drawn and time.perf_counter() - self.logger.start > 60
-        return late or step in early or self.every(self.args.save_every)
+        return self.lead and (late or step in early or self.every(self.args.save_every))
 
     @contextlib.contextmanager
     def aside(self):
@@ -540,8 +543,9 @@ class Run:
 
     def shipped(self):
         """The settings that --export FILE.npz stores: those of the run, without paths."""
-        dropped = {*ANEW, "data_dir", "out", "name", "dis", "encoder"}
-        return {k: v for k, v in self.kept.items() if k not in dropped}
+        dropped, dataset = {*ANEW, *PATHS, "name"}, self.kept["dataset"]
+        kept = {k: v for k, v in self.kept.items() if k not in dropped}
+        return kept | {"dataset": dataset if dataset in WORDS["dataset"] else f"path/to/{Path(dataset).name}"}
 
     def results(self, results, passed=True):
         """Write results.json and print one line per number; with --check, exit with 1 unless `passed`.
@@ -553,7 +557,7 @@ class Run:
         lines = log.history(self.folder)
         asked = {k: self.asked[k] for k in self.args.given}
         settings = {k: v for k, v in self.asked.items() if k not in ("given", "settings", "script")}
-        report = {"command": " ".join(["python", f"{self.args.script}.py", *_flags(asked)]),
+        report = {"command": shlex.join(["python", f"{self.args.script}.py", *_flags(asked)]),
                   "settings": getattr(self.args, "settings", "tuned"), "all settings": settings,
                   "commit": _commit(), "seed": self.args.seed, "step": self.step,
                   "seconds": lines[-1]["seconds"] if lines else 0,
