@@ -63,8 +63,9 @@ HOST_RESIDENT = 2**30  # bytes; on a CPU a larger set is probably memory-mapped,
 def cut(n, most, share, least=2):
     """How many of n pictures remain for training: the last n / share, from `least` to `most`, are held out.
 
-    load() shuffles each set in an order that depends only on its size, so the held-out part has all classes
-    and a resumed run finds the same split.  cut(600, 50, 6): 550.  UserError: fewer than two remain.
+    Sets that come with their classes mixed keep their order; load() shuffles all others in an order that
+    depends only on their size, so that the held-out part has all classes and a resumed run finds the same
+    split.  cut(600, 50, 6): 550.  UserError: fewer than two remain.
     """
     stay = n - max(least, min(most, n // share))
     if stay < 2:
