@@ -217,18 +217,14 @@ def export(path, draws, saved, r):
     if path.suffix not in (".pt2", ".npz"):
         raise UserError(f"--export {path} found: a name that ends in .pt2 (a program for PyTorch) or .npz "
                         "(weights for this repository) expected")
-    temporary = log.temporary(path)
     try:
-        if path.suffix == ".npz":
-            write(temporary, draws, saved, r)
-        else:
-            with temporary.open("wb") as f:     # given a path, torch would insist on the suffix .pt2
+        with log.whole(path) as f:
+            if path.suffix == ".npz":
+                write(f, draws, saved, r)
+            else:                               # given a path, torch would insist on the suffix .pt2
                 torch.export.save(traced(draws), f, extra_files={"inputs.json": json.dumps(signature(draws))})
-        temporary.replace(path)
     except OSError as e:
         raise UserError(f"cannot write {path} ({e.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     says = ", ".join(f"{name} {tuple(t.shape[1:])}" for name, t in zip(draws.inputs, draws.draw(1)))
     say(f"{path} ({path.stat().st_size / 1e6:.1f} MB) draws from {says}")
 
@@ -253,7 +249,7 @@ def signature(draws):
             for (name, knobs), t in zip(draws.inputs.items(), draws.draw(1))]
 
 
-def write(path, draws, saved, r):
+def write(file, draws, saved, r):
     """Write the generator's arrays (bfloat16 stored as int16), the run's settings and saved["about"]."""
     about, arrays = {}, {}
     for key, value in saved["about"].items():
@@ -266,9 +262,8 @@ def write(path, draws, saved, r):
     floating = [k for k, t in arrays.items() if t.is_floating_point()]
     half = {k: (t.to(torch.bfloat16).view(torch.int16) if k in floating else t).numpy()
             for k, t in arrays.items()}
-    with path.open("wb") as f:
-        np.savez_compressed(f, settings=json.dumps(r.shipped()), about=json.dumps(about),
-                            bfloat16=json.dumps(floating), **half)
+    np.savez_compressed(file, settings=json.dumps(r.shipped()), about=json.dumps(about),
+                        bfloat16=json.dumps(floating), **half)
 
 
 def settings_in(path):

@@ -153,7 +153,7 @@ def test_attributes_can_be_asked_for_in_their_own_units(folder, tmp_path, monkey
     (["--export", "g.onnx"], "ends in .pt2"),
     (["--export", "missing/g.pt2"], "cannot write"),
     (["--sample", "0"], "at least 1"),
-    (["--grid"], "--grid is for --sample N"),
+    (["--grid"], "--grid needs --sample N"),
 ])
 def test_what_cannot_be_done_is_one_line(words, said, folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.chdir(folder)
