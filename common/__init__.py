@@ -6,8 +6,8 @@ import types
 import zipfile
 import zlib
 
-# TensorBoard's own switch for doing without TensorFlow, which it would import where that is installed: that
-# takes seconds and memory of the GPU, and writes lines of its own.
+# Keep TensorBoard from importing TensorFlow, if installed: that takes seconds and GPU memory, and prints its
+# own log.
 sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("tensorboard.compat.notf"))
 
 
@@ -17,9 +17,9 @@ class UserError(ValueError):
 
 
 def intact(path):
-    """Compare each part of a file of torch.save() with its checksum, which torch.load() does not look at.
+    """Verify the checksums in a file written by torch.save(); torch.load() ignores them.
 
-    Raises zipfile.BadZipFile where they differ, or if it is no such file.
+    Raises zipfile.BadZipFile if one does not match, or if the file is no zip archive.
     """
     try:
         with zipfile.ZipFile(path) as z:

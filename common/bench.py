@@ -1,7 +1,7 @@
 """Benchmark: the speed of the scripts in each mode, compared with a tutorial's loop and the machine's limits.
 
     python -m common.bench                            all scripts, each with its default data set and batch
-    python -m common.bench --quick --jobs 8           the same on a GPU in under three minutes
+    python -m common.bench --quick --jobs 8           in a few minutes on a GPU, once the data is rendered
     python -m common.bench gan dcgan --width .25 --quick --json bench.json
     python -m common.bench vaegan --scaling           images/s for several batch sizes and picture sizes
 

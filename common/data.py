@@ -63,8 +63,9 @@ HOST_RESIDENT = 2**30  # bytes; on a CPU a larger set is probably memory-mapped,
 def cut(n, most, share, least=2):
     """How many of n pictures remain for training: the last n / share, from `least` to `most`, are held out.
 
-    load() shuffles each set in an order that depends only on its size, so the held-out part has all classes
-    and a resumed run finds the same split.  cut(600, 50, 6): 550.  UserError: fewer than two remain.
+    Sets that come with their classes mixed keep their order; load() shuffles all others in an order that
+    depends only on their size, so that the held-out part has all classes and a resumed run finds the same
+    split.  cut(600, 50, 6): 550.  UserError: fewer than two remain.
     """
     stay = n - max(least, min(most, n // share))
     if stay < 2:
@@ -101,13 +102,6 @@ def load(name, data_dir="data", size=None, channels=None, download=True, skip_ba
     Raises UserError if the name, a file or an argument is wrong.
     """
     root, path, name = Path(data_dir).expanduser(), Path(name).expanduser(), str(name)
-    if not name.strip() or "\0" in f"{name}{root}":
-        raise UserError(f"data set {name!r} in --data-dir {str(root)!r}: expected the name of one, a folder "
-                        "of pictures, or an .npz file")
-    if channels not in (None, 1, 3):
-        raise UserError(f"channels is {channels}: expected 1 (grey) or 3 (RGB)")
-    if size is not None and size < 1:
-        raise UserError(f"size is {size}: expected a number of pixels")
     known = name in BUILT_IN or name in PLACE
     if size is None and name not in (*BUILT_IN, *SMALL) and (known or os.path.isdir(path)):
         raise UserError(f"{name} holds picture files, which may differ in size: give load() a size, 64 say")
@@ -244,7 +238,7 @@ def npz(path):
         names = arrays.get(COLUMNS.get(kind))
         if names is not None and len(names) != a.shape[1]:
             raise UserError(f"{path} has {len(names)} {COLUMNS[kind]} for {a.shape[1]} columns of {key}: "
-                            "expected as many")
+                            "expected the same number")
     arrays = {key: to_torch(a) for key, a in arrays.items()}
     for kind in ("attributes", "factors"):
         if kind in arrays:
@@ -258,42 +252,19 @@ def npz(path):
 
 
 def misfit(key, a):
-    """What was expected of the array `a` called `key` in an .npz file, and how to fix it; None if valid."""
+    """What was expected of the array `a` called `key` in an .npz file; None if valid."""
     numbers, text, kind = a.dtype.kind in "fiub", a.dtype.kind in "US", key.removeprefix("test_")
     if a.ndim == 0 or not (numbers or text):
         return "numbers or strings, one row or more"
     if kind == "images" and (a.dtype != np.uint8 or a.ndim != 4 or a.shape[1] not in (1, 3) or 0 in a.shape):
-        store, side = key, math.isqrt(a.shape[-1])
-        if a.ndim == 3:
-            store += "[:, None]"
-        elif a.ndim == 2 and side ** 2 == a.shape[1] > 0:
-            store += f".reshape(-1, 1, {side}, {side})"
-        elif a.ndim == 4 and a.shape[1] not in (1, 3) and a.shape[3] in (1, 3, 4):
-            store += ".transpose(0, 3, 1, 2)" + "[:, :3]" * (a.shape[3] == 4)
-        elif a.ndim == 4 and a.shape[1] == 4:
-            store += "[:, :3]"
-        found = ""
-        if numbers and a.size and a.dtype != np.uint8:
-            low, high = a.min(), a.max()
-            found = f"; {low:g} to {high:g} found"
-            known = ((0, 1, f"({store} * 255)"), (-0.5, 0.5, f"(({store} + 0.5) * 255)"),
-                     (-1, 1, f"(({store} + 1) * 127.5)"), (0, 255, store),
-                     *[(0, 65535, f"({store} / 257)")] * bool(high > 4095))
-            scaled = [f'{cure}.round().astype("uint8")' for least, most, cure in known
-                      if least <= low and high <= most]
-            store = scaled[0] if scaled else key
-        return "uint8 (N, C, H, W)" + (f"{found}; store {store}" if store != key else
-                                       f"; values 0..255, N > 0, C = 1 or 3{found}")
+        return ("uint8 (N, C, H, W), 0 to 255, N > 0, C = 1 or 3; from floats (N, H, W, C) in [0, 1]: "
+                f'({key}.transpose(0, 3, 1, 2) * 255).round().astype("uint8")')
     if kind == "labels" and (a.ndim != 1 or a.dtype.kind not in "iub"):
-        flat = key if a.ndim == 1 else f"{key}.ravel()"
-        whole = a.dtype.kind in "iub" or a.dtype.kind == "f" and (a == a.round()).all()
-        cure = f"{key}.argmax(1)" if a.ndim == 2 and a.shape[1] > 1 and not text else \
-            f"{flat}.astype(int)" if whole else f"np.unique({flat}, return_inverse=True)[1]"
-        return f"integers (N,), one a picture; store {cure}"
+        return f"integers (N,), one per picture; from others: np.unique({key}, return_inverse=True)[1]"
     if kind == "captions" and (not text or a.ndim > 2 or 0 in a.shape):
-        return "strings (N,) or (N, k), one or k sentences a picture"
+        return "strings (N,) or (N, k), one or k sentences per picture"
     if kind in COLUMNS and (not numbers or a.ndim != 2 or 0 in a.shape or not (np.abs(a) < 1e30).all()):
-        return "numbers (N, A), none of them NaN or infinite" + f"; store {key}[:, None]" * (a.ndim == 1)
+        return "numbers (N, A), none of them NaN or infinite"
     if kind in (*COLUMNS.values(), "classes") and (not text or a.ndim != 1 or len(set(a.tolist())) < len(a)):
         return "strings (A,), one for each name, all different"
     return None
@@ -392,7 +363,7 @@ def captioned(path, root, size, channels, skip_bad=False):
                             f"text_c10/CLASS/{Path(f).stem}.txt")
         captions.append([line.strip() for line in read_text(text).splitlines() if line.strip()])
         if not captions[-1]:
-            raise UserError(f"{text} is empty: expected a caption a line")
+            raise UserError(f"{text} is empty: expected one caption per line")
     classes = sorted({t.parent.name for t in found})
     test = set(classes[-(len(classes) // 4):]) if len(classes) > 3 else set()
     for file, is_test in (("trainvalids.txt", False), ("trainvalclasses.txt", False), ("testids.txt", True),
@@ -401,7 +372,7 @@ def captioned(path, root, size, channels, skip_bad=False):
             listed = set(read_text(path / file).split())
             if listed.isdisjoint(classes) and listed.isdisjoint(map(str, range(1, len(classes) + 1))):
                 raise UserError(f"{path / file} names none of the {len(classes)} classes: expected some, as "
-                                f"{classes[0]} or 1, one a line")
+                                f"{classes[0]} or 1, one per line")
             test = {c for i, c in enumerate(classes, 1) if bool({c, str(i)} & listed) == is_test}
     y = torch.tensor([classes.index(texts[Path(f).stem].parent.name) for f in files])
     held = torch.tensor([classes[i] in test for i in y.tolist()])
@@ -613,9 +584,11 @@ class Batches:
                  resident=None):
         for i, t in enumerate((images, *others)):
             if t is None:
-                raise UserError(f"item {i} is None: this data set lacks the labels, or what else was asked")
+                raise UserError(f"item {i} is None: this data set has no labels or attributes, which are "
+                                "needed here")
             if len(t) != len(images):
-                raise UserError(f"item {i} has {len(t)} rows for {len(images)} pictures: expected as many")
+                raise UserError(f"item {i} has {len(t)} rows for {len(images)} pictures: expected the same "
+                                "number")
         if images.dtype != torch.uint8:
             raise UserError(f"pictures are {images.dtype}: expected torch.uint8")
         if not 0 <= rank < world:

@@ -46,12 +46,13 @@ class Knob:
             if self.read:
                 return self.read(text)
             if self.names:
-                return self.names.index(text) if text in self.names else range(len(self.names))[int(text)]
+                numbers = range(len(self.names))
+                return self.names.index(text) if text in self.names else numbers.index(int(text))
             number = float(text)
             if not math.isfinite(number):
                 raise ValueError
             return number
-        except (ValueError, IndexError, OverflowError) as e:
+        except (ValueError, OverflowError) as e:
             known = [*map(str, self.names[:20]), *["..."] * (len(self.names) > 20)]
             expected = f"one of {', '.join(known)}" if known else "a number"
             expected = str(e) if self.read else expected
@@ -160,22 +161,20 @@ def sample(r, draws, wishes):
     inputs = draws.ask(draws.draw(n), wishes)
     r.folder.mkdir(parents=True, exist_ok=True)
     if args.grid:
-        x = draws.pictures(inputs)
-        path = r.folder / "grid.png"
+        x, path = draws.pictures(inputs), r.folder / "grid.png"
         log.save_png(path, log.grid(x, columns_of(draws, n)))
-        say(f"{n} pictures in {path}")
-        return
-    folder = emptied(r.folder / "samples")
-    for start in range(0, n, draws.size):
-        x = draws.pictures(tuple(t[start:start + draws.size] for t in inputs))
-        write_pngs(folder, log.to_uint8(x), start)
-    if draws.knobs:
-        with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as f:
+    else:
+        path = emptied(r.folder / "samples")
+        for start in range(0, n, draws.size):
+            x = draws.pictures(tuple(t[start:start + draws.size] for t in inputs))
+            write_pngs(path, log.to_uint8(x), start)
+    if draws.knobs and not args.grid:
+        with (path / "labels.csv").open("w", newline="", encoding="utf-8") as f:
             table = csv.writer(f)
             table.writerow(["file", *draws.knobs])
             for i, asked in enumerate(draws.asked(inputs)):
                 table.writerow([f"{i:05d}.png", *asked.values()])
-    say(f"{n} pictures in {folder}")
+    say(f"{n} pictures in {path}")
     if args.real:
         real(r, x.shape)
 
@@ -218,18 +217,14 @@ def export(path, draws, saved, r):
     if path.suffix not in (".pt2", ".npz"):
         raise UserError(f"--export {path} found: a name that ends in .pt2 (a program for PyTorch) or .npz "
                         "(weights for this repository) expected")
-    temporary = log.temporary(path)
     try:
-        if path.suffix == ".npz":
-            write(temporary, draws, saved, r)
-        else:
-            with temporary.open("wb") as f:     # given a path, torch would insist on the suffix .pt2
+        with log.whole(path) as f:
+            if path.suffix == ".npz":
+                write(f, draws, saved, r)
+            else:                               # given a path, torch would insist on the suffix .pt2
                 torch.export.save(traced(draws), f, extra_files={"inputs.json": json.dumps(signature(draws))})
-        temporary.replace(path)
     except OSError as e:
         raise UserError(f"cannot write {path} ({e.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     says = ", ".join(f"{name} {tuple(t.shape[1:])}" for name, t in zip(draws.inputs, draws.draw(1)))
     say(f"{path} ({path.stat().st_size / 1e6:.1f} MB) draws from {says}")
 
@@ -254,7 +249,7 @@ def signature(draws):
             for (name, knobs), t in zip(draws.inputs.items(), draws.draw(1))]
 
 
-def write(path, draws, saved, r):
+def write(file, draws, saved, r):
     """Write the generator's arrays (bfloat16 stored as int16), the run's settings and saved["about"]."""
     about, arrays = {}, {}
     for key, value in saved["about"].items():
@@ -267,9 +262,8 @@ def write(path, draws, saved, r):
     floating = [k for k, t in arrays.items() if t.is_floating_point()]
     half = {k: (t.to(torch.bfloat16).view(torch.int16) if k in floating else t).numpy()
             for k, t in arrays.items()}
-    with path.open("wb") as f:
-        np.savez_compressed(f, settings=json.dumps(r.shipped()), about=json.dumps(about),
-                            bfloat16=json.dumps(floating), **half)
+    np.savez_compressed(file, settings=json.dumps(r.shipped()), about=json.dumps(about),
+                        bfloat16=json.dumps(floating), **half)
 
 
 def settings_in(path):

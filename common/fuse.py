@@ -8,7 +8,7 @@ A script writes its whole iteration (sampling, losses and all updates) as one pl
                 launches and no host synchronisation in the loop
     compiled    --compile: the whole iteration as one torch.compile graph; on a GPU then captured as above
 
-All modes use the same optimizer state, in torch.optim's layout, so --resume may change the mode.
+All modes use the same optimizer state, so --resume may change the mode.
 """
 
 import contextlib
@@ -84,8 +84,8 @@ def cannot_compile(device):
             return "a GPU of capability 7.0 or newer is needed"
         if not importlib.util.find_spec("triton"):
             return "Triton is not installed"
-        if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
-            return "Python.h not found: install Python's development headers"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "Python.h not found: install Python's development headers"
     return ""
 
 
@@ -291,8 +291,9 @@ def averaged(net):
 def average(ema, net, decay):
     """ema <- decay ema + (1 - decay) net for each parameter; buffers are copied.
 
-    `ema`: made by averaged().  `decay`: in [0, 1]; 0 copies the parameters.  After t updates it is capped at
-    (1 + t) / (10 + t), so that the EMA soon forgets the random initial parameters.
+    `ema`: made by averaged().  `decay`: in [0, 1]; 0 copies the parameters, up to rounding on a GPU or when
+    compiled.  After t updates it is capped at (1 + t) / (10 + t), so that the EMA soon forgets the random
+    initial parameters.
     """
     share = 1 - ((1 + ema.t) / (10 + ema.t)).clamp(max=decay)
     p_ema, p = list(ema.parameters()), list(net.parameters())

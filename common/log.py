@@ -1,15 +1,11 @@
 """A run's output: TensorBoard events, metrics.jsonl, progress lines, and figures as PNG files."""
 
-import atexit
 import contextlib
 import errno
-import functools
 import json
 import math
 import os
-import shutil
 import sys
-import tempfile
 import textwrap
 import time
 
@@ -18,7 +14,7 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
-from torch.utils import tensorboard
+from torch.utils.tensorboard import SummaryWriter
 
 from common import UserError
 
@@ -39,34 +35,22 @@ def say(text, file=None, end="\n"):
                 os.dup2(null.fileno(), file.fileno())
 
 
-def temporary(path):
-    """A path beside `path` that no other process or file uses."""
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-
-def write_text(path, text):
-    """Write a text file completely or not at all: on a full disk the old one survives."""
-    partial = temporary(path)
+@contextlib.contextmanager
+def whole(path):
+    """Open a file that replaces `path` when the block ends.  If the block fails, the old one survives."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # no other process or file uses it
     try:
-        partial.write_text(text, encoding="utf-8")
+        with partial.open("wb") as f:
+            yield f
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-class SummaryWriter(tensorboard.SummaryWriter):
-    """TensorBoard's SummaryWriter cannot write to a folder whose name is not UTF-8, so give it a link."""
-
-    def __init__(self, folder, **more):
-        try:
-            str(folder).encode()
-        except UnicodeEncodeError:
-            place = tempfile.mkdtemp()
-            atexit.register(shutil.rmtree, place, ignore_errors=True)
-            link = os.path.join(place, "run")
-            os.symlink(os.path.abspath(folder), link)
-            folder = link
-        super().__init__(folder, **more)
+def write_text(path, text):
+    """Write a text file completely or not at all."""
+    with whole(path) as f:
+        f.write(text.encode())
 
 
 class Logger:
@@ -172,31 +156,12 @@ def _short(means):
 
 
 def history(folder):
-    """The lines of a run's metrics.jsonl as dicts of numbers, each with "step" and "seconds".
-
-    Skips damaged lines and reports their number, except for a last line cut off by a kill.
-    """
-    path, lines, damaged = folder / "metrics.jsonl", [], 0
-    *texts, tail = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    for text in [*texts, tail]:
-        try:
-            line = json.loads(text.decode())
-            fits = isinstance(line, dict) and {"step", "seconds"} <= line.keys() \
-                and all(isinstance(v, (int, float)) for v in line.values())
-        except (ValueError, RecursionError):
-            fits = False
-        if fits:
-            lines.append(line)
-        elif text is not tail:
-            damaged += 1
-    if damaged:
-        _say_once(f"{path}: {damaged} damaged line{'s' * (damaged > 1)} skipped")
+    """The lines of metrics.jsonl as dicts, each with "step" and "seconds"; skips one that a kill cut off."""
+    path, lines = folder / "metrics.jsonl", []
+    for text in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
     return lines
-
-
-@functools.cache
-def _say_once(text):
-    say(text, sys.stderr)
 
 
 # ---- Images -----------------------------------------------------------------------------------------------
@@ -230,12 +195,8 @@ def with_captions(images, captions):
 def save_png(path, image):
     """Write one uint8 image (1 or 3, H, W) as PNG, completely or not at all."""
     array = image.permute(1, 2, 0).numpy()
-    partial = temporary(path)
-    try:
-        Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(partial, format="PNG")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path) as f:
+        Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(f, format="PNG")
 
 
 def smaller(image, side):
@@ -254,13 +215,9 @@ def animate(files, path, most=60):
         return
     chosen = [files[i] for i in np.linspace(0, len(files) - 1, min(most, len(files))).round().astype(int)]
     frames = [Image.open(f).convert("P", palette=Image.Palette.ADAPTIVE, colors=64) for f in chosen]
-    partial = temporary(path)
-    try:
-        frames[0].save(partial, format="GIF", save_all=True, append_images=frames[1:], loop=0,
+    with whole(path) as f:
+        frames[0].save(f, format="GIF", save_all=True, append_images=frames[1:], loop=0,
                        duration=[150] * (len(frames) - 1) + [1500])
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (140, 86, 75),

@@ -1,10 +1,8 @@
 """Measures that several papers share.  All run offline, without Inception network, scikit-learn or SciPy."""
 
-import contextlib
 import hashlib
 import itertools
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from torch.nn import functional as F
 
 from common import UserError, intact
 from common.fuse import precise, sampling
-from common.log import say
+from common.log import say, whole
 
 
 def need(ok, expected, found):
@@ -45,7 +43,7 @@ def batched(net, *tensors, size=500, scale=None):
     it is and receives rows on their device.  tensors (N, ...); None is passed on as None.
     scale (low, high): uint8 tensors become float32, 0 -> low and 255 -> high, as in Batches.
     Returns what net returns: a tensor, None, or a tuple of these.  The identity with scale (-1, 1) maps uint8
-    0 and 255 to -1 and 1.  UserError: tensors of different lengths.
+    0 and 255 to -1 and 1.
     """
     module = isinstance(net, nn.Module)
     weights = next(itertools.chain(net.parameters(), net.buffers()), None) if module else None
@@ -58,7 +56,6 @@ def batched(net, *tensors, size=500, scale=None):
         return rows.float().div_(255).mul_(high - low).add_(low)
 
     given = [t for t in tensors if t is not None]
-    need(len({len(t) for t in given}) == 1, "tensors (N, ...) of one length N", shapes(*given))
     parts = []
     with sampling(*[net] if module else []):
         for start in range(0, max(len(given[0]), 1), size):  # no rows: call it once for the output's shape
@@ -77,12 +74,8 @@ def _concatenate(parts):
 # ---- Parzen window: GAN Table 1, CGAN Table 1, AAE Table 1 ------------------------------------------------
 
 @torch.no_grad()
-def _parzen_ll(samples, x, sigmas, chunk):
-    """(S, N) l(x) for S values of sigma, computed from the same squared distances."""
-    need(samples.dim() > 1 and len(samples) and len(x) and samples.shape[1:] == x.shape[1:]
-         and samples.is_floating_point() and x.is_floating_point(),
-         "floating-point samples (n, ...) and x (N, ...) of one shape, n, N > 0", shapes(samples, x))
-    need(min(sigmas) > 0, "sigma > 0", min(sigmas))
+def parzen_lls(samples, x, sigmas, chunk=1000):
+    """(S, N) parzen_ll() for S values of sigma, computed from the same squared distances."""
     samples, x = precise(samples.flatten(1)), precise(x.flatten(1))
     finite(samples, x)
     n, d = samples.shape
@@ -109,81 +102,33 @@ def parzen_ll(samples, x, sigma, chunk=1000):
     samples mu (n, ...), x (N, ...): floating point, same shape and scale, d numbers each.  Returns (N,)
     float64 on the samples' device.  Memory: chunk x chunk distances.
     A single sample equal to x, d = 1, sigma = 1: -log(2 pi) / 2 = -0.9189.
-    UserError: different shapes, other types, sigma <= 0.  Source: GAN's parzen_ll.py.
+    UserError: numbers that are not finite.  Source: GAN's parzen_ll.py.
     """
-    return _parzen_ll(samples, x, [float(sigma)], chunk)[0]
+    return parzen_lls(samples, x, [float(sigma)], chunk)[0]
 
 
 def parzen(samples, valid, test, chunk=1000):
     """Mean l(x) over `test` in nats, at the sigma of numpy.logspace(-1, 0, 10) that is best on `valid`.
 
-    Shapes and errors: see parzen_ll.  Returns dict(ll, se, sigma), se = std / sqrt(N_test).
+    Shapes: see parzen_ll.  Returns dict(ll, se, sigma), se = std / sqrt(N_test).
     All three sets from N(0, 1): ll tends to -(1 + log(2 pi)) / 2 = -1.4189 as they grow.
     Protocol of GAN, CGAN and AAE on MNIST: 10,000 samples, pixels in [0, 1], valid = train[50000:51000],
     test = all 10,000 test images.
     """
     sigmas = np.logspace(-1, 0, 10).tolist()
-    sigma = sigmas[int(_parzen_ll(samples, valid, sigmas, chunk).mean(1).argmax())]
+    sigma = sigmas[int(parzen_lls(samples, valid, sigmas, chunk).mean(1).argmax())]
     ll = parzen_ll(samples, test, sigma, chunk)
     return {"ll": ll.mean().item(), "se": ll.std(correction=0).item() / math.sqrt(len(ll)), "sigma": sigma}
 
 
-# ---- Codes against labels and factors: InfoGAN Sec. 7, AAE Sec. 6 -----------------------------------------
-
-def majority(cluster, y, k):
-    """(k,) table: cluster -> its most frequent label (the lowest of a tie), -1 for an empty cluster.
-
-    cluster (N,) integers in [0, k), y (N,) integers >= 0.  Clusters 0 0 0 1, labels 7 7 3 3, k = 3: 7, 3, -1.
-    UserError: other shapes or values.
-    """
-    need(cluster.dim() == 1 and cluster.shape == y.shape and len(y), "clusters (N,) and labels (N,), N > 0",
-         shapes(cluster, y))
-    need(cluster.min() >= 0 and cluster.max() < k and y.min() >= 0, f"clusters in [0, {k}) and labels >= 0",
-         f"{int(cluster.min())} to {int(cluster.max())} and {int(y.min())} to {int(y.max())}")
-    labels = int(y.max()) + 1
-    counts = torch.bincount(cluster.long() * labels + y.long(), minlength=k * labels).view(k, labels)
-    return torch.where(counts.sum(1) > 0, counts.argmax(1), -1)
-
-
-def matching(cost):
-    """(r,) the column of each row in the one-to-one matching of minimum total cost (r, c).
-
-    If r > c, unmatched rows get columns >= c.  [[1, 2], [3, 9]]: 1, 0.
-    Source: the Hungarian method with shortest augmenting paths, O(n^3), n = max(r, c).
-    """
-    rows, columns = cost.shape
-    need(np.isfinite(cost).all(), "finite costs", "NaN or infinity")
-    n = max(rows, columns)
-    cost = np.pad(np.asarray(cost, np.float64), ((0, n - rows), (0, n - columns)))
-    u, v = np.zeros(n), np.zeros(n + 1)  # prices: cost - u - v >= 0, with equality for matched pairs
-    row = np.full(n + 1, -1)  # column -> its row; column n holds the row being matched
-    for i in range(n):
-        row[n], j = i, n
-        slack, back, done = np.full(n, np.inf), np.full(n, n), np.zeros(n + 1, bool)
-        while row[j] >= 0:
-            done[j] = True
-            reduced = cost[row[j]] - u[row[j]] - v[:n]
-            closer = ~done[:n] & (reduced < slack)
-            slack[closer], back[closer] = reduced[closer], j
-            j = np.where(done[:n], np.inf, slack).argmin()
-            step = slack[j]
-            u[row[done]] += step
-            v[done] -= step
-            slack[~done[:n]] -= step
-        while j != n:
-            row[j], j = row[back[j]], back[j]
-    return row[:n].argsort()[:rows]
-
+# ---- Codes against factors: InfoGAN Sec. 7 ----------------------------------------------------------------
 
 def rank_correlation(a, b):
     """Spearman's rho in [-1, 1] of two vectors (N,): the correlation of their ranks; ties share a rank.
 
-    x and exp(x): 1.  A constant vector: nan.  UserError: other shapes, nan.
+    x and exp(x): 1.  A constant vector: nan.
     """
-    a, b = torch.as_tensor(a), torch.as_tensor(b)
-    need(a.dim() == 1 and a.shape == b.shape, "two vectors (N,)", shapes(a, b))
-    need(not (a.isnan().any() or b.isnan().any()), "two vectors of numbers", "nan")
-    a, b = _ranks(precise(a)), _ranks(precise(b))
+    a, b = (_ranks(precise(torch.as_tensor(t))) for t in (a, b))
     return ((a @ b) / (a.norm() * b.norm())).clamp(-1, 1).item()
 
 
@@ -230,13 +175,8 @@ def classifier(images, labels, device, data_dir, steps=None, seed=0):
     steps None: 12 epochs, at least 100 and at most 1,500 steps; 99.2 % on MNIST's test images.
     The file name is a hash of labels, 1,000 of the images, steps and seed.  The same arguments give the same
     weights (bit-identical on a CPU).  The caller's random state does not change.
-    data_dir None: no cache.  UserError: other shapes, types or labels; a damaged file.
+    data_dir None: no cache.  UserError: images smaller than 16 x 16; a damaged file.
     """
-    need(images.dim() == 4 and images.dtype == torch.uint8 and labels.dim() in (1, 2)
-         and len(labels) == len(images) > 0, "images uint8 (N, C, H, W) and labels (N,) or (N, A), N > 0",
-         shapes(images, labels))
-    need(labels.min() >= 0, "labels >= 0", labels.min().item())
-    need(labels.dim() == 1 or labels.max() <= 1, "attributes in [0, 1]", labels.max().item())
     classes = int(labels.max()) + 1 if labels.dim() == 1 else labels.shape[1]
     steps = steps or min(1500, max(100, 12 * len(images) // 128))
     # Seed only the CPU generator, which draws the weights; torch.manual_seed would also reset the GPUs'.
@@ -271,14 +211,11 @@ def _read(cache, clf):
 
 
 def _write(cache, clf):
-    partial = cache.with_name(f"{cache.name}.{os.getpid()}")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(clf.state_dict(), partial)
-        partial.replace(cache)
+        with whole(cache) as f:
+            torch.save(clf.state_dict(), f)
     except (OSError, RuntimeError) as e:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise UserError(f"{cache} cannot be written ({e}): free some space, "
                         "or give another --data-dir") from e
 
@@ -305,12 +242,7 @@ def _train(clf, images, labels, steps, seed, batch=128, lr=5e-3, shift=2):
 
 def _judge(net, clf, x):
     """net(x), where `net` is part of clf, for images x (N, C, H, W), uint8 or float in [0, 1]."""
-    need(x.shape[1:] == clf.shape and len(x), f"images (N, *{clf.shape}), N > 0", shapes(x))
-    if x.dtype != torch.uint8:
-        low, high = x.aminmax()
-        need(low >= -1e-3 and high <= 1 + 1e-3, "images uint8 or in [0, 1]", f"{low:.3g} to {high:.3g}")
-        x = x.float()
-    return batched(net, x, scale=(0, 1))
+    return batched(net, x if x.dtype == torch.uint8 else x.float(), scale=(0, 1))
 
 
 def logits(clf, x):
@@ -327,9 +259,7 @@ def label_agreement(clf, x, y):
     """Fraction in [0, 1] of images x that clf assigns to their label y.  For real images: its accuracy.
 
     x (N, C, H, W) uint8 or float in [0, 1], y (N,) integers.  All logits equal: the fraction with label 0.
-    UserError: other shapes or ranges.
     """
-    need(y.shape == x.shape[:1], f"labels ({len(x)},)", shapes(y))
     label = logits(clf, x).argmax(1)
     return (label == y.to(label.device)).cpu().double().mean().item()
 
@@ -339,11 +269,8 @@ def frechet(feat_a, feat_b):
 
     feat_a (N, d), feat_b (M, d), N, M > 1.  Returns a float >= 0; 0 for a set and itself; N(m1, s1^2 I) and
     N(m2, s2^2 I): ||m1 - m2||^2 + d (s1 - s2)^2.  Small sets bias it upwards, so compare at equal N.
-    UserError: other shapes.  Source: FID, Heusel et al. 2017.
+    UserError: numbers that are not finite.  Source: FID, Heusel et al. 2017.
     """
-    need(feat_a.dim() == feat_b.dim() == 2 and feat_a.shape[1] == feat_b.shape[1]
-         and min(len(feat_a), len(feat_b)) > 1,
-         "features (N, d) and (M, d), N, M > 1", shapes(feat_a, feat_b))
     a, b = precise(feat_a).double(), precise(feat_b).double()
     b = b.to(a.device)
     finite(a, b)
@@ -359,7 +286,7 @@ def frechet(feat_a, feat_b):
 def frechet_distance(clf, x_a, x_b):
     """Frechet distance of two sets of images in the classifier's features; 0 for a set and itself.
 
-    x_a (N, C, H, W), x_b (M, C, H, W), uint8 or float in [0, 1]; errors: see label_agreement and frechet.
+    x_a (N, C, H, W), x_b (M, C, H, W), uint8 or float in [0, 1].
     An offline substitute for FID that also suits greyscale digits.  Its scale depends on the classifier, so
     compare only values of the same classifier at equal N, never with FID.
     """

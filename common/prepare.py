@@ -95,43 +95,39 @@ def folder(path, root, size, channels, skip_bad=False):
 def walk(path):
     """-> {picture's path relative to `path`: [size, mtime]}, and a Counter of what was skipped and why.
 
-    Links are followed last, and no folder or file is read twice.  Ignores LITTER and hidden files and
+    Links to folders are followed last, and no folder is read twice.  Ignores LITTER and hidden files and
     folders.
     """
-    found, left_out, seen, links, folders = {}, Counter(), set(), [], [str(path)]
-    root, prefix = os.path.realpath(path), len(os.path.join(path, ""))
+    found, left_out, seen, folders, links = {}, Counter(), set(), [str(path)], []
+    root = os.path.realpath(path)
     while folders or links:
         at = folders.pop() if folders else links.pop(0)
         real = os.path.realpath(at)
-        above = root.startswith(os.path.join(real, ""))
-        if not os.path.exists(at):
-            left_out["dangling links"] += 1
-            continue
-        if real in seen or above or os.path.dirname(real) in seen and not os.path.isdir(at):
+        if real in seen or root.startswith(os.path.join(real, "")):
             left_out["links to what is read already"] += 1
             continue
         seen.add(real)
         try:
-            entries = sorted(os.scandir(at), key=lambda e: e.name) if os.path.isdir(at) else [at]
+            entries = sorted(os.scandir(at), key=lambda e: e.name)
         except OSError:
             left_out["folders that cannot be read"] += 1
             continue
         for e in entries:
-            file = os.fspath(e)
-            if os.path.basename(file).startswith(".") or os.path.basename(file) in LITTER:
+            if e.name.startswith(".") or e.name in LITTER:
                 continue
-            if e is not at and e.is_symlink():
-                links.append(file)
-            elif e is not at and e.is_dir():
-                folders.append(file)
+            try:
+                s, ending = os.stat(e), os.path.splitext(e.name)[1].lower()
+            except OSError:
+                left_out["dangling links"] += 1
+                continue
+            if stat.S_ISDIR(s.st_mode):
+                (links if e.is_symlink() else folders).append(e.path)
+            elif not stat.S_ISREG(s.st_mode):
+                left_out["pipes, sockets or devices"] += 1
+            elif ending not in SUFFIXES:
+                left_out[ending or "files without an ending"] += 1
             else:
-                s, ending = os.stat(file), os.path.splitext(file)[1].lower()
-                if not stat.S_ISREG(s.st_mode):
-                    left_out["pipes, sockets or devices"] += 1
-                elif ending not in SUFFIXES:
-                    left_out[f"{ending or 'files without an ending'}"] += 1
-                else:
-                    found[file[prefix:].replace(os.sep, "/")] = [s.st_size, s.st_mtime_ns]
+                found[os.path.relpath(e, path).replace(os.sep, "/")] = [s.st_size, s.st_mtime_ns]
     return found, left_out
 
 
@@ -271,7 +267,7 @@ def decode_blocks(name, sources, start, work, n=None, cure="replace them"):
     """
     n, began, live, bad = n or len(sources), time.monotonic(), sys.stderr.isatty(), []
     if start:
-        say(f"preparing {name}: going on at picture {start + 1:,} of {n:,}", sys.stderr)
+        say(f"preparing {name}: continuing at picture {start + 1:,} of {n:,}", sys.stderr)
     sources = sources(start) if callable(sources) else itertools.islice(sources, start, None)
     pictures = in_threads(work, sources)
     for done in itertools.chain(range(start + BLOCK, n, BLOCK), [n]):
@@ -374,8 +370,7 @@ def cached(where, make):
         elif marks.read_bytes() != found:
             raise ValueError
     except Exception as e:
-        raise UserError(f"{where} is damaged: delete this folder and run again, it is then prepared "
-                        "again") from e
+        raise UserError(f"{where} is damaged: delete this folder; the next run creates it again") from e
     with warnings.catch_warnings():
         # Keep mode "r" despite the warning: writable private mappings larger than memory are refused.
         warnings.filterwarnings("ignore", message=".*not writable")

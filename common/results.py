@@ -12,6 +12,7 @@ results/ablations/ the records behind the tables in these notes.
 import argparse
 import json
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -36,12 +37,18 @@ PATH = re.compile(r"(?:^|(?<=[\s'\"=:,(]))(?:/|~|\.\.[\\/]|[A-Za-z]:[\\/]|\\\\)[
 
 def flags(command, but=()):
     """{flag: values} of a recorded command, in order."""
-    return {f: v for f, *v in map(str.split, command.split(" --")[1:]) if f.removeprefix("no-") not in but}
+    found, values = {}, []
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            values = found[word[2:]] = []
+        else:
+            values.append(word)
+    return {f: v for f, v in found.items() if f.removeprefix("no-") not in but}
 
 
 def typed(start, chosen):
     """The words `start` and the flags `chosen` (flag -> values) as one command line."""
-    return " ".join([*start, *(w for f, v in chosen.items() for w in [f"--{f}", *v])])
+    return shlex.join([*start, *(w for f, v in chosen.items() for w in [f"--{f}", *v])])
 
 
 def by_hand(record):
@@ -114,12 +121,14 @@ def value(group, name):
         return "not finite" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4g}"
     own = group[0]["results"][name]
     values, unit = [r["results"][name]["value"] for r in group], f" {own.get('unit', '')}".rstrip()
-    if len(group) > 1 and None not in values:
-        return (f"**{statistics.mean(values):.4g} ± {statistics.stdev(values):.2g}**{unit}; seeds "
-                f"{', '.join(str(r['seed']) for r in group)}: {', '.join(map(number, values))}")
+    each = ", ".join(map(number, values))
+    if len(group) > 1:
+        head = each if None in values else f"{statistics.mean(values):.4g} ± {statistics.stdev(values):.2g}"
+        seeds = ", ".join(str(r["seed"]) for r in group)
+        return f"**{head}**{unit}; seeds {seeds}" + f": {each}" * (None not in values)
     more = [f"{k} {number(v)}" for k, v in own.items()
             if type(v) in (int, float) and k != "value" and not k.startswith("paper")]
-    return f"**{', '.join(map(number, values))}**{unit}; " + "; ".join([f"seed {group[0]['seed']}", *more])
+    return f"**{each}**{unit}; " + "; ".join([f"seed {group[0]['seed']}", *more])
 
 
 def groups(records, name):
@@ -140,9 +149,11 @@ def row(first, paper, group, name):
     times = [f"{s:.0f} s" if s < 120 else f"{s / 60:.0f} min" for s in sorted(r["seconds"] for r in group)]
     how = [dataset, f"{r['step']:,} steps", " to ".join(dict.fromkeys([times[0], times[-1]])), r["machine"],
            *re.findall(r"bf16|fp32", r["mode"]), "full width" if width == 1 else f"width {width:g}"]
+    notes = dict.fromkeys(g["log"] for g in group if "log" in g)
     commands = [f"`{typed(g['command'].split()[:2], flags(g['command'], {'seed'}))}`" for g in group]
     commits = [re.sub(r"^(.{7})\w*", r"\1", g["commit"]) for g in group if g["commit"]]
-    return [first, paper, *cells, ", ".join(how), ", ".join(dict.fromkeys([*commands, *commits]))]
+    return [first, paper, *cells, "; ".join([", ".join(how), *notes]),
+            ", ".join(dict.fromkeys([*commands, *commits]))]
 
 
 def rows(e, records):
@@ -203,7 +214,7 @@ def again(name, record, seed, data_dir):
     seed = record["seed"] if seed is None else seed
     kept = re.sub(r"-s[0-9]+$", f"-s{seed}", name)
     out = ROOT / "runs" / time.strftime("again-%Y%m%d-%H%M%S") / kept
-    words = typed([], flags(record["command"]) | {"seed": [str(seed)]}).split()
+    words = shlex.split(typed([], flags(record["command"]) | {"seed": [str(seed)]}))
     if code := start(about(record)[0], words, data_dir, out)[0]:
         raise UserError(f"{name}: exit code {code}, nothing kept; the run's folder is in {out}")
     (folder,) = (path.parent for path in out.glob("*/results.json"))

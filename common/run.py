@@ -10,6 +10,7 @@ import os
 import pickle
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,13 +30,16 @@ from common import UserError, data, export, intact, log, prepare
 from common.fuse import cannot_compile, describe, has_bf16
 from common.log import say
 
+ANEW = ("resume", "sample", "grid", "real", "set", "label", "export", "explore", "check")  # never restored
 # Flags that a resumed run may change.  Changing any other one is an error.
-FREE = {"resume", "sample", "grid", "real", "set", "label", "export", "explore", "check", "steps", "device",
-        "amp", "compile", "graph", "log_every", "save_every", "data_dir", "out", "name",
+FREE = {*ANEW, "name", "out", "data_dir", "steps", "device", "amp", "compile", "graph", "log_every",
+        "save_every",
         "dataset",     # it may have moved; Batches checks that the number of pictures is the same
         "batch_size"}  # the number of ranks may differ; Batches checks that the total batch is the same
-ANEW = ("resume", "sample", "grid", "real", "set", "label", "export", "explore", "check")  # never restored
-PATHS = ("dataset", "data_dir", "out", "dis", "encoder")  # flags that may be relative paths
+DRAWING = ("sample", "export", "explore", "prompt", "prompts")  # use a trained run as it is
+PATHS = ("dataset", "data_dir", "out", "dis", "encoder", "exemplars")  # flags that may be relative paths
+WORDS = {"dataset": (*data.BUILT_IN, *data.PLACE, "toy"),  # values of PATHS that are none
+         "encoder": ("deterministic", "gaussian", "universal")}
 TOO_LARGE = ("can't allocate memory", "size calculation overflowed", "Overflow when unpacking")  # torch, CPU
 UNREADABLE = (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, RuntimeError, LookupError,
               TypeError, ValueError)  # what torch.load() and load_state_dict() raise
@@ -89,7 +93,7 @@ def parser(file, doc, **defaults):
     add("--save-every", metavar="N", type=number(int, 1), default=1000,
         help="steps between checkpoints [%(default)s]")
     add("--resume", metavar="RUN", help="continue the run in this folder with its settings")
-    add("--check", action="store_true", help="exit with 1 if the header's metric is missed")
+    add("--check", action="store_true", help="exit with 1 if the key result is out of range")
     add = p.add_argument_group("use a trained run: --resume RUN, or an exported .npz file").add_argument
     add("--sample", type=number(int, 1), metavar="N", help="write N PNGs and stop")
     add("--grid", action="store_true", help="with --sample: one PNG with all N")
@@ -136,25 +140,25 @@ def parse(p, argv=None, free=(), experiment=None, paper=None, tuned=None, quick=
         p.error("--paper and --quick exclude each other")
     if given.get("explore"):
         given.setdefault("resume", given["explore"])
-    drawing = [k for k in ("sample", "export", "explore") if given.get(k)]
+    drawing = [k for k in DRAWING if given.get(k)]
     if drawing and not given.get("resume"):
         p.error(f"--{drawing[0]} needs --resume RUN: the run whose networks draw")
     lone = [k for k in ("grid", "real", "set", "label") if given.get(k)]
     if lone and not (given.get("sample") or given.get("explore") and lone[0] in ("set", "label")):
-        p.error(f"--{lone[0]} is for --sample N")
+        p.error(f"--{lone[0]} needs --sample N" + " or --explore" * (lone[0] in ("set", "label")))
     free = {*FREE, *free, *["seed"] * bool(drawing)}
     saved = _saved(given["resume"], defaults["script"]) if given.get("resume") else {}
     for k, v in given.items():
         if k in saved and saved[k] != v and k not in free:
             raise UserError(f"{given['resume']} was run with --{k.replace('_', '-')} {saved[k]}, {v} given: "
                             "leave the flag out, or start a new run")
-    _check(p, saved, given.get("resume"))
     args = argparse.Namespace(**{**defaults, **saved, **given})
     if not args.dataset:
         p.error("--dataset is empty: a name, a folder of images or an .npz file expected")
     args.given = sorted({*given, *saved.get("given", [k for k in saved if saved[k] != defaults.get(k)])})
     if paper:
-        args.experiment = experiment(args)
+        row = saved.get("experiment")
+        args.experiment = row if row in paper else experiment(args)
         chosen = paper[args.experiment] | ({} if args.paper else (tuned or {}).get(args.experiment, {}))
         if args.quick and args.experiment not in (quick or {}):
             raise UserError(f"--quick has no settings for {args.experiment}: give --width .25 and --steps")
@@ -164,37 +168,6 @@ def parse(p, argv=None, free=(), experiment=None, paper=None, tuned=None, quick=
                 setattr(args, k, v)
         args.settings = "paper" if args.paper else "quick" if args.quick else "tuned"
     return args
-
-
-def _check(p, saved, folder):
-    """Check saved settings against their flags.  UserError: names the first that the flag would refuse.
-
-    A value from a table may be one that the flag itself refuses: 0 for none, or a name.
-    """
-    for action in p._actions:
-        value = saved.get(action.dest)
-        by_hand = action.dest in saved.get("given", saved)
-        if value is None or not by_hand and type(value) in (int, float) and value == 0:
-            continue
-        try:
-            if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
-                fits = isinstance(value, bool)
-            else:
-                append = isinstance(action, argparse._AppendAction)
-                several = isinstance(value, list) and (action.nargs or append)
-                for one in value if several else [value]:
-                    if isinstance(one, (bool, list, dict)):
-                        raise ValueError("a single value expected")  # noqa: TRY004
-                    one = p._get_value(action, str(one))
-                    if by_hand:
-                        p._check_value(action, one)
-                fits = True
-        except (ValueError, argparse.ArgumentError) as e:
-            raise UserError(f"{folder}/args.json is damaged: {action.option_strings[0]} {value!r} found "
-                            f"({str(e).splitlines()[0]})") from None
-        if not fits:
-            raise UserError(f"{folder}/args.json is damaged: {action.option_strings[0]} is {value!r}, "
-                            "true or false expected")
 
 
 def _saved(folder, script):
@@ -222,9 +195,8 @@ class Run:
     def __init__(self, args):
         self.asked, self.kept, self.read = dict(vars(args)), dict(vars(args)), None
         for key in PATHS:  # absolute, since a run may be resumed from another directory
-            value = self.asked.get(key)
-            named = key == "dataset" and value in (*data.BUILT_IN, *data.PLACE, "toy")
-            if isinstance(value, str) and not named and Path(value).expanduser().exists():
+            value, words = self.asked.get(key), WORDS.get(key, ())
+            if isinstance(value, str) and value not in words and Path(value).expanduser().exists():
                 self.kept[key] = str(Path(value).expanduser().resolve())
         self.args, self.parts, self.step, self.stopped = args, {}, 0, False
         self.start, self.end = 0, args.steps  # of the current loop
@@ -249,7 +221,7 @@ class Run:
         args.compile = bool(args.compile) and not why_not
         args.graph = cuda if args.graph is None else args.graph and cuda
         torch.manual_seed(args.seed)
-        label = Path(args.dataset).stem + (f"-{args.name}" if args.name else "")
+        label = data.printable(Path(args.dataset).stem) + (f"-{args.name}" if args.name else "")
         self.folder = Path(args.resume or Path(args.out) / f"{args.script}-{label}")
         if args.resume and self.folder.is_file():  # an exported file has no run folder
             if not self.drawing:
@@ -263,8 +235,7 @@ class Run:
     @property
     def drawing(self):
         """Whether to use a trained run as it is: --sample, --export, --explore, text2image's --prompt."""
-        flags = ("sample", "export", "explore", "prompt", "prompts")
-        return any(getattr(self.args, flag, None) for flag in flags)
+        return any(getattr(self.args, flag, None) for flag in DRAWING)
 
     def _lead_alone(self, act):
         """Call `act` on rank 0 alone.  If it raises a UserError, all ranks exit."""
@@ -291,7 +262,7 @@ class Run:
         except OSError as e:
             raise UserError(f"cannot write to {self.folder} ({e.strerror}): give another --out") from None
         if (self.folder / "checkpoint.pt").exists():
-            raise UserError(f"{self.folder} already holds a run: go on with --resume {self.folder}, "
+            raise UserError(f"{self.folder} already holds a run: continue with --resume {self.folder}, "
                             "or give this one another --name")
         for old in (*self.folder.glob("events.out.*"), self.folder / "metrics.jsonl"):
             old.unlink(missing_ok=True)
@@ -360,7 +331,7 @@ class Run:
                     self.save()
                 if stop:
                     if self.lead:
-                        say(f"\nstopped after step {step} and saved: go on with --resume {self.folder}",
+                        say(f"\nstopped after step {step} and saved: continue with --resume {self.folder}",
                             sys.stderr)
                     sys.exit(130)
         finally:
@@ -392,12 +363,12 @@ class Run:
         return (self.step + 1) % n == 0 or self.step + 1 == self.end
 
     def draws(self):
-        """Whether to draw samples in this step: after 2, 5, 10 and 20 % of the loop, after the first minute,
-        and every --save-every steps."""
+        """Whether to draw samples in this step, on rank 0 alone: after 2, 5, 10 and 20 % of the loop, after
+        the first minute, and every --save-every steps."""
         step, steps = self.step + 1 - self.start, self.end - self.start
         early = {math.ceil(steps * part) for part in (0.02, 0.05, 0.1, 0.2) if steps >= 100}
         late = not self.drawn and time.perf_counter() - self.logger.start > 60
-        return late or step in early or self.every(self.args.save_every)
+        return self.lead and (late or step in early or self.every(self.args.save_every))
 
     @contextlib.contextmanager
     def aside(self):
@@ -445,68 +416,56 @@ class Run:
             if isinstance(part, torch.nn.Module) and not all(t.isfinite().all() for t in part.parameters()):
                 raise UserError(self._diverged(f"a parameter of {name} is infinite or NaN"))
         state = {"script": self.args.script, "step": self.step, "world": self.world, "parts": parts,
-                 "about": about, "random": torch.get_rng_state(),
-                 "settings": json.dumps(self._trained_with())}
+                 "about": about, "random": torch.get_rng_state()}
         if self.random:
             state[f"random_{torch.device(self.args.device).type}"] = self.random.get_rng_state()
         path = self.folder / "checkpoint.pt"
-        temporary = log.temporary(path)
         try:
-            with temporary.open("wb") as f:
+            with log.whole(path) as f:
                 torch.save(state, f)
                 f.flush()
                 os.fsync(f.fileno())
-            temporary.replace(path)
             self.read = _stamp(path)
         except (OSError, RuntimeError) as e:
-            temporary.unlink(missing_ok=True)
             raise UserError(f"step {self.step}: cannot write {path} ({e}); an earlier one is kept") from None
 
-    def _load(self):
+    @contextlib.contextmanager
+    def _reading(self):
+        """Yield the checkpoint's contents.  UserError: it is missing, damaged or does not fit."""
         path = self.folder / "checkpoint.pt"
         try:
             self.read = _stamp(path)
-            state = _checkpoint(path, self.args.device)
-            self._same_settings(state)
-            missing = sorted(set(self.parts) ^ set(state["parts"]))
-            if missing:
-                raise UserError(f"{path} and the script differ in {missing[0]}: another version wrote it")
-            for name, part in self.parts.items():
-                part.load_state_dict(state["parts"][name])
-                _fits(name, part)
-            self.step = state["step"]
-            if type(self.step) is not int or self.step < 0:
-                raise UserError(f"{path} is damaged: its step is {self.step!r}")
-            kind = torch.device(self.args.device).type
-            made = next((key.removeprefix("random_") for key in state if key.startswith("random_")), "cpu")
-            if kind != made and self.lead:
-                say(f"{path} was written on {made}: on {kind} the run goes on, but not to the bit")
-            if self.world == 1 == state["world"] and kind == made:
-                torch.set_rng_state(state["random"].cpu())
-                if self.random:
-                    self.random.set_rng_state(state[f"random_{kind}"].cpu())
-            else:
-                torch.manual_seed(self.args.seed + 7919 * self.rank + 104729 * self.step)
+            yield _checkpoint(path, self.args.device)
         except FileNotFoundError:
             raise UserError(f"{path} not found: the run was stopped before its first checkpoint.  Start it "
                             "again without --resume") from None
         except UserError:
             raise
         except UNREADABLE as e:
-            reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-            raise UserError(f"{path} is damaged or not a checkpoint of this run: {reason}") from None
+            raise UserError(f"{path} is damaged or not a checkpoint of this run ({data.brief(e)})") from None
 
-    def _trained_with(self):
-        return {k: v for k, v in self.kept.items() if k not in {"given", *FREE}}
+    def _load(self):
+        with self._reading() as state:
+            odd = sorted(set(self.parts) ^ set(state["parts"]))
+            if odd:
+                raise UserError(f"{self.folder} and the script differ in {odd[0]}: another version wrote it")
+            for name, part in self.parts.items():
+                part.load_state_dict(state["parts"][name])
+            self.step, kind = state["step"], torch.device(self.args.device).type
+            made = next((key.removeprefix("random_") for key in state if key.startswith("random_")), "cpu")
+            if kind != made and self.lead:
+                say(f"{self.folder} was written on {made}: on {kind} the run continues, but not bit for bit")
+            if self.world == 1 == state["world"] and kind == made:
+                torch.set_rng_state(state["random"].cpu())
+                if self.random:
+                    self.random.set_rng_state(state[f"random_{kind}"].cpu())
+            else:
+                torch.manual_seed(self.args.seed + 7919 * self.rank + 104729 * self.step)
 
-    def _same_settings(self, state):
-        """UserError if args.json differs from the settings stored in the checkpoint."""
-        mine = json.loads(json.dumps(self._trained_with()))  # tuples as lists
-        for k, v in json.loads(state.get("settings", "{}")).items():
-            now = mine.get(k, v)
-            if now != v and k not in self.args.given:
-                raise UserError(f"{self.folder}/args.json has {k} {now!r}, the checkpoint was "
-                                f"trained with {v!r}: put that back")
+    def parts_saved(self):
+        """The checkpoint's parts by name, with the result of about() as "about"."""
+        with self._reading() as state:
+            return {**state["parts"], "about": state.get("about", {})}
 
     def show(self, name, image):
         """Save the uint8 picture (3, H, W) as NAME.png in the run's folder and in TensorBoard."""
@@ -524,24 +483,11 @@ class Run:
         self.board = self.logger.board if self.logger else self.board or log.SummaryWriter(self.folder)
         return self.board
 
-    def parts_saved(self):
-        """The checkpoint's parts by name, with the result of about() as "about"."""
-        path = self.folder / "checkpoint.pt"
-        try:
-            state = _checkpoint(path, self.args.device)
-            self._same_settings(state)
-            return {**state["parts"], "about": state.get("about", {})}
-        except FileNotFoundError:
-            raise UserError(f"{path} not found: the run was stopped before its first checkpoint") from None
-        except UserError:
-            raise
-        except UNREADABLE as e:
-            raise UserError(f"{path} is damaged or not a checkpoint of this run ({data.brief(e)})") from None
-
     def shipped(self):
         """The settings that --export FILE.npz stores: those of the run, without paths."""
-        dropped = {*ANEW, "data_dir", "out", "name", "dis", "encoder"}
-        return {k: v for k, v in self.kept.items() if k not in dropped}
+        dropped, dataset = {*ANEW, *PATHS, "name"}, self.kept["dataset"]
+        kept = {k: v for k, v in self.kept.items() if k not in dropped}
+        return kept | {"dataset": dataset if dataset in WORDS["dataset"] else f"path/to/{Path(dataset).name}"}
 
     def results(self, results, passed=True):
         """Write results.json and print one line per number; with --check, exit with 1 unless `passed`.
@@ -553,7 +499,7 @@ class Run:
         lines = log.history(self.folder)
         asked = {k: self.asked[k] for k in self.args.given}
         settings = {k: v for k, v in self.asked.items() if k not in ("given", "settings", "script")}
-        report = {"command": " ".join(["python", f"{self.args.script}.py", *_flags(asked)]),
+        report = {"command": shlex.join(["python", f"{self.args.script}.py", *_flags(asked)]),
                   "settings": getattr(self.args, "settings", "tuned"), "all settings": settings,
                   "commit": _commit(), "seed": self.args.seed, "step": self.step,
                   "seconds": lines[-1]["seconds"] if lines else 0,
@@ -574,7 +520,7 @@ class Run:
             say(f"{name:24} {_short(r['value'])} {r.get('unit', '')}{paper}")
         say(f"figures and results.json in {self.folder}")
         if self.args.check and not passed:
-            say(f"{self.args.script}.py: --check: the metric is missed", sys.stderr)
+            say(f"{self.args.script}.py: --check: the key result is out of range", sys.stderr)
             sys.exit(1)
 
 
@@ -588,14 +534,6 @@ def stops():
 def _stamp(path):
     s = path.stat()
     return s.st_ino, s.st_mtime_ns, s.st_size
-
-
-def _fits(name, part):
-    """Raise ValueError if an optimizer's state and its parameters differ in shape."""
-    for p, state in getattr(part, "state", {}).items() if isinstance(part, torch.optim.Optimizer) else ():
-        for key, t in state.items():
-            if torch.is_tensor(t) and t.dim() and t.shape != p.shape:
-                raise ValueError(f"{name}: {key} is {tuple(t.shape)}, {tuple(p.shape)} expected")
 
 
 def _for_json(value):
@@ -702,13 +640,11 @@ def _one_line(script):
         elif issubclass(kind, OSError) and error.errno in UNWRITABLE:
             line = (f"{error.filename or 'a file of the run'} cannot be written ({error.strerror}): "
                     "free some space, or give another --out")
-        elif issubclass(kind, ValueError) and "null byte" in said:
-            line = "a flag holds a NUL byte: a path or a name expected"
         elif issubclass(kind, NotImplementedError) and "PYTORCH_ENABLE_MPS_FALLBACK" in str(error):
             line = (f"{str(error).split('.')[0]}: set the environment variable "
                     "PYTORCH_ENABLE_MPS_FALLBACK=1 to run it on the CPU")
         elif dist.is_initialized() and (issubclass(kind, dist.DistError) or "gloo" in str(error)):
-            line = f"another rank has ended: go on with --resume from the last checkpoint ({said} ...)"
+            line = f"another rank has ended: continue with --resume from the last checkpoint ({said} ...)"
         elif (issubclass(kind, (MemoryError, torch.OutOfMemoryError))
               or any(text in str(error) for text in TOO_LARGE)):
             line = f"not enough memory for batch, networks or data of this size ({said} ...)"

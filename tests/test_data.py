@@ -104,19 +104,14 @@ def test_mnist_damaged(tmp_path, damage):
 def test_unknown_name(tmp_path):
     one_line(lambda: load("minst", tmp_path), "'minst'", "mnist, faces", "celeba", "folder", ".npz")
     one_line(lambda: load(str(tmp_path / "gone.npz"), tmp_path), "gone.npz", "exists")
-    for name in ("", " ", "a\0b"):
-        one_line(lambda name=name: load(name, tmp_path, 8), f"data set {name!r}", "expected the name")
     one_line(lambda: load("a" * 5000, tmp_path), "exists")
-    one_line(lambda: load("mnist", "a\0b"), "--data-dir 'a\\x00b'")
     one_line(lambda: load("mnist", "/dev/null"), "/dev/null/MNIST/raw", "missing")
     np.savez(tmp_path / "a.npz", images=noise(2, 1, 4, 4))
     assert len(load((tmp_path / "a.npz").rename(tmp_path / "A.NPZ")).images) == 2
     one_line(lambda: load(str(save(tmp_path / "a.png", noise(4, 4))), tmp_path), "a.png", "no .npz")
 
 
-def test_absurd_size_and_channels(tmp_path):
-    one_line(lambda: load("mnist", channels=4), "channels is 4", "1 (grey) or 3")
-    one_line(lambda: load("mnist", size=0), "size is 0")
+def test_picture_files_need_a_size(tmp_path):
     one_line(lambda: load("imagenet", tmp_path), "differ in size", "give load() a size")
     one_line(lambda: load(tmp_path, tmp_path), tmp_path, "differ in size")
 
@@ -369,7 +364,7 @@ def test_a_closed_console_does_not_end_preparing(tmp_path, pictures):
         assert p.stdout.read() == b"24\n" and p.wait() == 0
 
 
-def test_links_are_read_once(tmp_path, capsys):
+def test_folders_are_read_once(tmp_path, capsys):
     f = tmp_path / "f"
     for c in "ab":
         for i in range(3):
@@ -382,7 +377,9 @@ def test_links_are_read_once(tmp_path, capsys):
         (f / link).symlink_to(to)
     d, said = loaded(f, tmp_path, capsys)
     assert d.classes == ["a", "b", "c"]
-    assert sorted(d.extra["files"])[:3] == ["a/0.png", "a/1.png", "a/2.png"] and len(d.images) == 7
+    assert sorted(d.extra["files"]) == sorted([
+        *(f"{c}/{i}.png" for c in "ab" for i in range(3)), "a/0 again.png", "a/away.png", "b/away.png",
+        "c/x.png"])                                          # links to files are files, folders are read once
     assert "2 dangling links" in said and "links to what is read already" in said and "\n" not in said
 
 
@@ -656,7 +653,7 @@ def test_interrupted_folder_goes_on(tmp_path, pictures, monkeypatch, capsys):
     assert torch.equal(load(pictures, tmp_path, 8).images, expected)
     assert sorted(seen) == sorted(f"{i:02}.png" for i in prepare.shuffled(range(24))[8:])
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "preparing f: going on at picture 9 of 24" and "24 of 24 pictures" in lines[-1]
+    assert lines[0] == "preparing f: continuing at picture 9 of 24" and "24 of 24 pictures" in lines[-1]
 
 
 def test_a_disk_too_small_is_told_at_once(tmp_path, pictures, monkeypatch):
@@ -821,22 +818,13 @@ OK = np.zeros((4, 3, 8, 8), np.uint8)
     [
         ({"x": OK, "y": OK}, ["holds x, y", "expected an array images"]),
         ({"images": OK.astype(np.float32)},
-         ["float32 (4, 3, 8, 8)", "expected uint8", '(images * 255).round().astype("uint8")']),
-        ({"images": OK - np.float32(0.5)},
-         ['((images + 0.5) * 255).round().astype("uint8")', "-0.5 to -0.5"]),
-        ({"images": OK.transpose(0, 2, 3, 1) - np.float32(1)},
-         ['((images.transpose(0, 3, 1, 2) + 1) * 127.5).round().astype("uint8")']),
-        ({"images": OK.astype(np.uint16) + 40000}, ['(images / 257).round().astype("uint8")']),
-        ({"images": OK[:, 0].reshape(4, 64)}, ["store images.reshape(-1, 1, 8, 8)"]),
-        ({"images": OK[:, [0, 1, 2, 0]]}, ["store images[:, :3]"]),
-        ({"images": OK + np.int64(300)}, ["int64", "expected uint8", "0..255"]),
-        ({"images": OK[:, 0] + 255.0},
-         ['images[:, None].round().astype("uint8")']),
+         ["float32 (4, 3, 8, 8)", "expected uint8", '* 255).round().astype("uint8")']),
+        ({"images": OK + np.int64(300)}, ["int64", "expected uint8", "0 to 255"]),
         (
             {"images": OK.transpose(0, 2, 3, 1)},
             ["(4, 8, 8, 3)", "images.transpose(0, 3,"],
         ),
-        ({"images": OK[:, 0]}, ["(4, 8, 8)", "images[:, None]"]),
+        ({"images": OK[:, 0]}, ["(4, 8, 8)", "(N, C, H, W)"]),
         ({"images": OK[:, :2]}, ["(4, 2, 8, 8)", "C = 1 or 3"]),
         ({"images": OK[:0]}, ["(0, 3, 8, 8)", "N > 0"]),
         ({"images": OK, "labels": np.arange(3)}, ["labels of 3 pictures, of 4 expected"]),
@@ -846,15 +834,13 @@ OK = np.zeros((4, 3, 8, 8), np.uint8)
         ({"images": OK[:, :, :1, :1].repeat(300, 0), "labels": np.arange(1200)},
          ["1,200 different labels for 1,200 pictures", "classes"]),
         ({"images": OK, "labels": np.zeros(4)},
-         ["labels is float64 (4,)", "integers (N,)", "labels.astype(int)"]),
-        ({"images": OK, "labels": np.zeros((4, 1))}, ["store labels.ravel().astype(int)"]),
-        ({"images": OK, "labels": np.full(4, 0.5)}, ["store np.unique(labels, return_inverse=True)[1]"]),
+         ["labels is float64 (4,)", "integers (N,), one per picture"]),
         ({"images": OK, "captions": np.zeros((4, 0), str)}, ["captions is <U1 (4, 0)"]),
         ({"images": OK, "factors": np.zeros((4, 0))}, ["factors is float64 (4, 0)"]),
         ({"images": OK, "factors": np.full((4, 1), 1e300)}, ["none of them NaN or infinite"]),
         ({"images": OK, "factors": np.zeros((4, 2)), "factor_names": ["a", "a"]}, ["all different"]),
         ({"images": OK, "labels": np.eye(4, dtype=int)},
-         ["labels is int64 (4, 4)", "integers (N,)", "labels.argmax(1)"]),
+         ["labels is int64 (4, 4)", "integers (N,)"]),
         ({"images": OK, "labels": list("abca")},
          ["labels is <U1", "np.unique(labels, return_inverse=True)[1]"]),
         ({"images": OK, "captions": np.arange(4)}, ["captions is int64 (4,)", "strings (N,) or (N, k)"]),
@@ -865,7 +851,7 @@ OK = np.zeros((4, 3, 8, 8), np.uint8)
         ({"images": OK, "factors": np.zeros((4, 2)), "factor_names": ["a"]},
          ["1 factor_names for 2 columns"]),
         ({"images": OK, "factors": np.zeros((4, 1)), "factor_names": np.array("a")}, ["factor_names", "()"]),
-        ({"images": OK, "attributes": np.zeros(4)}, ["attributes is float64 (4,)", "attributes[:, None]"]),
+        ({"images": OK, "attributes": np.zeros(4)}, ["attributes is float64 (4,)", "numbers (N, A)"]),
         ({"images": OK, "attributes": ["a"] * 4}, ["attributes is <U1", "numbers (N, A)"]),
         ({"images": OK, "attributes": np.zeros((4, 1)), "attribute_names": [3]},
          ["names is int64", "strings"]),

@@ -10,12 +10,12 @@ from conftest import ROOT, script
 
 SCRIPTS = sorted(p for p in ROOT.glob("*.py"))
 NAMES = [p.stem for p in SCRIPTS]
-README = (ROOT / "README.md").read_text()
+TEXTS = "\n".join((ROOT / name).read_text("utf-8") for name in ("README.md", "FAQ.md", "weights/README.md"))
 
 
 def commands(text):
-    """The words after `python` of every command line that runs one of the scripts."""
-    found = re.findall(r"^[ `|]*(?:\$ )?python (\w+)\.py((?: +[^#`(|\n]+)?)", text, re.MULTILINE)
+    """The words after `python` of every command that runs one of the scripts."""
+    found = re.findall(r"\bpython (\w+)\.py((?: +[^#`(|\n]+)?)", text)
     return [(name, shlex.split(rest)) for name, rest in found if name in NAMES]
 
 
@@ -24,9 +24,9 @@ def header(path):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=NAMES)
-def test_every_command_of_header_and_readme_parses(path):
+def test_every_command_of_headers_and_documents_parses(path):
     module = importlib.import_module(path.stem)
-    mine = [words for name, words in commands(header(path) + "\n" + README) if name == path.stem]
+    mine = [words for name, words in commands(header(path) + "\n" + TEXTS) if name == path.stem]
     assert mine, "no command found"
     for words in mine:
         if not {"--resume", "--explore"} & set(words):

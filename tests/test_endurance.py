@@ -416,7 +416,7 @@ def test_stopped_at_any_step_by_either_signal_equals_uninterrupted(tmp_path, cap
             except SystemExit as e:
                 assert e.code == 130
                 words, stops = ("--resume", tmp_path / f"infogan-mnist-{name}"), stops + 1
-                assert "saved: go on with --resume" in capsys.readouterr().err
+                assert "saved: continue with --resume" in capsys.readouterr().err
         assert stops >= 2
         a, b = (torch.load(x.folder / "checkpoint.pt", weights_only=True) for x in (expected, r))
         assert_equal(a, b)

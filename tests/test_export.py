@@ -122,12 +122,16 @@ def test_labels_come_in_turn_and_can_be_set(folder, tmp_path, monkeypatch):  # n
     assert first != (made / "samples" / "00000.png").read_bytes()
     cgan.main(["--resume", str(made), "--sample", "3", "--label", "7", "--grid"])
     assert Image.open(made / "grid.png").size == (2 + 2 * 34, 2 + 2 * 34)
-    cgan.main(["--resume", str(made), "--sample", "3", "--set", "label=7", "--real"])
+    for words in (["--grid"], ["--set", "label=7"]):
+        cgan.main(["--resume", str(made), "--sample", "3", "--real", *words])
+        assert {Image.open(f).size for f in (made / "real").iterdir()} == {(32, 32)}
+        assert len(list((made / "real").iterdir())) == 3
+        for f in (made / "real").iterdir():
+            f.unlink()
     rows = list(csv.DictReader((made / "samples" / "labels.csv").open()))
     assert [row["label"] for row in rows] == ["7"] * 3
-    assert {Image.open(f).size for f in (made / "real").iterdir()} == {(32, 32)}
-    assert len(list((made / "real").iterdir())) == 3
-    for words, said in ((["--label", "12"], "one of 0, 1, 2"), (["--set", "colour=1"], "takes label"),
+    for words, said in ((["--label", "12"], "one of 0, 1, 2"), (["--label", "-1"], "one of 0, 1, 2"),
+                        (["--set", "label=-1"], "one of 0, 1, 2"), (["--set", "colour=1"], "takes label"),
                         (["--set", "label"], "NAME=VALUE expected")):
         with pytest.raises(UserError, match=said):
             cgan.main(["--resume", str(made), "--sample", "3", *words])
@@ -149,7 +153,7 @@ def test_attributes_can_be_asked_for_in_their_own_units(folder, tmp_path, monkey
     (["--export", "g.onnx"], "ends in .pt2"),
     (["--export", "missing/g.pt2"], "cannot write"),
     (["--sample", "0"], "at least 1"),
-    (["--grid"], "--grid is for --sample N"),
+    (["--grid"], "--grid needs --sample N"),
 ])
 def test_what_cannot_be_done_is_one_line(words, said, folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.chdir(folder)

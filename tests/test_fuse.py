@@ -460,6 +460,10 @@ def test_what_compiling_lacks_is_one_line(monkeypatch):
     monkeypatch.setattr(fuse_module.shutil, "which", lambda name: None)
     said = cannot_compile(torch.device("cpu"))
     assert "compiler found" in said or "2.11 or newer needed" in said
+    monkeypatch.setattr(fuse_module.shutil, "which", lambda name: name)
+    monkeypatch.setattr(fuse_module.sysconfig, "get_paths", lambda: {"include": "nowhere"})
+    said = cannot_compile(torch.device("cpu"))
+    assert "Python.h not found" in said or "2.11 or newer needed" in said
 
 
 def test_rates_are_set_in_place():

@@ -147,6 +147,31 @@ def test_PAPER_and_TUNED_never_share_a_cell_and_seeds_are_summed_up(house):
     assert narrow[5].endswith("width 0.5")
 
 
+def test_a_run_without_a_finite_number_is_named_among_its_seeds(house):
+    for seed, value in ((2, 30.12), (3, None)):
+        run = report(f"python gan.py --seed {seed}", seed=seed, value=value)
+        run |= {"log": "as printed"} if seed == 3 else {}
+        results.keep(run_folder(house, f"a{seed}", run))
+    (only,) = cells()
+    assert only[3] == "**30.12, not finite** %; seeds 2, 3"
+    assert only[5].endswith("full width; as printed")
+
+
+def test_numbers_of_other_scripts_are_never_beside_published_baselines(house):
+    table = json.loads((house / "results" / "experiments.json").read_text())
+    table["sections"][0]["experiments"] = [PAPER | {"data": [], "not run": "published by others"}]
+    (house / "results" / "experiments.json").write_text(json.dumps(table))
+    results.keep(run_folder(house, "a", report()))
+    first, own = cells()
+    assert first[2:5] == ["", "", ""] and own[:2] == ["x-error", "not comparable"]
+
+
+def test_words_with_spaces_are_one_value():
+    command = "python text2image.py --prompt 'a red square' --set 'name=two --words' --no-amp"
+    assert results.flags(command) == {"prompt": ["a red square"], "set": ["name=two --words"], "no-amp": []}
+    assert results.typed(["python", "text2image.py"], results.flags(command)) == command
+
+
 def test_what_has_not_been_run_is_listed_with_the_reason(house):
     assert cells() == [["**x-error**: error, %", "5.25", "", "", "", "", "not run yet"]]
     results.keep(run_folder(house, "a", report(dataset="faces")))
@@ -156,7 +181,8 @@ def test_what_has_not_been_run_is_listed_with_the_reason(house):
 
 def test_keep_drops_what_concerns_one_machine_alone(house):
     command = ("python gan.py --data-dir /mnt/data --out /mnt/runs --name one --device cuda:1 --seed 4 "
-               "--no-amp --log-every 5 --dataset /mnt/pictures/birds --encoder C:\\runs\\enc --labels 100")
+               "--no-amp --log-every 5 --dataset '/mnt/my pictures/birds' --encoder 'C:\\runs\\enc' "
+               "--labels 100")
     full = report(command, seed=4, dataset="/mnt/pictures/birds", data_dir="/mnt/data", name="one")
     name = results.keep(run_folder(house, "one", full))
     assert name == "gan-birds-100-tuned-one-s4"
