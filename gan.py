@@ -36,12 +36,12 @@ from common import UserError, data, export, log, metrics, run
 from common.fuse import SGD, autocast, average, averaged, descend, frozen, fuse, place, sampling, set_rate
 
 # --------------------------------------------------------------------------------------------------- settings
-# The paper prints no settings.  These come from the authors' code, github.com/goodfeli/adversarial; the
-# comments name its files.  latent: z (n, dz) is uniform or normal, with unit variance; valid: pictures held
-# out; norm: maximum norm of a unit's weights; gcn: norm of a picture after contrast(); irange: bound on the
-# initial weights of G's last layer.  In Algorithm 1, G steps after D on fresh z (--alternate); the code
-# updates both at once.  Training lengths are published only for TFD: 50 epochs of 98,058 unlabelled pictures,
-# and 22 epochs for stage 2.
+# The paper prints k = 1, momentum and the kinds of units, but no other values.  These come from the authors'
+# code, github.com/goodfeli/adversarial; the comments name its files.  latent: z (n, dz) is uniform or normal,
+# with unit variance; valid: pictures held out; norm: maximum norm of a unit's weights; gcn: norm of a picture
+# after contrast(); irange: bound on the initial weights of G's last layer.  In Algorithm 1, G steps after D on
+# fresh z (--alternate); the code updates both at once.  Training lengths are published only for TFD: 50 epochs
+# of 98,058 unlabelled pictures, and 22 epochs for stage 2.
 
 CODE = dict(k=1, alternate=False, loss="non-saturating", average=0.0, batch_size=100, latent="normal", dz=100,
             valid=10000, norm=None, gcn=None, irange=0.05, steps=50000)
@@ -64,8 +64,8 @@ TUNED = {
     "mnist": EMA | dict(                            # EMA: 155 nats in place of 98 after 5,000 steps
         lr_D=0.15, lr_G=0.3),                       # 98 nats after 5,000 steps without EMA; .1 and .1: -39
     "tfd": EMA, "tfd-stage2": EMA,
-    "cifar-fc": EMA | dict(irange=0.05),            # G begins with the data's contrast; at .5 with 13 times
-                                                    # that, then falls to none and shoots over (width .05)
+    "cifar-fc": EMA | dict(irange=0.05),            # width .05: samples start with about the data's contrast;
+                                                    # with .5 at 13 times that, then lose it and overshoot
     "cifar-conv": EMA,
 }
 QUICK = {"mnist": dict(width=0.43, steps=12000)}
@@ -155,7 +155,8 @@ def log_D(a_fake):
 
 
 def objective_G(a_fake, loss):
-    """"non-saturating": log_D(), or "minimax" (Eq. 1): -E_z[log(1 - D(G(z)))], a (n,).  log 2 if D = 1/2."""
+    """What G ascends, a (n,).  "non-saturating": log_D(), -log 2 if D = 1/2.  "minimax" (Eq. 1):
+    -E_z[log(1 - D(G(z)))], log 2 if D = 1/2."""
     return log_D(a_fake) if loss == "non-saturating" else -F.logsigmoid(-a_fake.float()).mean()
 
 
@@ -234,7 +235,7 @@ def main(argv=None):
 
     for step in r.loop():
         r.log(train_step(seen(next(batches), args)))
-        if r.every(min(5 * batches.per_epoch, args.steps)):
+        if r.every(5 * batches.per_epoch):
             with r.aside():
                 keep_best(r, best, G_bar, valid, scale)
         elif r.draws():
@@ -333,16 +334,12 @@ def tfd(ch):
 
 
 def start_tfd(G):
-    """Biases -2 in the second layer; in the last, each unit has 100 inputs with weights N(0, 1)."""
+    """Biases -2 in the second layer; in the last, each unit has 100 inputs, or all if there are fewer, with
+    weights N(0, 1)."""
     nn.init.constant_(G[2].bias, -2.0)
-    sparse(G[4].weight, 100)
-
-
-def sparse(weight, k):
-    """Give each unit (row) `k` inputs, or all if there are fewer, with weights N(0, 1); the rest are 0."""
-    nn.init.zeros_(weight)
-    columns = torch.rand(weight.shape).topk(min(k, weight.shape[1]), 1).indices
-    weight.data.scatter_(1, columns, torch.randn(columns.shape))
+    w = nn.init.zeros_(G[4].weight)
+    columns = torch.rand(w.shape).topk(min(100, w.shape[1]), 1).indices
+    w.data.scatter_(1, columns, torch.randn(columns.shape))
 
 
 def under_trained(G, ch, args):
@@ -355,7 +352,7 @@ def under_trained(G, ch, args):
         nn.Linear(ch(8000), 100), nn.Sigmoid())                                     # 100, in place of z
     uniform(new, 0.05, args.width)
     nn.init.constant_(new[2].bias, -2.0)
-    trained = averaged(G).requires_grad_()
+    trained = averaged(G).requires_grad_()          # with the buffer t, which the run saved with its EMA
     if not args.resume:
         run.fetch(args.stage2, f"a run of gan.py with --net tfd --width {args.width}", G_bar=trained)
     return nn.Sequential(*new, *trained)
