@@ -432,12 +432,14 @@ def drawer(args, saved):
                          {"z": []}, saved["about"]["scale"])
 
 
-def fig2(x, train, columns=10):
-    """Fig. 2: rows of samples x (n, C, H, W); the last column is the picture in `train` that is nearest
-    (Euclidean) to the sample on its left."""
+def fig2(x, train, args, columns=10):
+    """Fig. 2: rows of samples x (n, C, H, W); the last column is the picture in `train`, as seen(), that is
+    nearest (Euclidean) to the sample on its left."""
     x = x.unflatten(0, (-1, columns - 1))
-    nearest = torch.cdist(x[:, -1].flatten(1), train.flatten(1)).argmin(1)
-    return torch.cat([x, train[nearest][:, None]], 1).flatten(0, 1)
+    last = x[:, -1].flatten(1)
+    distance = metrics.batched(lambda part: torch.cdist(seen(part, args).flatten(1), last), train)
+    nearest = seen(train[distance.argmin(0).cpu()], args)
+    return torch.cat([x, nearest[:, None]], 1).flatten(0, 1)
 
 
 def fig3(G, args, rows, columns):
@@ -499,7 +501,7 @@ def report(r, best, pictures, valid, scale):
     args = r.args
     panel = {"mnist": "a", "tfd": "b", "cifar-fc": "c", "cifar-conv": "d"}[args.net]
     with r.aside():
-        r.show(f"fig2{panel}", log.grid(fig2(draw(best, args, 63), seen(pictures.images, args)), 10, scale))
+        r.show(f"fig2{panel}", log.grid(fig2(draw(best, args, 63), pictures.images, args), 10, scale))
         r.show("fig3", log.grid(fig3(best, args, 6, 12), 12, scale))
         results = evaluate(args, best, pictures, valid)
     r.results(results, passed=results.get("gan-mnist-ll", {}).get("value", 205) >= 205)

@@ -299,12 +299,19 @@ def test_bound_caps_each_units_weights():
 
 
 def test_fig2_ends_each_row_with_the_nearest_training_image():
-    train = torch.rand(40, 1, 8, 8)
+    train = torch.randint(256, (1200, 1, 8, 8), dtype=torch.uint8)
     x = torch.rand(18, 1, 8, 8)
-    x[8], x[17] = train[7] + 0.01, train[31] - 0.01
-    shown = gan.fig2(x, train, 10).view(2, 10, 1, 8, 8)
-    assert torch.equal(shown[0, 9], train[7]) and torch.equal(shown[1, 9], train[31])
+    x[8], x[17] = train[7] / 255 + 0.01, train[1031] / 255 - 0.01
+    shown = gan.fig2(x, train, args(), 10).view(2, 10, 1, 8, 8)
+    assert torch.equal(shown[0, 9], train[7] / 255) and torch.equal(shown[1, 9], train[1031] / 255)
     assert torch.equal(shown[:, :9].flatten(0, 1), x)
+
+
+def test_fig2_holds_a_part_of_the_data_as_floats_at_a_time(monkeypatch):
+    sizes, seen = [], gan.seen
+    monkeypatch.setattr(gan, "seen", lambda x, a: sizes.append(len(x)) or seen(x, a))
+    gan.fig2(torch.rand(9, 1, 8, 8), torch.zeros(1200, 1, 8, 8, dtype=torch.uint8), args(), 10)
+    assert max(sizes) <= 500
 
 
 # ------------------------------------------------------------------------------------------------------- runs
