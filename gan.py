@@ -225,7 +225,7 @@ def main(argv=None):
     pictures = data.load(args.dataset, args.data_dir, args.size, args.channels, skip_bad=args.skip_bad)
     pictures, valid = split(pictures, args)
     batches = data.Batches(pictures.images, **r.feed | {"batch_size": args.k * args.batch_size})
-    mean = pictures.images.float().mean(0) / 255
+    mean = sum(x.sum(0) for x in pictures.images.split(5000)) / (255 * len(pictures.images))
     G, D, G_bar, opt_D, opt_G, train_step = build(args, mean, batches.per_epoch)
     best = copy.deepcopy(G_bar)                                     # highest likelihood of `valid` so far
     best.register_buffer("ll", torch.tensor(-math.inf, device=args.device))
