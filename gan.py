@@ -174,7 +174,7 @@ def C(p_data, p_g, dx):
 
 # --------------------------------------------------------------------------------------------------- training
 
-def build(args, mean, per_epoch):
+def build(args, mean):
     """G, D, the EMA of G, the optimizers and the fused step of Algorithm 1; `mean`: see networks()."""
     G, D = networks(args, mean)
     G, D, G_bar = place(args, G, D, averaged(G))
@@ -198,7 +198,6 @@ def build(args, mean, per_epoch):
             with amp, frozen(D):
                 a_fake = D(G(sample_z(n, args, x.device)))
             descend(-objective_G(a_fake, args.loss), opt_G)
-        anneal(opt_D, per_epoch), anneal(opt_G, per_epoch)
         if args.norm:
             bound(D, args.norm), bound(G, args.norm)
         average(G_bar, G, args.average)                             # not the paper's; 0: no EMA (--paper)
@@ -207,12 +206,13 @@ def build(args, mean, per_epoch):
     return G, D, G_bar, opt_D, opt_G, train_step
 
 
-def anneal(opt, per_epoch):
-    """After each update: divide the rate by 1.000004, down to 1e-6, and raise the momentum linearly from .5
-    in epoch 1 to .7 in epoch 250 (authors' code: once an epoch).  Works in place, as a captured step must."""
-    for group in opt.param_groups:
-        group["lr"].div_(1.000004).clamp_(min=1e-6)
-        group["momentum"].add_(0.2 / (249 * per_epoch)).clamp_(max=0.7)
+def anneal(args, opt_D, opt_G, step, per_epoch):
+    """Set rates and momentum for update `step`: each update divides the rates by 1.000004, down to 1e-6;
+    momentum rises linearly from .5 in epoch 1 to .7 in epoch 250 (authors' code: once an epoch)."""
+    t = step - 1
+    momentum = min(0.7, 0.5 + 0.2 * t / (249 * per_epoch))
+    for opt, lr in ((opt_D, args.lr_D), (opt_G, args.lr_G)):
+        set_rate(opt, max(1e-6, lr / 1.000004 ** t), momentum=momentum)
 
 
 def main(argv=None):
@@ -226,7 +226,7 @@ def main(argv=None):
     pictures, valid = split(pictures, args)
     batches = data.Batches(pictures.images, **r.feed | {"batch_size": args.k * args.batch_size})
     mean = sum(x.sum(0) for x in pictures.images.split(5000)) / (255 * len(pictures.images))
-    G, D, G_bar, opt_D, opt_G, train_step = build(args, mean, batches.per_epoch)
+    G, D, G_bar, opt_D, opt_G, train_step = build(args, mean)
     best = copy.deepcopy(G_bar)                                     # highest likelihood of `valid` so far
     best.register_buffer("ll", torch.tensor(-math.inf, device=args.device))
     scale = values(pictures.images, args)
@@ -234,6 +234,7 @@ def main(argv=None):
            opt_G=opt_G, best=best, batches=batches)
 
     for step in r.loop():
+        anneal(args, opt_D, opt_G, step, batches.per_epoch)
         r.log(train_step(seen(next(batches), args)))
         if r.every(5 * batches.per_epoch):
             with r.aside():
@@ -528,7 +529,7 @@ def toy(r):
     C(G) to -log 4 (Thm. 1)."""
     args = r.args
     args.amp = False
-    G, D, G_bar, opt_D, opt_G, train_step = build(args, None, per_epoch=1000)
+    G, D, G_bar, opt_D, opt_G, train_step = build(args, None)
     x = torch.linspace(-5, 5, 2001).double()
     p_data, dx = density(x, 0, 1), 10 / 2000
     alone = max(1, min(1000, args.steps // 5))              # steps of D alone
@@ -545,8 +546,9 @@ def toy(r):
         return metrics.batched(D, x.float()[:, None]).sigmoid().cpu().double()
 
     for step in r.loop():
-        if step <= alone + 1:
-            set_rate(opt_G, 0.0 if step <= alone else args.lr_G)
+        anneal(args, opt_D, opt_G, step, per_epoch=1000)
+        if step <= alone:
+            set_rate(opt_G, 0.0)
         r.log(train_step(torch.randn(args.k * args.batch_size, 1, device=args.device)))
         r.log({"C(G)": C(p_data, p_g(), dx)})
         if step == alone:                                   # Prop. 1: E|D - D*| over data and samples

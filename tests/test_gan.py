@@ -234,7 +234,7 @@ def test_contrast_removes_the_mean_and_sets_the_norm():
 
 def test_a_step_moves_both_networks_k_times_for_D():
     torch.manual_seed(0)
-    G, D, *_, step = gan.build(args("--k", "3"), torch.full((1, 28, 28), 0.1), 500)
+    G, D, *_, step = gan.build(args("--k", "3"), torch.full((1, 28, 28), 0.1))
     before = [p.detach().clone() for net in (G, D) for p in net.parameters() if p.ndim > 1]
     step(torch.rand(3 * 16, 1, 28, 28))
     after = [p for net in (G, D) for p in net.parameters() if p.ndim > 1]
@@ -247,7 +247,7 @@ def test_G_and_D_step_from_the_old_parameters_of_both():
     moved = {}
     for flag in ((), ("--alternate",)):
         torch.manual_seed(0)
-        G, D, _, opt_D, _, step = gan.build(args(*flag), torch.full((1, 28, 28), 0.1), 500)
+        G, D, _, opt_D, _, step = gan.build(args(*flag), torch.full((1, 28, 28), 0.1))
         gan.uniform(D, 0.05)
         opt_D.param_groups[0]["lr"].fill_(0.0)
         still = [p.detach().clone() for p in G.parameters()]
@@ -256,7 +256,7 @@ def test_G_and_D_step_from_the_old_parameters_of_both():
         slow = [p - q for p, q in zip(G.parameters(), still)]
         G.load_state_dict(dict(zip(G.state_dict(), still)))
         torch.manual_seed(0)
-        G2, D2, _, opt_D2, _, step2 = gan.build(args(*flag), torch.full((1, 28, 28), 0.1), 500)
+        G2, D2, _, opt_D2, _, step2 = gan.build(args(*flag), torch.full((1, 28, 28), 0.1))
         gan.uniform(D2, 0.05)
         opt_D2.param_groups[0]["lr"].fill_(0.5)
         torch.manual_seed(1)
@@ -278,15 +278,16 @@ def test_one_step_of_G_raises_log_D():
 
 
 def test_annealing_follows_the_papers_schedule():
-    opt = SGD([torch.nn.Parameter(torch.zeros(1))], 0.1, 0.5)
-    for _ in range(10):
-        gan.anneal(opt, per_epoch=1)
-    group = opt.param_groups[0]
-    assert group["lr"].item() == pytest.approx(0.1 / 1.000004**10, rel=1e-6)
-    assert group["momentum"].item() == pytest.approx(0.5 + 10 * 0.2 / 249, rel=1e-5)
-    for _ in range(400):
-        gan.anneal(opt, per_epoch=1)
-    assert group["momentum"].item() == pytest.approx(0.7)
+    a = args("--lr-D", ".1", "--lr-G", ".2")
+    opts = [SGD([torch.nn.Parameter(torch.zeros(1))], lr, 0.5) for lr in (0.1, 0.2)]
+    for step, per_epoch, momentum in ((1, 1, 0.5), (11, 1, 0.5 + 10 * 0.2 / 249), (175001, 500, 0.7)):
+        gan.anneal(a, *opts, step, per_epoch)
+        for opt, lr in zip(opts, (0.1, 0.2)):
+            group, = opt.param_groups
+            assert group["lr"].item() == pytest.approx(lr * math.exp((1 - step) * math.log1p(4e-6)), rel=1e-6)
+            assert group["momentum"].item() == pytest.approx(momentum, rel=1e-6)
+    gan.anneal(a, *opts, 10**7, 500)
+    assert opts[0].param_groups[0]["lr"].item() == pytest.approx(1e-6)
 
 
 def test_bound_caps_each_units_weights():
@@ -375,7 +376,7 @@ def test_stage_2_trains_two_layers_under_the_G_of_stage_1(digits, tmp_path, no_c
     a = args("--net", "tfd", "--width", ".01", "--stage2", str(first))
     assert (a.steps, a.experiment) == (21560, "tfd-stage2")
     G1 = torch.load(first / "checkpoint.pt", weights_only=True)["parts"]["G_bar"]
-    G, D, *_, step = gan.build(a, torch.full((1, 48, 48), 0.5), 10)
+    G, D, *_, step = gan.build(a, torch.full((1, 48, 48), 0.5))
     assert [m.in_features for m in G if isinstance(m, torch.nn.Linear)] == [100, 80, 100, 80, 80]
     assert (G[2].bias == -2).all() and G[0].weight.abs().max() <= 0.05
     for i in (0, 2, 4):
@@ -434,7 +435,7 @@ def test_the_toy_is_trained_as_the_flags_say(tmp_path, words):
     for flags in ([], words):
         a = args("--dataset", "toy", "--batch-size", "64", *flags)
         torch.manual_seed(0)
-        G, *_, step = gan.build(a, None, 1000)
+        G, *_, step = gan.build(a, None)
         torch.manual_seed(1)
         step(torch.randn(a.k * 64, 1))
         ways.append(G.weight.item())
