@@ -54,9 +54,9 @@ from common.fuse import (
 # statistics.  average: decay of the EMA of G used for samples; 0: no EMA.  noise: std of the noise added to
 # D's input.  CGAN's authors published no code: where Sec. 4 is silent, values come from GAN's code.
 
-CODE = dict(turns=False, batch_stats=False, drop_samples=False, average=0.0, noise=0.0, dropout=0.0)
+CODE = dict(turns=False, batch_stats=False, drop_samples=False, average=0.0, noise=0.0)
 PERCEPTRONS = CODE | dict(
-    batch_size=100, lr=0.1, lr_factor=1.00004, lr_min=1e-6, momentum=(0.5, 0.7), dropout=0.5,   # Sec. 4.1
+    batch_size=100, lr=0.1, lr_factor=1.00004, lr_min=1e-6, momentum=(0.5, 0.7),    # Sec. 4.1
     momentum_epochs=250, alternate=False, init_G=0.05, init_D=0.005,                # GAN's code, mnist.yaml
     steps=288000)                                   # not published: the rate reaches lr_min at 287,829
 DCGAN = CODE | dict(
@@ -121,14 +121,17 @@ def fc(i, o):
     return nn.Sequential(nn.Linear(i, o), nn.ReLU())
 
 
-def mlp(K, args, ch):
-    """Sec. 4.1: y (n, K) is a one-hot label, x (n, 1, 28, 28) a digit.  ch(n): n units, scaled by --width."""
+def mlp(K, ch):
+    """Sec. 4.1, with dropout of .5 in both: y (n, K) is a one-hot label, x (n, 1, 28, 28) a digit.
+
+    ch(n): n units, scaled by --width.
+    """
     G = Joint(
         fc(100, ch(200)),                                                           # 200
         fc(K, ch(1000)),                                                            # 1000
         nn.Sequential(
-            nn.Dropout(args.dropout), *fc(ch(200) + ch(1000), ch(1200)),            # 1200
-            nn.Dropout(args.dropout), nn.Linear(ch(1200), 784), nn.Sigmoid(),
+            nn.Dropout(0.5), *fc(ch(200) + ch(1000), ch(1200)),                     # 1200
+            nn.Dropout(0.5), nn.Linear(ch(1200), 784), nn.Sigmoid(),
             nn.Unflatten(1, (1, 28, 28))))                                          # 1 x 28 x 28
     D = Joint(
         nn.Sequential(nn.Flatten(), Maxout(784, ch(240), 5)),                       # 240
@@ -148,7 +151,7 @@ def networks(args, K, mean=None, d=200):
         return max(8, round(n * args.width))
 
     table = {"mlp": mlp, "tags": tags, "dcgan28": dcgan28, "dcgan32": dcgan32}
-    G, D = table[args.net](K, args, ch, *([d] if args.net == "tags" else []))
+    G, D = table[args.net](K, ch, *([d] if args.net == "tags" else []))
     initialise(G, args.init_G)
     initialise(D, args.init_D)
     if args.net == "mlp":                                   # GAN's code: samples start at the mean digit
@@ -208,7 +211,7 @@ def build(args, K, mean=None, d=200):
 
     @fuse(args)
     def train_step(x, y):                               # x (n, ...), y (n, K), or labels (n,)
-        y = F.one_hot(y, K).float() if y.ndim == 1 else y
+        y = one_hot(y, K) if y.ndim == 1 else y
         z = sample_z(len(x), args, x.device)
         with amp:
             x_fake = G(z, y)                            # same conditions as the real pairs
@@ -226,7 +229,7 @@ def build(args, K, mean=None, d=200):
 
     @fuse(args)
     def G_step(x, y):                                   # --turns: this minibatch trains G alone
-        y = F.one_hot(y, K).float() if y.ndim == 1 else y
+        y = one_hot(y, K) if y.ndim == 1 else y
         with amp:
             x_fake = G(sample_z(len(x), args, x.device), y)
         a_fake = ascend_G(x_fake, y)
@@ -269,7 +272,7 @@ def main(argv=None):
         anneal(args, (opt_D, opt_G), step, batches.per_epoch)
         x, y = next(batches)
         r.log(G_step(x, y) if args.turns and step % 2 else train_step(x, y))
-        if args.net == "mlp" and r.every(min(5 * batches.per_epoch, args.steps)):
+        if args.net == "mlp" and r.every(5 * batches.per_epoch):
             keep_best(r, G_bar, best, valid, K)
         if r.draws():
             with r.aside():
@@ -294,7 +297,6 @@ def parse_args(argv=None):
     add("--turns", action=flag, help="dcgan28, dcgan32: minibatches train G and D alternately [--paper]")
     add("--lr", type=positive, help="initial learning rate [mlp, tags .1; dcgan28, dcgan32 2e-4]")
     add("--noise", type=run.number(float, 0), help="std of the noise added to D's input [tags 1.5, else 0]")
-    add("--dropout", type=run.number(float, 0, 0.99), help="mlp, tags: dropout rate of G's hidden units [.5]")
     add("--drop-samples", action=flag, help="mlp, tags: sample with dropout [on; --paper: off]")
     add("--attributes", metavar="A,B", help="binary attributes; their combinations are the labels [the "
         "data's own labels; faces: glasses,hat]")
@@ -376,7 +378,7 @@ def bn(o, activation):
     return nn.Sequential(nn.BatchNorm2d(o, 1e-8, affine=False), activation)
 
 
-def dcgan28(K, args, ch):
+def dcgan28(K, ch):
     """MNIST.  ch(n): n units or feature maps, scaled by --width."""
     relu, lrelu, c = nn.ReLU(), nn.LeakyReLU(0.2), ch(128)
     G = Labelled(
@@ -392,7 +394,7 @@ def dcgan28(K, args, ch):
     return G, D
 
 
-def dcgan32(K, args, ch):
+def dcgan32(K, ch):
     """32 x 32 colour: DCGAN's network for SVHN with labels added.  Not in any paper."""
     relu, lrelu, c = nn.ReLU(), nn.LeakyReLU(0.2), ch(256)
     G = Labelled(
@@ -619,12 +621,12 @@ def report(r, G, K, train, valid, test):
 
 # ------------------------------------------------------------------------------------------ Sec. 4.2: tagging
 
-def tags(K, args, ch, d=200):
+def tags(K, ch, d=200):
     """Sec. 4.2: y (n, K) are features of a picture, x (n, d) is a word vector."""
     G = Joint(
         fc(100, ch(500)),                                                           # 500
         fc(K, ch(2000)),                                                            # 2000
-        nn.Sequential(nn.Dropout(args.dropout), nn.Linear(ch(500) + ch(2000), d)))  # 200
+        nn.Sequential(nn.Dropout(0.5), nn.Linear(ch(500) + ch(2000), d)))           # 200
     D = Joint(
         fc(d, ch(500)),                                                             # 500
         fc(K, ch(1200)),                                                            # 1200

@@ -89,10 +89,10 @@ DCGAN_CODE = {                                      # Newmu/dcgan_code, mnist/tr
     "steps": 200 * math.ceil(50000 / 128),          # niter + niter_decay epochs
     "turns": True,                                  # if n_updates % (k+1) == 0: _train_g, else: _train_d
     "batch_stats": True,                            # _gen() has the batchnorm() of training
-    "average": 0, "noise": 0, "dropout": 0, "drop_samples": False}
+    "average": 0, "noise": 0, "drop_samples": False}
 SEC_4 = {                                           # CGAN Sec. 4.1, and for tags Sec. 4.2
     "batch_size": 100, "lr": 0.1, "lr_factor": 1.00004, "lr_min": 1e-6, "momentum": (0.5, 0.7),
-    "dropout": 0.5, "average": 0, "noise": 0, "drop_samples": False, "turns": False, "batch_stats": False,
+    "average": 0, "noise": 0, "drop_samples": False, "turns": False, "batch_stats": False,
     "momentum_epochs": 250, "init_G": 0.05, "init_D": 0.005, "alternate": False,   # GAN's mnist.yaml, sgd.py
     "steps": 288000}                                # not published
 PUBLISHED = {
@@ -372,8 +372,12 @@ def test_dropout_stays_on_in_samples_unless_the_paper_draws():
     assert not torch.equal(cgan.draw(G, a, y, z), cgan.draw(G, a, y, z)) and G.training
     assert torch.equal(cgan.draw(G, paper, y, z), cgan.draw(G, paper, y, z))
     assert all(m.training for m in G.modules())
-    G, _ = nets("mlp", "--dropout", "0")
-    assert torch.equal(cgan.draw(G, a, y, z), cgan.draw(G, a, y, z))
+
+
+@pytest.mark.parametrize("name, layers", [("mlp", [2, 2]), ("tags", [1, 2]), ("dcgan28", [0, 0])])
+def test_dropout_is_one_half_in_both_perceptrons(name, layers):
+    found = [[m.p for m in net.modules() if isinstance(m, torch.nn.Dropout)] for net in nets(name)]
+    assert found == [[0.5] * n for n in layers]
 
 
 @pytest.mark.parametrize("words", [(), ("--paper",)])
