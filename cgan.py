@@ -152,15 +152,18 @@ def networks(args, K, mean=None, d=200):
 
     table = {"mlp": mlp, "tags": tags, "dcgan28": dcgan28, "dcgan32": dcgan32}
     G, D = table[args.net](K, ch, *([d] if args.net == "tags" else []))
-    initialise(G, args.init_G)
-    initialise(D, args.init_D)
+    initialise(G, args.init_G, args.width)
+    initialise(D, args.init_D, args.width)
     if args.net == "mlp":                                   # GAN's code: samples start at the mean digit
         G.both[4].bias.data.copy_(mean.flatten().clamp(1e-7, 1 - 1e-7).logit())
     return G, D
 
 
-def initialise(net, how):
-    """Weights Unif(-how, how); "he": N(0, 2 / inputs); "normal": N(0, .02), as in DCGAN.  Biases 0."""
+def initialise(net, how, width=1.0):
+    """Weights Unif(-how, how); "he": N(0, 2 / inputs); "normal": N(0, .02), as in DCGAN.  Biases 0.
+
+    For layers that read units, Unif's bound is divided by sqrt(width) to keep the variance of their sums.
+    """
     for name, p in net.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(p)
@@ -169,7 +172,8 @@ def initialise(net, how):
         elif how == "normal":
             nn.init.normal_(p, 0.0, 0.02)
         else:
-            nn.init.uniform_(p, -how, how)
+            b = how if name.startswith(("u.", "y.")) else how / width ** 0.5
+            nn.init.uniform_(p, -b, b)
 
 
 # ------------------------------------------------------------------------------------------------------ noise

@@ -218,6 +218,21 @@ def test_initial_weights():
         assert all(p.std().item() == pytest.approx(0.02, rel=0.1) for p in net.parameters())
 
 
+def test_narrow_perceptrons_have_sums_as_spread_as_the_full_ones():
+    """Before G's sigmoid and in D's logit; layers that read inputs keep their range."""
+    x, y = batch("mlp", n=500)
+    spread, z = {}, torch.rand(500, 100)
+    for width in ("1", ".25"):
+        G, D = nets("mlp", "--paper", "--width", width)
+        assert 0.049 < G.u[0].weight.abs().max() <= 0.05
+        assert 0.0049 < D.u[1].linear.weight.abs().max() <= 0.005
+        G.eval(), D.eval()
+        with torch.no_grad():
+            a = G.both[:5](torch.cat([G.u(z), G.y(y)], 1)) - G.both[4].bias
+            spread[width] = a.std(), D(x, y).std()
+    assert all(0.7 < narrow / full < 1.4 for full, narrow in zip(*spread.values())), spread
+
+
 # ---------------------------------------------------------------------------------------- who moves, where to
 
 
