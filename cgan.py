@@ -26,6 +26,7 @@ import argparse
 import contextlib
 import copy
 import math
+from pathlib import Path
 
 import torch
 from einops import rearrange
@@ -587,19 +588,19 @@ def nn_error(parts, test, labels):
 
 def evaluate(args, G, K, train, valid, test):
     """Results for this data set: experiment id -> dict with "value", and "paper" if published() has one."""
-    device, results = args.device, {}
+    device, name, results = args.device, Path(args.dataset).stem, {}
     x_test, y_test = (t[:10000].to(device) for t in test)
     y = torch.arange(10000, device=device) % K              # Table 1: 1,000 samples of each of ten labels
     x = draw(G, args, one_hot(y, K))
     if args.net == "mlp":
         x_valid = valid[0][:1000].to(device)
         window = metrics.parzen(x.flatten(1), x_valid.flatten(1) / 255, x_test.flatten(1) / 255)
-        results["cgan-mnist-ll"] = {"value": window["ll"], "unit": "nats", "se": window["se"],
-                                    "sigma": window["sigma"]}
+        results[f"cgan-{name}-ll"] = {"value": window["ll"], "unit": "nats", "se": window["se"],
+                                      "sigma": window["sigma"]}
     if args.size == 28:
         parts = (torch.arange(args.nn_samples, device=device) % K).split(1000)
         error = nn_error(((draw(G, args, one_hot(part, K)), part) for part in parts), x_test / 255, y_test)
-        entry = "dcgan-mnist-1nn" if args.net == "dcgan28" else "dcgan-mnist-1nn-base"
+        entry = f"dcgan-{name}-1nn" if args.net == "dcgan28" else f"dcgan-{name}-1nn-base"
         results[entry] = {"value": error, "unit": "% error", "samples": args.nn_samples}
     clf = metrics.classifier(*train, device, args.data_dir)
     results["agreement"] = {"value": 100 * metrics.label_agreement(clf, x, y),
@@ -607,8 +608,8 @@ def evaluate(args, G, K, train, valid, test):
                             "of real pictures": 100 * metrics.label_agreement(clf, x_test, y_test)}
     if len(x_test) > 1:
         results["frechet"] = {"value": metrics.frechet_distance(clf, x[:len(x_test)], x_test)}
-    for name, value in published(args).items():
-        results[name]["paper"] = value
+    for entry, value in published(args).items():
+        results[entry]["paper"] = value
     return results
 
 
