@@ -20,6 +20,9 @@ A generator G turns noise z into pictures.  A discriminator D tells samples from
     python gan.py --dataset faces      (48 x 48 grey faces in place of TFD: Fig. 2b)
     python gan.py --dataset cifar10    (Fig. 2c; with --net cifar-conv Fig. 2d)
     python gan.py --resume runs/gan-mnist --sample 100
+
+--check asks for 205 nats of a run on MNIST at full width; of the toy, for C(G) < -log 4 + .01 and
+E|D - D*| < .02.
 """
 
 import argparse
@@ -39,9 +42,9 @@ from common.fuse import SGD, autocast, average, averaged, descend, frozen, fuse,
 # The paper prints k = 1, momentum and the kinds of units, but no other values.  These come from the authors'
 # code, github.com/goodfeli/adversarial; the comments name its files.  latent: z (n, dz) is uniform or normal,
 # with unit variance; valid: pictures held out; norm: maximum norm of a unit's weights; gcn: norm of a picture
-# after contrast(); irange: bound on the initial weights of G's last layer.  In Algorithm 1, G steps after D on
-# fresh z (--alternate); the code updates both at once.  Training lengths are published only for TFD: 50 epochs
-# of 98,058 unlabelled pictures, and 22 epochs for stage 2.
+# after contrast(); irange: bound on the initial weights of G's last layer.  In Algorithm 1, G steps after D
+# on fresh z (--alternate); the code updates both at once.  Training lengths are published only for TFD: 50
+# epochs of 98,058 unlabelled pictures, and 22 epochs for stage 2.
 
 CODE = dict(k=1, alternate=False, loss="non-saturating", average=0.0, batch_size=100, latent="normal", dz=100,
             valid=10000, norm=None, gcn=None, irange=0.05, steps=50000)
@@ -64,7 +67,7 @@ TUNED = {
     "mnist": EMA | dict(                            # EMA: 155 nats in place of 98 after 5,000 steps
         lr_D=0.15, lr_G=0.3),                       # 98 nats after 5,000 steps without EMA; .1 and .1: -39
     "tfd": EMA, "tfd-stage2": EMA,
-    "cifar-fc": EMA | dict(irange=0.05),            # width .05: samples start with about the data's contrast;
+    "cifar-fc": EMA | dict(irange=0.05),            # width .05: samples start with about the data's contrast,
                                                     # with .5 at 13 times that, then lose it and overshoot
     "cifar-conv": EMA,
 }
@@ -505,7 +508,7 @@ def report(r, best, pictures, valid, scale):
         r.show(f"fig2{panel}", log.grid(fig2(draw(best, args, 63), pictures.images, args), 10, scale))
         r.show("fig3", log.grid(fig3(best, args, 6, 12), 12, scale))
         results = evaluate(args, best, pictures, valid)
-    r.results(results, passed=results.get("gan-mnist-ll", {}).get("value", 205) >= 205)
+    r.results(results, passed=args.width < 1 or results.get("gan-mnist-ll", {}).get("value", 205) >= 205)
 
 
 # ---------------------------------------------------------------------------- Fig. 1 and the theorems, in 1-D

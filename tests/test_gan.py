@@ -1,6 +1,7 @@
 """gan.py: equations and theorems against closed forms, networks against the authors' settings, who moves,
 figures."""
 
+import contextlib
 import json
 import math
 from types import SimpleNamespace
@@ -427,6 +428,18 @@ def test_the_papers_value_stands_beside_ours_on_its_own_data(monkeypatch, words,
     pictures = SimpleNamespace(name=data, images=x, labels=None, test_images=x)
     found = gan.evaluate(args(*words), None, pictures, x)
     assert list(found) == [key] and found[key].get("paper") == paper
+
+
+@pytest.mark.parametrize("words, passed", [((), False), (("--width", ".43"), True)])
+def test_check_asks_for_the_papers_width(monkeypatch, words, passed):
+    ended = []
+    monkeypatch.setattr(gan, "evaluate", lambda *_: {"gan-mnist-ll": {"value": 100.0}})
+    for name in ("draw", "fig2", "fig3"):
+        monkeypatch.setattr(gan, name, lambda *_: torch.zeros(70, 1, 8, 8))
+    r = SimpleNamespace(args=args(*words), aside=contextlib.nullcontext, show=lambda *_: None,
+                        results=lambda _, passed: ended.append(passed))
+    gan.report(r, None, SimpleNamespace(images=None), None, (0.0, 1.0))
+    assert ended == [passed]
 
 
 @pytest.mark.parametrize("words", [["--k", "2", "--no-alternate"], ["--loss", "minimax"], ["--lr-G", ".02"]])
