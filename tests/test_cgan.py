@@ -1,7 +1,10 @@
 """cgan.py: equations against closed forms, networks against both papers, who moves, labels, tags, figures."""
 
+import contextlib
+import io
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,6 +130,13 @@ def test_a_flag_wins_over_both_tables():
 def test_a_data_set_chooses_its_network(dataset, name):
     assert cgan.parse_args(["--dataset", *dataset.split()]).net == name
     assert cgan.parse_args(["--dataset", *dataset.split(), "--net", "dcgan28"]).net == "dcgan28"
+
+
+@pytest.mark.parametrize("name, flag", [("mlp", "--turns"), ("tags", "--turns"), ("dcgan28", "--alternate"),
+                                        ("dcgan32", "--alternate")])
+def test_an_order_of_updates_that_a_network_lacks_is_refused(name, flag):
+    with pytest.raises(cgan.UserError, match=f"{flag} found with --net {name}: it is for"):
+        args(name, flag)
 
 
 # ----------------------------------------------------------------------------------------------- networks
@@ -441,6 +451,22 @@ def test_the_paper_draws_with_the_statistics_of_each_batch():
     assert not torch.allclose(cgan.draw(G, args("dcgan28"), y, z), expected, atol=1e-3)
 
 
+def test_one_label_is_drawn_beside_all_others(monkeypatch):
+    seen = []
+
+    class Recorder(torch.nn.Module):
+        def forward(self, z, y):
+            seen.append(y.argmax(1))
+            return torch.zeros(len(z), 1, 28, 28)
+
+    monkeypatch.setattr(cgan, "networks", lambda *_: (Recorder(), None))
+    about = {"names": [*"0123456789"], "shape": [1, 28, 28]}
+    draws = cgan.drawer(args("dcgan28", "--paper"), {"about": about})
+    z, y = draws.draw(500)
+    assert len(draws.pictures((z, torch.full_like(y, 3)))) == 500
+    assert all((labels == 3).float().mean() < 0.25 for labels in seen)
+
+
 def test_nn_error_against_numpy_and_the_real_digits_own():
     mnist = data.load("mnist", ROOT / "data")
     x, test = (t.float() / 255 for t in (mnist.images[:5000], mnist.test_images[:300]))
@@ -633,6 +659,17 @@ def test_published_values_stand_beside_the_same_data_network_and_protocol():
         assert beside_ours(*words) == {}, words
 
 
+@pytest.mark.parametrize("width, passed", [("1", False), (".25", True)])
+def test_check_asks_for_the_papers_width(monkeypatch, width, passed):
+    ended = []
+    monkeypatch.setattr(cgan, "evaluate", lambda *_: {"dcgan-mnist-1nn": {"value": 20.0}})
+    monkeypatch.setattr(cgan, "figures", lambda *_: None)
+    a = args("dcgan28", "--average", "0", "--width", width)
+    r = SimpleNamespace(args=a, aside=contextlib.nullcontext, results=lambda _, passed: ended.append(passed))
+    cgan.report(r, None, 10, (None, None), None, None)
+    assert ended == [passed]
+
+
 def test_published_values_enter_the_results(digits, tmp_path, monkeypatch):
     pictures = data.load(digits)
     monkeypatch.setattr(cgan.data, "load", lambda *_, **__: pictures)
@@ -702,7 +739,8 @@ def test_a_tagging_run(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     tags = (rng.random((80, 24)) < 0.3).astype(np.uint8)
     images = rng.integers(0, 256, (80, 3, 16, 16), dtype=np.uint8)
-    np.savez(tmp_path / "tagged.npz", images=images, tags=tags, words=[f"w{i}" for i in range(24)])
+    np.savez(tmp_path / "tagged.npz", images=images, tags=tags, words=[f"wört{i}" for i in range(24)])
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, _=2: encoding or "ascii")     # as in a C locale
     words = ["--net", "tags", "--dataset", str(tmp_path / "tagged.npz"), "--out", str(tmp_path), "--data-dir",
              str(tmp_path / "data"), "--device", "cpu", "--width", "0.1"]
     cgan.main([*words, "--steps", "4"])
@@ -712,4 +750,4 @@ def test_a_tagging_run(tmp_path, monkeypatch):
     results = json.loads((folder / "results.json").read_text())["results"]
     for name in ("cgan-flickr", "cgan-flickr-neighbours", "cgan-flickr-frequent"):
         assert 0 <= results[name]["value"] <= 100 and 0 <= results[name]["recall"] <= 100
-    assert (folder / "table2.md").read_text().count("w1") > 1
+    assert (folder / "table2.md").read_text("utf-8").count("wört1") > 1
