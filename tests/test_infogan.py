@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import warnings
 from argparse import Namespace
 
 import numpy as np
@@ -203,6 +204,16 @@ def test_parameter_counts_of_table_1():
         + 128 * 14
         + 14
     )
+
+
+def test_a_convolution_of_stride_1_keeps_the_size_and_warns_of_nothing():
+    conv, x = infogan.conv_1(3, 5), torch.randn(2, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = conv(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(y, torch.nn.functional.conv2d(x, conv[1].weight, padding="same"))
 
 
 def test_batchnorm_keeps_the_default_epsilon():
