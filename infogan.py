@@ -260,6 +260,8 @@ def main(argv=None):
     args = parse_args(argv)
     r = run.Run(args)
     if r.drawing:
+        if args.real:
+            args.dataset = where(args)
         return export.main(r, drawer)
     pictures = data.load(where(args), args.data_dir, args.size, args.channels, skip_bad=args.skip_bad)
     batches = data.Batches(pictures.images, scale=args.scale, **r.feed)

@@ -438,6 +438,20 @@ def test_a_run_on_digits_draws_figures_and_writes_numbers(digits, tmp_path):
     assert 0 <= results["ig-cls"]["value"] <= 100 and results["ig-mi"]["value"] <= math.log(10) + 1e-6
 
 
+def test_real_chairs_come_from_their_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(infogan, "report", lambda *_: None)
+    folder = tmp_path / "data" / "rendered_chairs"
+    folder.mkdir(parents=True)
+    for i, x in enumerate(np.random.default_rng(0).integers(0, 256, (6, 64, 64), dtype=np.uint8)):
+        Image.fromarray(x).save(folder / f"{i}.png")
+    shared = ["--data-dir", str(tmp_path / "data"), "--device", "cpu"]
+    infogan.main(["--dataset", "chairs", "--width", ".02", "--steps", "1", "--batch-size", "2", "--gan-steps",
+                  "0", "--out", str(tmp_path), *shared])
+    run = tmp_path / "infogan-chairs"
+    infogan.main(["--resume", str(run), "--sample", "2", "--real", *shared])
+    assert len(list((run / "real").glob("*.png"))) == 2
+
+
 def test_known_factors_are_matched_with_codes(tmp_path):
     rng = np.random.default_rng(0)
     factors = rng.uniform(-1, 1, (64, 4)).astype(np.float32)
