@@ -21,6 +21,7 @@ G's input is noise z and a code c.  A second network Q must be able to recover c
 """
 
 import argparse
+import itertools
 import math
 from pathlib import Path
 
@@ -554,17 +555,26 @@ def classify(D, pictures, args):
     in % on the test pictures."""
     k_train, k_test = (Q_of(D, images, args)[:, :args.cats[0]].argmax(1).cpu()
                        for images in (pictures.images[:10000], pictures.test_images))
-    table = metrics.majority(k_train, pictures.labels[:10000], args.cats[0])
+    counts = F.one_hot(k_train, args.cats[0]).T @ F.one_hot(pictures.labels[:10000])
+    table = torch.where(counts.sum(1) > 0, counts.argmax(1), -1)        # -1: no picture has this category
     return table, 100 * (table[k_test] != pictures.test_labels).float().mean().item()
 
 
 def match_factors(D, pictures, args):
-    """Factor -> (matching continuous code, |Spearman correlation| of the factor with Q's mean for it)."""
+    """Factor -> (matching continuous code, |Spearman correlation| of the factor with Q's mean for it).
+
+    Of all one-to-one matchings, the one with the largest sum of correlations.
+    """
     images, factors = pictures.images[:10000], pictures.extra["factors"][:10000]
     mu = split_q(Q_of(D, images, args), args)[1].cpu()
     rho = torch.tensor([[abs(metrics.rank_correlation(f, m)) for m in mu.T] for f in factors.T])
     rho = rho.nan_to_num(0.0)                               # NaN if a code is constant
-    return {j: (int(i), rho[j, i].item()) for j, i in enumerate(metrics.matching(-rho.numpy())) if i < args.m}
+    few = rho if len(rho) <= args.m else rho.T              # each row gets a column, one of its len(few) best
+    ways = itertools.product(*few.topk(len(few), 1).indices.tolist())
+    best = max((way for way in ways if len({*way}) == len(few)),
+               key=lambda way: few[range(len(few)), way].sum())
+    pairs = enumerate(best) if few is rho else sorted((j, i) for i, j in enumerate(best))
+    return {j: (i, rho[j, i].item()) for j, i in pairs}
 
 
 def slant(x):
