@@ -1,7 +1,10 @@
 """cgan.py: equations against closed forms, networks against both papers, who moves, labels, tags, figures."""
 
+import contextlib
+import io
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,10 +92,10 @@ DCGAN_CODE = {                                      # Newmu/dcgan_code, mnist/tr
     "steps": 200 * math.ceil(50000 / 128),          # niter + niter_decay epochs
     "turns": True,                                  # if n_updates % (k+1) == 0: _train_g, else: _train_d
     "batch_stats": True,                            # _gen() has the batchnorm() of training
-    "average": 0, "noise": 0, "dropout": 0, "drop_samples": False}
+    "average": 0, "noise": 0, "drop_samples": False}
 SEC_4 = {                                           # CGAN Sec. 4.1, and for tags Sec. 4.2
     "batch_size": 100, "lr": 0.1, "lr_factor": 1.00004, "lr_min": 1e-6, "momentum": (0.5, 0.7),
-    "dropout": 0.5, "average": 0, "noise": 0, "drop_samples": False, "turns": False, "batch_stats": False,
+    "average": 0, "noise": 0, "drop_samples": False, "turns": False, "batch_stats": False,
     "momentum_epochs": 250, "init_G": 0.05, "init_D": 0.005, "alternate": False,   # GAN's mnist.yaml, sgd.py
     "steps": 288000}                                # not published
 PUBLISHED = {
@@ -127,6 +130,13 @@ def test_a_flag_wins_over_both_tables():
 def test_a_data_set_chooses_its_network(dataset, name):
     assert cgan.parse_args(["--dataset", *dataset.split()]).net == name
     assert cgan.parse_args(["--dataset", *dataset.split(), "--net", "dcgan28"]).net == "dcgan28"
+
+
+@pytest.mark.parametrize("name, flag", [("mlp", "--turns"), ("tags", "--turns"), ("dcgan28", "--alternate"),
+                                        ("dcgan32", "--alternate")])
+def test_an_order_of_updates_that_a_network_lacks_is_refused(name, flag):
+    with pytest.raises(cgan.UserError, match=f"{flag} found with --net {name}: it is for"):
+        args(name, flag)
 
 
 # ----------------------------------------------------------------------------------------------- networks
@@ -216,6 +226,21 @@ def test_initial_weights():
     assert G.both[1].weight.std().item() == pytest.approx(math.sqrt(2 / 1200), rel=0.01)
     for net in nets("dcgan28", "--width", "1"):
         assert all(p.std().item() == pytest.approx(0.02, rel=0.1) for p in net.parameters())
+
+
+def test_narrow_perceptrons_have_sums_as_spread_as_the_full_ones():
+    """Before G's sigmoid and in D's logit; layers that read inputs keep their range."""
+    x, y = batch("mlp", n=500)
+    spread, z = {}, torch.rand(500, 100)
+    for width in ("1", ".25"):
+        G, D = nets("mlp", "--paper", "--width", width)
+        assert 0.049 < G.u[0].weight.abs().max() <= 0.05
+        assert 0.0049 < D.u[1].linear.weight.abs().max() <= 0.005
+        G.eval(), D.eval()
+        with torch.no_grad():
+            a = G.both[:5](torch.cat([G.u(z), G.y(y)], 1)) - G.both[4].bias
+            spread[width] = a.std(), D(x, y).std()
+    assert all(0.7 < narrow / full < 1.4 for full, narrow in zip(*spread.values())), spread
 
 
 # ---------------------------------------------------------------------------------------- who moves, where to
@@ -372,8 +397,12 @@ def test_dropout_stays_on_in_samples_unless_the_paper_draws():
     assert not torch.equal(cgan.draw(G, a, y, z), cgan.draw(G, a, y, z)) and G.training
     assert torch.equal(cgan.draw(G, paper, y, z), cgan.draw(G, paper, y, z))
     assert all(m.training for m in G.modules())
-    G, _ = nets("mlp", "--dropout", "0")
-    assert torch.equal(cgan.draw(G, a, y, z), cgan.draw(G, a, y, z))
+
+
+@pytest.mark.parametrize("name, layers", [("mlp", [2, 2]), ("tags", [1, 2]), ("dcgan28", [0, 0])])
+def test_dropout_is_one_half_in_both_perceptrons(name, layers):
+    found = [[m.p for m in net.modules() if isinstance(m, torch.nn.Dropout)] for net in nets(name)]
+    assert found == [[0.5] * n for n in layers]
 
 
 @pytest.mark.parametrize("words", [(), ("--paper",)])
@@ -420,6 +449,22 @@ def test_the_paper_draws_with_the_statistics_of_each_batch():
         expected = torch.cat([G(*part) for part in zip(z.split(6), y.split(6))])    # in training mode
     torch.testing.assert_close(cgan.draw(G, a, y, z), expected)
     assert not torch.allclose(cgan.draw(G, args("dcgan28"), y, z), expected, atol=1e-3)
+
+
+def test_one_label_is_drawn_beside_all_others(monkeypatch):
+    seen = []
+
+    class Recorder(torch.nn.Module):
+        def forward(self, z, y):
+            seen.append(y.argmax(1))
+            return torch.zeros(len(z), 1, 28, 28)
+
+    monkeypatch.setattr(cgan, "networks", lambda *_: (Recorder(), None))
+    about = {"names": [*"0123456789"], "shape": [1, 28, 28]}
+    draws = cgan.drawer(args("dcgan28", "--paper"), {"about": about})
+    z, y = draws.draw(500)
+    assert len(draws.pictures((z, torch.full_like(y, 3)))) == 500
+    assert all((labels == 3).float().mean() < 0.25 for labels in seen)
 
 
 def test_nn_error_against_numpy_and_the_real_digits_own():
@@ -596,8 +641,9 @@ def test_runs_on_digits_draw_write_numbers_and_resume_to_the_bit(digits, tmp_pat
     for figure in ("fig2", "noise_and_label", "label_only", "noise_only", "samples"):
         assert np.asarray(Image.open(folder / f"{figure}.png")).std() > 5, figure
     results = json.loads((folder / "results.json").read_text())["results"]
-    assert math.isfinite(results["cgan-mnist-ll"]["value"]) and "paper" not in results["cgan-mnist-ll"]
-    assert 0 <= results["dcgan-mnist-1nn-base"]["value"] <= 100 and {"agreement", "frechet"} <= set(results)
+    assert math.isfinite(results["cgan-digits-ll"]["value"]) and "paper" not in results["cgan-digits-ll"]
+    assert 0 <= results["dcgan-digits-1nn-base"]["value"] <= 100
+    assert set(results) == {"cgan-digits-ll", "dcgan-digits-1nn-base", "agreement", "frechet"}
 
 
 def test_published_values_stand_beside_the_same_data_network_and_protocol():
@@ -611,6 +657,17 @@ def test_published_values_stand_beside_the_same_data_network_and_protocol():
     for words in (("--net", "dcgan28", "--nn-samples", "1000"), ("--width", "0.5"), ("--dataset", "kmnist"),
                   ("--net", "dcgan28", "--width", "0.5"), ("--dataset", "cifar100"), ("--net", "dcgan32")):
         assert beside_ours(*words) == {}, words
+
+
+@pytest.mark.parametrize("width, passed", [("1", False), (".25", True)])
+def test_check_asks_for_the_papers_width(monkeypatch, width, passed):
+    ended = []
+    monkeypatch.setattr(cgan, "evaluate", lambda *_: {"dcgan-mnist-1nn": {"value": 20.0}})
+    monkeypatch.setattr(cgan, "figures", lambda *_: None)
+    a = args("dcgan28", "--average", "0", "--width", width)
+    r = SimpleNamespace(args=a, aside=contextlib.nullcontext, results=lambda _, passed: ended.append(passed))
+    cgan.report(r, None, 10, (None, None), None, None)
+    assert ended == [passed]
 
 
 def test_published_values_enter_the_results(digits, tmp_path, monkeypatch):
@@ -682,7 +739,8 @@ def test_a_tagging_run(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     tags = (rng.random((80, 24)) < 0.3).astype(np.uint8)
     images = rng.integers(0, 256, (80, 3, 16, 16), dtype=np.uint8)
-    np.savez(tmp_path / "tagged.npz", images=images, tags=tags, words=[f"w{i}" for i in range(24)])
+    np.savez(tmp_path / "tagged.npz", images=images, tags=tags, words=[f"wört{i}" for i in range(24)])
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, _=2: encoding or "ascii")     # as in a C locale
     words = ["--net", "tags", "--dataset", str(tmp_path / "tagged.npz"), "--out", str(tmp_path), "--data-dir",
              str(tmp_path / "data"), "--device", "cpu", "--width", "0.1"]
     cgan.main([*words, "--steps", "4"])
@@ -692,4 +750,4 @@ def test_a_tagging_run(tmp_path, monkeypatch):
     results = json.loads((folder / "results.json").read_text())["results"]
     for name in ("cgan-flickr", "cgan-flickr-neighbours", "cgan-flickr-frequent"):
         assert 0 <= results[name]["value"] <= 100 and 0 <= results[name]["recall"] <= 100
-    assert (folder / "table2.md").read_text().count("w1") > 1
+    assert (folder / "table2.md").read_text("utf-8").count("wört1") > 1

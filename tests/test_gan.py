@@ -1,6 +1,7 @@
 """gan.py: equations and theorems against closed forms, networks against the authors' settings, who moves,
 figures."""
 
+import contextlib
 import json
 import math
 from types import SimpleNamespace
@@ -234,7 +235,7 @@ def test_contrast_removes_the_mean_and_sets_the_norm():
 
 def test_a_step_moves_both_networks_k_times_for_D():
     torch.manual_seed(0)
-    G, D, *_, step = gan.build(args("--k", "3"), torch.full((1, 28, 28), 0.1), 500)
+    G, D, *_, step = gan.build(args("--k", "3"), torch.full((1, 28, 28), 0.1))
     before = [p.detach().clone() for net in (G, D) for p in net.parameters() if p.ndim > 1]
     step(torch.rand(3 * 16, 1, 28, 28))
     after = [p for net in (G, D) for p in net.parameters() if p.ndim > 1]
@@ -247,7 +248,7 @@ def test_G_and_D_step_from_the_old_parameters_of_both():
     moved = {}
     for flag in ((), ("--alternate",)):
         torch.manual_seed(0)
-        G, D, _, opt_D, _, step = gan.build(args(*flag), torch.full((1, 28, 28), 0.1), 500)
+        G, D, _, opt_D, _, step = gan.build(args(*flag), torch.full((1, 28, 28), 0.1))
         gan.uniform(D, 0.05)
         opt_D.param_groups[0]["lr"].fill_(0.0)
         still = [p.detach().clone() for p in G.parameters()]
@@ -256,7 +257,7 @@ def test_G_and_D_step_from_the_old_parameters_of_both():
         slow = [p - q for p, q in zip(G.parameters(), still)]
         G.load_state_dict(dict(zip(G.state_dict(), still)))
         torch.manual_seed(0)
-        G2, D2, _, opt_D2, _, step2 = gan.build(args(*flag), torch.full((1, 28, 28), 0.1), 500)
+        G2, D2, _, opt_D2, _, step2 = gan.build(args(*flag), torch.full((1, 28, 28), 0.1))
         gan.uniform(D2, 0.05)
         opt_D2.param_groups[0]["lr"].fill_(0.5)
         torch.manual_seed(1)
@@ -278,15 +279,16 @@ def test_one_step_of_G_raises_log_D():
 
 
 def test_annealing_follows_the_papers_schedule():
-    opt = SGD([torch.nn.Parameter(torch.zeros(1))], 0.1, 0.5)
-    for _ in range(10):
-        gan.anneal(opt, per_epoch=1)
-    group = opt.param_groups[0]
-    assert group["lr"].item() == pytest.approx(0.1 / 1.000004**10, rel=1e-6)
-    assert group["momentum"].item() == pytest.approx(0.5 + 10 * 0.2 / 249, rel=1e-5)
-    for _ in range(400):
-        gan.anneal(opt, per_epoch=1)
-    assert group["momentum"].item() == pytest.approx(0.7)
+    a = args("--lr-D", ".1", "--lr-G", ".2")
+    opts = [SGD([torch.nn.Parameter(torch.zeros(1))], lr, 0.5) for lr in (0.1, 0.2)]
+    for step, per_epoch, momentum in ((1, 1, 0.5), (11, 1, 0.5 + 10 * 0.2 / 249), (175001, 500, 0.7)):
+        gan.anneal(a, *opts, step, per_epoch)
+        for opt, lr in zip(opts, (0.1, 0.2)):
+            group, = opt.param_groups
+            assert group["lr"].item() == pytest.approx(lr * math.exp((1 - step) * math.log1p(4e-6)), rel=1e-6)
+            assert group["momentum"].item() == pytest.approx(momentum, rel=1e-6)
+    gan.anneal(a, *opts, 10**7, 500)
+    assert opts[0].param_groups[0]["lr"].item() == pytest.approx(1e-6)
 
 
 def test_bound_caps_each_units_weights():
@@ -299,12 +301,19 @@ def test_bound_caps_each_units_weights():
 
 
 def test_fig2_ends_each_row_with_the_nearest_training_image():
-    train = torch.rand(40, 1, 8, 8)
+    train = torch.randint(256, (1200, 1, 8, 8), dtype=torch.uint8)
     x = torch.rand(18, 1, 8, 8)
-    x[8], x[17] = train[7] + 0.01, train[31] - 0.01
-    shown = gan.fig2(x, train, 10).view(2, 10, 1, 8, 8)
-    assert torch.equal(shown[0, 9], train[7]) and torch.equal(shown[1, 9], train[31])
+    x[8], x[17] = train[7] / 255 + 0.01, train[1031] / 255 - 0.01
+    shown = gan.fig2(x, train, args(), 10).view(2, 10, 1, 8, 8)
+    assert torch.equal(shown[0, 9], train[7] / 255) and torch.equal(shown[1, 9], train[1031] / 255)
     assert torch.equal(shown[:, :9].flatten(0, 1), x)
+
+
+def test_fig2_holds_a_part_of_the_data_as_floats_at_a_time(monkeypatch):
+    sizes, seen = [], gan.seen
+    monkeypatch.setattr(gan, "seen", lambda x, a: sizes.append(len(x)) or seen(x, a))
+    gan.fig2(torch.rand(9, 1, 8, 8), torch.zeros(1200, 1, 8, 8, dtype=torch.uint8), args(), 10)
+    assert max(sizes) <= 500
 
 
 # ------------------------------------------------------------------------------------------------------- runs
@@ -368,7 +377,7 @@ def test_stage_2_trains_two_layers_under_the_G_of_stage_1(digits, tmp_path, no_c
     a = args("--net", "tfd", "--width", ".01", "--stage2", str(first))
     assert (a.steps, a.experiment) == (21560, "tfd-stage2")
     G1 = torch.load(first / "checkpoint.pt", weights_only=True)["parts"]["G_bar"]
-    G, D, *_, step = gan.build(a, torch.full((1, 48, 48), 0.5), 10)
+    G, D, *_, step = gan.build(a, torch.full((1, 48, 48), 0.5))
     assert [m.in_features for m in G if isinstance(m, torch.nn.Linear)] == [100, 80, 100, 80, 80]
     assert (G[2].bias == -2).all() and G[0].weight.abs().max() <= 0.05
     for i in (0, 2, 4):
@@ -421,13 +430,25 @@ def test_the_papers_value_stands_beside_ours_on_its_own_data(monkeypatch, words,
     assert list(found) == [key] and found[key].get("paper") == paper
 
 
+@pytest.mark.parametrize("words, passed", [((), False), (("--width", ".43"), True)])
+def test_check_asks_for_the_papers_width(monkeypatch, words, passed):
+    ended = []
+    monkeypatch.setattr(gan, "evaluate", lambda *_: {"gan-mnist-ll": {"value": 100.0}})
+    for name in ("draw", "fig2", "fig3"):
+        monkeypatch.setattr(gan, name, lambda *_: torch.zeros(70, 1, 8, 8))
+    r = SimpleNamespace(args=args(*words), aside=contextlib.nullcontext, show=lambda *_: None,
+                        results=lambda _, passed: ended.append(passed))
+    gan.report(r, None, SimpleNamespace(images=None), None, (0.0, 1.0))
+    assert ended == [passed]
+
+
 @pytest.mark.parametrize("words", [["--k", "2", "--no-alternate"], ["--loss", "minimax"], ["--lr-G", ".02"]])
 def test_the_toy_is_trained_as_the_flags_say(tmp_path, words):
     ways = []
     for flags in ([], words):
         a = args("--dataset", "toy", "--batch-size", "64", *flags)
         torch.manual_seed(0)
-        G, *_, step = gan.build(a, None, 1000)
+        G, *_, step = gan.build(a, None)
         torch.manual_seed(1)
         step(torch.randn(a.k * 64, 1))
         ways.append(G.weight.item())

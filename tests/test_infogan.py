@@ -1,8 +1,10 @@
 """infogan.py: equations against closed forms, networks against Tables 1-6, who moves, figures and numbers."""
 
 import contextlib
+import itertools
 import json
 import math
+import warnings
 from argparse import Namespace
 
 import numpy as np
@@ -203,6 +205,16 @@ def test_parameter_counts_of_table_1():
         + 128 * 14
         + 14
     )
+
+
+def test_a_convolution_of_stride_1_keeps_the_size_and_warns_of_nothing():
+    conv, x = infogan.conv_1(3, 5), torch.randn(2, 3, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = conv(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(y, torch.nn.functional.conv2d(x, conv[1].weight, padding="same"))
 
 
 def test_batchnorm_keeps_the_default_epsilon():
@@ -427,6 +439,20 @@ def test_a_run_on_digits_draws_figures_and_writes_numbers(digits, tmp_path):
     assert 0 <= results["ig-cls"]["value"] <= 100 and results["ig-mi"]["value"] <= math.log(10) + 1e-6
 
 
+def test_real_chairs_come_from_their_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(infogan, "report", lambda *_: None)
+    folder = tmp_path / "data" / "rendered_chairs"
+    folder.mkdir(parents=True)
+    for i, x in enumerate(np.random.default_rng(0).integers(0, 256, (6, 64, 64), dtype=np.uint8)):
+        Image.fromarray(x).save(folder / f"{i}.png")
+    shared = ["--data-dir", str(tmp_path / "data"), "--device", "cpu"]
+    infogan.main(["--dataset", "chairs", "--width", ".02", "--steps", "1", "--batch-size", "2", "--gan-steps",
+                  "0", "--out", str(tmp_path), *shared])
+    run = tmp_path / "infogan-chairs"
+    infogan.main(["--resume", str(run), "--sample", "2", "--real", *shared])
+    assert len(list((run / "real").glob("*.png"))) == 2
+
+
 def test_known_factors_are_matched_with_codes(tmp_path):
     rng = np.random.default_rng(0)
     factors = rng.uniform(-1, 1, (64, 4)).astype(np.float32)
@@ -458,6 +484,25 @@ def test_known_factors_are_matched_with_codes(tmp_path):
     assert len({found[n]["code"] for n in "abcd"}) == 4 and 0 <= found["value"] <= 1
 
 
+@pytest.mark.parametrize("factors, codes", [(4, 5), (5, 5), (1, 2), (7, 2), (40, 5)])
+def test_factors_are_matched_at_the_largest_sum(monkeypatch, factors, codes):
+    """Against brute force, where that ends."""
+    rho = np.random.default_rng(factors).random((factors, codes))
+    at = iter(rho.flatten())
+    monkeypatch.setattr(infogan.metrics, "rank_correlation", lambda *_: -next(at))
+    monkeypatch.setattr(infogan, "Q_of", lambda *_: None)
+    monkeypatch.setattr(infogan, "split_q", lambda *_: (None, torch.zeros(9, codes), None))
+    pictures = Namespace(images=torch.zeros(9), extra={"factors": torch.zeros(9, factors)})
+    found = infogan.match_factors(None, pictures, Namespace(m=codes))
+    assert len({i for i, _ in found.values()}) == len(found) == min(factors, codes)
+    assert list(found) == sorted(found) and all(v == pytest.approx(rho[j, i]) for j, (i, v) in found.items())
+    if factors < 40:
+        few = rho if factors <= codes else rho.T
+        best = max(few[range(len(few)), list(p)].sum()
+                   for p in itertools.permutations(range(few.shape[1]), len(few)))
+        assert sum(v for _, v in found.values()) == pytest.approx(best)
+
+
 def test_more_factors_than_codes_keep_their_names(monkeypatch):
     factors = torch.rand(50, 4)
     factors[:, 0] = 1.0                                                         # a constant one
@@ -473,6 +518,17 @@ def test_lam_0_is_the_regular_gan():
     regular = settings("--dataset", "faces", "--lam", "0")
     assert regular.lam == regular.lam_cont == 0
     assert settings("--dataset", "faces", "--lam", "0", "--lam-cont", "2").lam_cont == 2
+
+
+def test_a_category_stands_for_its_most_frequent_label(monkeypatch):
+    """The lowest label of a tie; -1, and so an error, if no training picture has the category."""
+    k = torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([0, 1, 2, 3])
+    answers = iter(torch.nn.functional.one_hot(part, 4).float() for part in k)
+    monkeypatch.setattr(infogan, "Q_of", lambda *_: next(answers))
+    y, y_test = torch.tensor([7, 7, 3, 3, 5, 2]), torch.tensor([7, 3, 2, 0])
+    pictures = infogan.data.Data("fake", k[0], y, k[1], y_test)
+    table, error = infogan.classify(None, pictures, Namespace(cats=(4,)))
+    assert table.tolist() == [7, 3, 2, -1] and error == 25
 
 
 def test_ig_cls_error_is_zero_for_a_perfect_code_whatever_its_order():
