@@ -27,7 +27,6 @@ sentence together.  One run trains the encoders phi_t and phi_v, then G and D, t
 """
 
 import argparse
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +39,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import UserError, data, export, log, metrics, run
-from common.fuse import Adam, autocast, average, averaged, descend, frozen, fuse, place, sampling, set_rate
+from common.fuse import (
+    Adam,
+    autocast,
+    average,
+    averaged,
+    calibrate,
+    descend,
+    frozen,
+    fuse,
+    place,
+    sampling,
+    set_rate,
+)
 
 # --------------------------------------------------------------------------------------------------- settings
 # PAPER: Sec. 5 and, where the print is silent, the authors' code: icml2016 for the GAN, cvpr2016 for the
@@ -49,18 +60,20 @@ from common.fuse import Adam, autocast, average, averaged, descend, frozen, fuse
 
 GAN = dict(
     variant="int-cls", beta=0.5,                            # Sec. 4.3
-    captions=1, views=True,                                 # a text and a view at a time; code: the mean of 4
+    views=True,                                             # a view and a text at a time; code: the mean of 4
     ngf=128, ndf=64,                                        # maps of G and D (code)
     batch_size=64, lr_D=2e-4, lr_G=2e-4, decay_lr=False,    # constant; code: halved every 100 epochs
     together=False, noise=0.0, h_std=0.0, average=0.0,
     image_features="googlenet", opt_phi="rmsprop", lr_phi=7e-4,
-    drops=(0.98, 200), decay=(0.0, 0.0), hardest=False,     # times .98 after each of 200 epochs
+    drops=(0.98, 200),                                      # times .98 after each of 200 epochs
     style_steps=2000)
 DRAWN = dict(phi_t="rnn", image_features="own", views=False, encoder_steps=200 * 150, steps=600 * 139)
 PAPER = {
     "birds": GAN | dict(phi_t="gru", encoder_steps=200 * 150, steps=600 * 139),
     "flowers": GAN | dict(phi_t="rnn", encoder_steps=200 * 82, steps=600 * 110),
-    # Sec. 5.5 says the same networks and settings.  These are of the released script, which drew Fig. 7.
+    # Sec. 5.5 says the same networks and settings.  Variant, maps and lengths are those of the released
+    # script, which drew Fig. 7.  Not here: its D has a LeakyReLU after the third BatchNorm and no BatchNorm
+    # on the text, and its phi_t begins with convolutions N(0, .02).
     "coco": GAN | dict(variant="cls", ngf=196, ndf=196, steps=200 * 1294, phi_t="gru", opt_phi="adam",
                        lr_phi=2e-4, drops=(0.5, 4), encoder_steps=200 * 1294),
     # Not in the paper: the settings of birds and a phi_v that learns drawn objects.  Captions tell left from
@@ -72,22 +85,20 @@ STABLE = dict(
     # Recorded with an encoder that also named attributes, which the present one does not.
     lr_G=1.2e-3, noise=0.1,      # else D wins on high-frequency texture and G ignores z
     together=True,               # D sees differences in brightness and contrast
-    h_std=0.05,                  # of phi_t's h, which is far below z: G ignores it for long
+    h_std=0.05,                  # scale h to this std: unscaled, it is far below z and G ignores it for long
     variant="cls",               # not measured: INT drew some interpolated texts of shapes as noise
     average=0.999,               # not measured: the EMA of G draws and teaches S
-    decay_lr=True,               # not measured: to 0, linearly over the second half of each phase
+    decay_lr=True,               # not measured: to 0, linearly over the encoders' and the GAN's second half
     steps=20000, encoder_steps=5000,  # a quarter of the published lengths, or less
-    # The encoders.  39.3 % of 5 unseen classes of birds, with 2e-3 as first rate 24.5.
+    # The encoders.  A rate of 3e-4 names 39.3 % of the pictures of 5 unseen classes of birds, 2e-3 24.5 %.
     opt_phi="adam", lr_phi=3e-4, drops=None,
-    decay=(0.1, 0.3),            # not measured: weight decay of phi_t and phi_v against pairs learnt by heart
-    hardest=True,                # not measured: the hardest mismatch of each row counts by itself
     image_features="own")        # not measured: needs no download
 TUNED = dict.fromkeys(PAPER, STABLE)
-QUICK = {"scenes": dict(width=0.2, encoder_steps=1000, lr_phi=1e-3, steps=1500, average=0.99,
-                        style_steps=100)}
+# A small G and phi_t; D, phi_v and S are a quarter of the paper's.
+QUICK = {"scenes": dict(width=0.1, ngf=96, ndf=160, batch_size=32, encoder_steps=1500, lr_phi=1e-3,
+                        steps=3000, lr_G=1e-3, noise=0.3, h_std=0.1, average=0.995, style_steps=100)}
 
 NZ, NT, NH = 100, 128, 1024      # sizes of z, of the projected text and of h = phi_t(t)
-FEW = 2 ** 17                    # up to this many texts, h is precomputed (512 MB); else in each step
 
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -149,8 +160,8 @@ class Generator(nn.Module):
         c0, c1, c2, c3 = ch(1024), ch(512), ch(256), ch(128)
         self.text = nn.Sequential(nn.Linear(NH, NT), nn.LeakyReLU(0.2))                 # 128
         self.net = nn.Sequential(
-            nn.Unflatten(1, (NZ + NT, 1, 1)),                                           # 228 x 1 x 1
-            FromPoint(NZ + NT, c0, 4, bias=False), nn.BatchNorm2d(c0),                  # 1024 x 4 x 4
+            nn.Linear(NZ + NT, 16 * c0, bias=False), nn.Unflatten(1, (c0, 4, 4)),       # 228 -> 1024 x 4 x 4
+            nn.BatchNorm2d(c0),
             Residual(c0, ch(256), relu),
             up(c0, c1), nn.BatchNorm2d(c1),                                             # 512 x 8 x 8
             Residual(c1, ch(128), relu),
@@ -176,7 +187,7 @@ class Discriminator(nn.Module):
         self.text = nn.Sequential(nn.Linear(NH, NT), nn.BatchNorm1d(NT), lrelu)         # 128
         self.head = nn.Sequential(
             nn.Conv2d(c4 + NT, c4, 1, bias=False), nn.BatchNorm2d(c4), lrelu,           # 512 x 4 x 4
-            ToPoint(c4, 1, 4, bias=False), nn.Flatten(0))                               # 1
+            nn.Flatten(), nn.Linear(16 * c4, 1, bias=False), nn.Flatten(0))             # 1
 
     def forward(self, x, h, wrong=None):
         f = self.trunk(x)
@@ -191,7 +202,8 @@ def trunk(ch):
     return nn.Sequential(
         down(3, ch(64)), lrelu,                                                         # 64 x 32 x 32
         down(ch(64), ch(128)), nn.BatchNorm2d(ch(128)), lrelu,                          # 128 x 16 x 16
-        # No activation between the third BatchNorm and the fourth convolution, as in the authors' code.
+        # No activation between the third BatchNorm and the fourth convolution, as in the authors' code for
+        # birds and flowers (main_cls_int.lua).
         down(ch(128), ch(256)), nn.BatchNorm2d(ch(256)),                                # 256 x 8 x 8
         down(ch(256), ch(512)), nn.BatchNorm2d(ch(512)),                                # 512 x 4 x 4
         Residual(ch(512), ch(128), lrelu))
@@ -206,16 +218,18 @@ def networks(args):
     """(phi_t, phi_v, G, D, S).  phi_t is narrowed only by the square root of --width: with a quarter of its
     units it confuses the attributes of two objects."""
     def ch(width):
-        return lambda n: max(8, round(n * width))
+        return lambda n: max(16, round(n * width))
 
     ch_G, ch_D = ch(args.width * args.ngf / 128), ch(args.width * args.ndf / 64)
     googlenet = args.image_features == "googlenet"
-    phi_v = GoogLeNet() if googlenet else convolutions(ch(args.width), NH).apply(init)
+    phi_v = GoogLeNet() if googlenet else convolutions(ch_D, NH).apply(init)
     phi_t = init_text({"rnn": Text, "gru": TextGRU}[args.phi_t](ch(args.width ** 0.5)))
     G, D = Generator(ch_G).apply(init), Discriminator(ch_D).apply(init)
-    S = convolutions(ch(args.width), NZ).apply(init)
+    S = convolutions(ch_D, NZ).apply(init)
     for net in (phi_t, G, S):
         net.register_buffer("t", torch.zeros((), dtype=torch.long))                     # updates so far
+    for layer in (G.net[0], D.head[-2]):        # convolutions of a 1x1 picture, and to one
+        nn.init.normal_(layer.weight, 0.0, 0.02)
     for last in (G.net[-2], D.head[-2]):        # no BatchNorm follows: keep the variance at any width
         last.weight.data.div_(args.width ** 0.5)
     return phi_t, phi_v, G, D, S
@@ -240,17 +254,13 @@ def interpolate(h, beta=0.5):
 
 # -------------------------------------------------------------------------------------------------- objective
 
-def L_joint(v, h, content, hardest=False):
+def L_joint(v, h, content):
     """Eq. 2's surrogate: the mean over mismatching pairs i, j of max(0, 1 + v_i.h_j - v_i.h_i) +
-    max(0, 1 + v_j.h_i - v_i.h_i).  `hardest` adds the mean over i of each term's hardest negative.
-
-    v, h (n, 1024), content (n,).  2 where all v = 0; with `hardest` 4.
-    """
+    max(0, 1 + v_j.h_i - v_i.h_i).  v, h (n, 1024), content (n,).  2 where all v = 0."""
     s = v.float() @ h.float().T
     matching, other = s.diagonal()[:, None], (content[:, None] != content).float()
     hinges = other * torch.stack([1 + s - matching, 1 + s.T - matching]).clamp(min=0)
-    loss = hinges.sum() / other.sum().clamp(min=1)
-    return loss + hinges.amax(2).sum() / len(v) if hardest else loss
+    return hinges.sum() / other.sum().clamp(min=1)
 
 
 def V(a_r, a_f):
@@ -288,15 +298,13 @@ def build(args, train):
     opts = SimpleNamespace(opt_phi=opt_phi, opt_G=opt_G, opt_D=opt_D, opt_S=opt_S)
     amp, cls = autocast(args), "cls" in args.variant
     t, content = train.t.to(args.device), train.content.to(args.device)
-    # h of all texts, 4 KB each, computed once by embed() if there are at most FEW.
-    h_all = torch.zeros(*t.shape[:2], NH, device=args.device) if t[..., 0].numel() <= FEW else None
 
     @fuse(args)
     def encoder_step(x, i):                                 # x (n, 3, H, W) in [-1, 1], i (n,) row indices
         k = torch.randint(t.shape[1], i.shape, device=x.device)
         with amp:
             v, h = phi_v(view(x)), phi_t(t[i, k])
-        loss = L_joint(v, h, content[i], args.hardest)
+        loss = L_joint(v, h, content[i])
         descend(loss, opt_phi)
         phi_t.t.add_(1)
         return {"L_joint": loss}
@@ -307,11 +315,10 @@ def build(args, train):
         h_wrong = h[mismatched(content[i])] if cls else None                            # line 4
         h_fake = torch.cat([h, interpolate(h, args.beta)]) if "int" in args.variant else h  # Eq. 5
         z = torch.randn(len(h_fake), NZ, device=x.device)                               # line 5
-        m = len(h_fake) if args.int_D else len(h)           # D sees no samples of interpolated texts
         std = args.noise and args.noise * opt_D.param_groups[0]["lr"] / args.lr_D
         with amp:
             x_fake = G(z, h_fake.detach())                                              # line 6
-            a_r, a_w, a_f = D_sees(D, x, h, x_fake[:m].detach(), h_fake[:m], args, std, h_wrong)   # 7-9
+            a_r, a_w, a_f = D_sees(D, x, h, x_fake[:len(h)].detach(), h, args, std, h_wrong)  # 7-9
         value = L_D(a_r, a_w, a_f) if cls else V(a_r, a_f)                              # line 10
         descend(-value, opt_D)                              # line 11: ascends; the printed minus is a slip
         h, h_fake = h.detach(), h_fake.detach()
@@ -339,26 +346,29 @@ def build(args, train):
         return {"L_style": loss}
 
     def texts(i, learn=False):
-        """h (n, 1024) for pictures i.  `learn`: recompute it with gradients to phi_t (GAN-E2E)."""
-        if h_all is not None and not learn:
-            return mean_text(h_all[i], args.captions)
-        k = some_texts(len(i), t.shape[1], args.captions, i.device)
+        """h (n, 1024) of a random caption of each picture i.  `learn`: with gradients to phi_t (GAN-E2E)."""
+        k = torch.rand(len(i), t.shape[1], device=i.device).argmax(1)
         with amp, torch.set_grad_enabled(learn):
-            h = phi_t(t[i[:, None], k].flatten(0, 1))
-        return phi_t.scale * h.float().unflatten(0, k.shape).mean(1)
+            h = phi_t(t[i, k])
+        return phi_t.scale * h.float()
 
-    def embed():
-        """Set phi_t.scale from training texts, and precompute h for the steps of G and S."""
+    def set_scale():
+        """Scale h to a standard deviation of args.h_std, measured on 2,000 training pictures' texts."""
         phi_t.scale.fill_(1.0)
-        h = texts_of(phi_t, train.t if h_all is not None else train.t[:2000], args.device)
         if args.h_std and not args.e2e:
+            h = texts_of(phi_t, train.t[:2000], args.device)
             # Limit the gain where phi_t barely separates texts: the RMS of h is at most 100 h_std.
             spread = torch.maximum(h.std((0, 1)).mean(), h.square().mean().sqrt() / 100)
             phi_t.scale.copy_(args.h_std / spread.clamp_min(1e-6))
-        if h_all is not None:
-            h_all.copy_(phi_t.scale * h)
 
-    steps = SimpleNamespace(encoder=encoder_step, gan=gan_step, style=style_step, embed=embed)
+    def settle():
+        """Give G_bar BatchNorm statistics of its own; average() copies those of G."""
+        if args.average:
+            i = torch.randint(len(t), (20, args.batch_size), device=args.device)
+            calibrate(G_bar, ((torch.randn(len(k), NZ, device=k.device), texts(k)) for k in i))
+
+    steps = SimpleNamespace(encoder=encoder_step, gan=gan_step, style=style_step, set_scale=set_scale,
+                            settle=settle)
     return nets, opts, steps
 
 
@@ -385,37 +395,40 @@ def train_gan(r, nets, opts, steps, batches, test):
         r.log(steps.gan(*next(batches)))
         if r.draws():
             with r.aside():
+                steps.settle()
                 r.show("samples", draw_captions(test, [(nets.G_bar, nets.phi_t)], args.device))
 
 
 def train_style(r, nets, steps, batches):
     """Train S on samples of the finished G."""
-    if r.args.e2e:                                          # phi_t was trained with D
-        steps.embed()
+    with r.aside():
+        steps.settle()
     for _ in r.loop(r.step + max(0, r.args.style_steps - int(nets.S.t))):
         r.log(steps.style(*next(batches)))
 
 
 def main(argv=None):
     args = parse_args(argv)
-    sentences = sentences_of(args)
     r = run.Run(args)
     if r.drawing:
-        return draw_prompts(r, sentences) if sentences else export.main(r, drawer)
+        return draw_prompts(r, args.prompt) if args.prompt else export.main(r, drawer)
     pictures, train, test = parts_of(args)
-    unread = remark_on_all(train)
-    if unread and r.lead:
-        log.say(f"captions: {unread}")
+    check_captions(args, train)
     batches = data.Batches(train.images, torch.arange(len(train.images)), scale=(-1.0, 1.0), **r.feed)
     nets, opts, steps = build(args, train)
     if args.encoder and not args.resume:
         run.fetch(args.encoder, OTHER, args.device, phi_t=nets.phi_t, phi_v=nets.phi_v)
-    r.keep(lambda: {"t": test.t[:1000, 0]}, **vars(nets), **vars(opts), batches=batches)
+
+    def about():                                            # for --sample and --export
+        steps.settle()
+        return {"t": test.t[:1000, 0]}
+
+    r.keep(about, **vars(nets), **vars(opts), batches=batches)
     if args.beside:
         return draw_beside(r, nets, pictures, test)
 
     train_encoder(r, nets, opts, steps, batches, test)
-    steps.embed()
+    steps.set_scale()
     train_gan(r, nets, opts, steps, batches, test)
     train_style(r, nets, steps, batches)
     if r.lead:
@@ -428,7 +441,7 @@ LENGTH = 201                     # symbols per sentence
 # Authors' code: 70 symbols, with "-" twice; the later one counts.
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789-,;.!?:'\"/\\|_@#$%^&*~`+-=<>()[]{} "
 SYMBOLS = defaultdict(int, {ord(s): i for i, s in enumerate(ALPHABET, 1)})
-OTHER = "a text2image run with the --width and --phi-t of this one"
+OTHER = "a text2image run with the --width, --phi-t and --image-features of this one"
 
 
 def parse_args(argv=None):
@@ -441,10 +454,6 @@ def parse_args(argv=None):
     add("--width", type=positive, default=1.0,
         help="feature maps, as a fraction of the paper's; for phi_t its square root [%(default)s]")
     add("--beta", type=run.number(float, 0, 1), help="beta of Eq. 5 [.5]")
-    add("--int-D", action="store_true",
-        help="int, int-cls: train D too on samples of interpolated texts; the paper's D never sees them")
-    add("--captions", type=run.number(int, 1),
-        help="number of captions whose mean embedding is h; authors' code: 4 [1]")
     add("--views", action=argparse.BooleanOptionalAction,
         help="random crops and mirroring [on, except for scenes and shapes]")
     add("--lr-D", type=positive, help="Adam's learning rate for D and S (Sec. 5) [2e-4]")
@@ -462,11 +471,10 @@ def parse_args(argv=None):
     add("--style-steps", type=run.number(int, 0),
         help="steps of S, after the GAN's [2000, in proportion to --steps]")
     add("--prompt", action="append", metavar="TEXT", help="with --resume: draw this sentence; repeatable")
-    add("--prompts", metavar="FILE", help="with --resume: draw each line of this file")
     add("--n", type=run.number(int, 1, 1000), default=8, help="pictures per prompt [%(default)s]")
     add("--beside", metavar="RUN", nargs="+",
         help="with --resume: Figs. 3 and 5 comparing that run with these, for example the four variants")
-    args = run.parse(p, argv, ("prompt", "prompts", "n", "beside"), experiment, PAPER, TUNED, QUICK)
+    args = run.parse(p, argv, ("prompt", "n", "beside"), experiment, PAPER, TUNED, QUICK)
     default = PAPER[args.experiment] | ({} if args.paper else TUNED[args.experiment])
     default |= QUICK[args.experiment] if args.quick else {}
     if not args.resume:                                     # the other phases in proportion to --steps
@@ -474,8 +482,14 @@ def parse_args(argv=None):
             setattr(args, key, max(1, round(default[key] * args.steps / default["steps"])))
     if args.prompt and (args.sample or args.explore):        # for the last sentence only
         args.set, args.prompt = [*(args.set or ()), f"prompt={args.prompt[-1]}"], None
-    if (args.prompt or args.prompts or args.beside) and not args.resume:
-        p.error("--prompt, --prompts and --beside need --resume RUN: the run to draw from")
+    if (args.prompt or args.beside) and not args.resume:
+        p.error("--prompt and --beside need --resume RUN: the run to draw from")
+    if args.prompt and args.export:
+        p.error("--prompt draws and --export does not: give one of them")
+    for sentence in args.prompt or ():
+        if not legible(sentence):
+            raise UserError(f"prompt {sentence[:40]!r} has none of the letters and digits that phi_t reads: "
+                            "an English sentence expected")
     return args
 
 
@@ -484,24 +498,6 @@ def experiment(args):
     if args.dataset in PAPER:
         return args.dataset
     return "flowers" if "flowers" in Path(args.dataset).name else "birds"
-
-
-def sentences_of(args):
-    """The sentences of --prompt and --prompts."""
-    sentences = list(args.prompt or ())
-    if args.prompts:
-        try:
-            sentences += [s.strip() for s in Path(args.prompts).read_text("utf-8-sig").splitlines()
-                          if s.strip()]
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"--prompts {args.prompts} cannot be read ({data.brief(e)})") from None
-        if not sentences:
-            raise UserError(f"--prompts {args.prompts} is empty: one sentence per line expected")
-    for sentence in sentences:
-        if not legible(sentence):
-            raise UserError(f"prompt {sentence[:40]!r} has none of the letters and digits that phi_t reads: "
-                            "an English sentence expected")
-    return sentences
 
 
 # ------------------------------------------------------------------------ what TUNED adds to the paper's step
@@ -563,14 +559,11 @@ def optimizer_of_phi(args, phi_t, phi_v):
     if args.opt_phi == "rmsprop":
         learnt = [p for net in (phi_t, phi_v) for p in net.parameters() if p.requires_grad]
         return RMSprop(learnt, args.lr_phi)
-    return adam(args.lr_phi, phi_t, phi_v, decay=args.decay)
+    return adam(args.lr_phi, phi_t, phi_v)
 
 
-def adam(lr, *nets, decay=(0.0, 0.0)):
-    """AdamW with beta_1 = .5.  `decay`: one weight decay per net, not for biases and BatchNorm; 0: Adam."""
-    groups = [{"params": [p for p in net.parameters() if p.requires_grad and (p.ndim > 1) == matrices],
-               "weight_decay": d * matrices} for net, d in zip(nets, decay) for matrices in (True, False)]
-    return Adam(groups, lr, decoupled=True)
+def adam(lr, *nets):
+    return Adam([p for net in nets for p in net.parameters() if p.requires_grad], lr)
 
 
 # ------------------------------------------------------------------------ networks of other data sets, layers
@@ -607,31 +600,13 @@ class GoogLeNet(nn.Module):
             raise UserError(f"GoogLeNet's weights cannot be loaded ({data.brief(e)}): put them in "
                             f"{torch.hub.get_dir()}/checkpoints/, or leave out --image-features") from None
         self.net.fc = nn.Identity()
-        self.requires_grad_(False)
+        self.eval().requires_grad_(False)
 
     def train(self, mode=True):
         return super().train(False)
 
     def forward(self, x):
         return self.net(F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True))
-
-
-class FromPoint(nn.ConvTranspose2d):
-    """A transposed convolution of a 1x1 picture as a matrix product: (n, i, 1, 1) -> (n, o, k, k).
-
-    Compiled as a convolution, its weight gradient comes in an unexpected layout: PyTorch issue 171622.
-    """
-
-    def forward(self, x):
-        w = self.weight.permute(2, 3, 1, 0)                                     # k, k, o, i
-        return F.linear(x.flatten(1), w.flatten(0, 2)).unflatten(1, w.shape[:3]).permute(0, 3, 1, 2)
-
-
-class ToPoint(nn.Conv2d):
-    """A convolution that reduces a k x k picture to one number, as an inner product: (n, i, k, k) -> (n,)."""
-
-    def forward(self, x):
-        return (x * self.weight).sum((1, 2, 3))
 
 
 def init(module):
@@ -688,16 +663,14 @@ def parts_of(args):
         t = encode(c[i % len(c)] for c in captions for i in range(k)).unflatten(0, (-1, k))
         content = labels if labels is not None else torch.arange(len(images))
         if attributes is not None:
+            if attributes.min() < 0:
+                raise UserError(f"{args.dataset} has attributes below 0: expected the index of each value, "
+                                "from 0")
             content = attributes.unique(dim=0, return_inverse=True)[1]
         return Part(images, captions, t, content, attributes, style)
 
     train = [pictures.images, pictures.labels, *(extra.get(k) for k in keys)]
     test = [pictures.test_images, pictures.test_labels, *(extra.get(f"test_{k}") for k in keys)]
-    for images, _, *rest in (train, test):
-        for what, rows in zip(keys, rest):
-            if images is not None and rows is not None and len(rows) != len(images):
-                raise UserError(f"{args.dataset} has {what} of {len(rows)} pictures, of {len(images)} "
-                                "expected")
     if test[0] is None or test[2] is None or len(test[0]) < 2:                  # hold out the last tenth
         cut = n - max(2, n // 10)
         train, test = ([a if a is None else a[rows] for a in train] for rows in (slice(cut), slice(cut, n)))
@@ -728,43 +701,22 @@ def legible(sentence):
     return "".join(s for s in sentence.lower()[:LENGTH] if s.isascii() and s.isalnum())
 
 
-def remark_on_all(part):
-    """One line about what encode() drops from a Part's captions; empty if nothing.
-
-    Raises UserError if all captions have the same letters and digits.
-    """
-    said, found = [s for several in part.captions for s in several], []
-    one = legible(said[0])
-    if all(legible(s) == one for s in said):
-        raise UserError(f"all {len(said):,} captions read {one[:40]!r} in the letters a-z and digits, all "
-                        "that phi_t reads: captions that differ expected")
-    lost = [c for s in said if not s.isascii() for c in s.lower()[:LENGTH] if c not in ALPHABET]
-    if lost:
-        share = 100 * len(lost) / sum(len(s[:LENGTH]) for s in said)
-        some = " ".join(sorted({*lost})[:5])
-        found.append(f"{share:.2g} % of all symbols are read as blanks, such as {some} (not in the alphabet)")
-    if cut := sum(len(s) > LENGTH for s in said):
-        found.append(f"{100 * cut / len(said):.2g} % of the sentences are cut after {LENGTH} symbols")
-    return " and ".join(found)
+def check_captions(args, part):
+    """Say what encode() drops from a Part's captions.  UserError: all read alike."""
+    said = [s for captions in part.captions for s in captions]
+    if all(legible(s) == legible(said[0]) for s in said):
+        raise UserError(f"{args.dataset}: all captions have the same letters a-z and digits, all that phi_t "
+                        "reads: captions that differ expected")
+    if lost := remark(said):
+        log.say(f"captions: {lost}")
 
 
-def remark(sentence):
-    """One line about what encode() drops from a sentence; empty if nothing."""
-    strange = "".join(sorted(set(sentence.lower()[:LENGTH]) - set(ALPHABET)))
-    blank = f"read with blanks in place of {strange} (not in the alphabet)" * bool(strange)
-    cut = f"cut before {sentence[LENGTH:][:20]!r}, after {LENGTH} characters" * (len(sentence) > LENGTH)
-    return " and ".join(filter(None, (blank, cut)))
-
-
-def some_texts(n, K, m, device):
-    """Indices (n, m) of m random texts out of K for each of n pictures."""
-    return torch.rand((n, K), device=device).topk(min(m, K), 1).indices
-
-
-def mean_text(h, m):
-    """The mean of m random texts out of each picture's K: h (n, K, d) -> (n, d)."""
-    which = some_texts(*h.shape[:2], m, h.device)
-    return h.gather(1, which[..., None].expand(-1, -1, h.shape[2])).mean(1)
+def remark(sentences):
+    """One line about what encode() drops from sentences; empty if nothing."""
+    lost = sorted(set().union(*(s.lower()[:LENGTH] for s in sentences)) - {*ALPHABET})
+    blank = f"read with blanks in place of {' '.join(lost[:5])} (not in the alphabet)" * bool(lost)
+    cut = sum(len(s) > LENGTH for s in sentences)
+    return " and ".join(filter(None, (blank, f"{cut} cut after {LENGTH} characters" * bool(cut))))
 
 
 def view(x):
@@ -792,11 +744,6 @@ def middle(images):
 def texts_of(phi_t, t, device):
     """h = phi_t(t), scaled, for symbols t (..., 201): (..., 1024) float32 on the device."""
     return phi_t.scale * metrics.batched(phi_t, t.flatten(0, -2)).unflatten(0, t.shape[:-1])
-
-
-def h_of(phi_t, sentences, device):
-    """h (n, 1024) of sentences."""
-    return texts_of(phi_t, encode(sentences), device)
 
 
 def draw(G, h):
@@ -827,7 +774,7 @@ def draw_captions(test, gs, device, samples=7):
     i, sentences = picked(test, 7)
     columns = [middle(test.images[i]).to(device)[:, None]]
     for G, phi_t in gs:
-        h = h_of(phi_t, sentences, device)
+        h = texts_of(phi_t, encode(sentences), device)
         columns.append(draw(G, h.repeat_interleave(samples, 0)).unflatten(0, (len(h), samples)))
     return sheet(torch.cat(columns, 1), sentences)
 
@@ -864,12 +811,12 @@ def styles(r, pictures, test, runs, prefix=""):
         return found
     first = next(iter(runs.values()))
     f = {label: on_pictures(nets.S, test.images).cpu() for label, nets in runs.items()}
-    f["text"] = texts_of(first.phi_t, test.t, r.args.device)[:, :r.args.captions].mean(1).cpu()
+    f["text"] = texts_of(first.phi_t, test.t[:, 0], r.args.device).cpu()
     names, alone = extra["style_names"], torch.ones(len(test.images), dtype=torch.bool)
     if "relation" in extra.get("attribute_names", ()):      # x, y are only meaningful for one object
         alone = test.attributes[:, extra["attribute_names"].index("relation")] == 0
     for key, figure, wanted, rows in (("t2i-pose-roc", "fig5a", ("x", "y"), alone),
-                                      ("t2i-bg-roc", "fig5b", ("red", "green", "blue"), alone | True)):
+                                      ("t2i-bg-roc", "fig5b", ("red", "green", "blue"), torch.ones_like(alone))):
         if set(wanted) <= set(names) and rows.sum() > 9:
             style = test.style[rows][:, [names.index(w) for w in wanted]]
             with r.aside():
@@ -886,7 +833,7 @@ def figures(r, nets, test):
     with r.aside():
         r.show(name, draw_captions(test, [(G, phi_t)], args.device))
         i, sentences = picked(test, 9)
-        h = h_of(phi_t, sentences, args.device)
+        h = texts_of(phi_t, encode(sentences), args.device)
         if args.style_steps:
             x = middle(test.images[i[1:]]).to(args.device)
             rows = transfer(S, G, x, h[:4])
@@ -903,17 +850,11 @@ def figures(r, nets, test):
 
 
 def trained(args, where):
-    """G_bar, phi_t, S and label of the run or checkpoint `where`, which must have this run's --width."""
+    """G_bar, phi_t, S and name of the run or checkpoint `where`, which must have this run's --width."""
     phi_t, _, G, _, S = networks(argparse.Namespace(**vars(args) | {"image_features": "own"}))
     G_bar, phi_t, S = place(args, averaged(G), phi_t, S)
-    run.fetch(where, OTHER, args.device, G_bar=G_bar, phi_t=phi_t, S=S)
-    saved = Path(where) / "args.json"
-    variant = json.loads(saved.read_text()).get("variant", "") if saved.exists() else Path(where).name
-    return SimpleNamespace(G_bar=G_bar, phi_t=phi_t, S=S, label=label_of(variant))
-
-
-def label_of(variant):
-    return "GAN" if variant == "gan" else f"GAN-{variant.upper()}"
+    run.fetch(where, "a text2image run with the --width and --phi-t of this one", args.device, G_bar=G_bar, phi_t=phi_t, S=S)
+    return SimpleNamespace(G_bar=G_bar, phi_t=phi_t, S=S, name=Path(where).resolve().name)
 
 
 def drawer(args, saved):
@@ -941,23 +882,22 @@ def drawer(args, saved):
 def draw_beside(r, nets, pictures, test):
     """--beside: compare this run with others in Figs. 3 and 5, as beside.png, beside_fig5a.png and so on."""
     args = r.args
-    nets.label = label_of(args.variant)
+    nets.name = r.folder.resolve().name
     runs = [nets, *(trained(args, where) for where in args.beside)]
-    by = {other.label + " " * i: other for i, other in enumerate(runs)}     # two runs may share a variant
     with r.aside():
         r.show("beside", draw_captions(test, [(n.G_bar, n.phi_t) for n in runs], args.device, samples=2))
+    by = {n.name + " " * i: n for i, n in enumerate(runs)}      # folders elsewhere may have the same name
     for key, areas in styles(r, pictures, test, by, "beside_").items():
-        print(key, ", ".join(f"{label.strip()} {area:.3f}" for label, area in areas.items()))
-    print(f"true picture, then two samples each of {', '.join(n.label for n in runs)}: "
-          f"{r.folder / 'beside.png'}")
+        log.say(f"{key} " + ", ".join(f"{label.strip()} {area:.3f}" for label, area in areas.items()))
+    log.say(f"true picture, then two samples each of {', '.join(n.name for n in runs)}: "
+            f"{r.folder / 'beside.png'}")
 
 
 def draw_prompts(r, sentences):
     """--prompt: a row of pictures for each sentence, as prompts.png."""
     args, (draws, _) = r.args, export.load(r, drawer)
-    for i, sentence in enumerate(sentences, 1):
-        if remark(sentence):
-            log.say(f"prompt {i} is {remark(sentence)}")
+    if remark(sentences):
+        log.say(f"prompts: {remark(sentences)}")
     with r.aside():
         z, _ = draws.draw(args.n * len(sentences))
         x = draws.pictures((z, encode(sentences).to(args.device).repeat_interleave(args.n, 0)))
@@ -1012,20 +952,13 @@ def clusters(x, k, starts=5, steps=30):
     return best[1]
 
 
-def auc(same, other):
-    """Area under the ROC: P(a score in `same` (n,) exceeds one in `other` (m,)), ties counting one half."""
-    other = other.sort().values
-    below = torch.searchsorted(other, same) + torch.searchsorted(other, same, right=True)
-    return below.cpu().double().mean().item() / (2 * len(other))
-
-
 def roc(same, other, n=201):
-    """ROC of scores `same` (m,) against `other` (k,): true positive rates (n,) at n evenly spaced false
-    positive rates from 0 to 1.  Ties are interpolated linearly."""
-    same, other = same.cpu(), other.cpu()
+    """(area, curve) of the ROC of scores `same` (m,) against `other` (k,): P(one in `same` exceeds one in
+    `other`), ties counting one half; true positive rates (n,) at n evenly spaced false positive rates."""
     edges = torch.cat([same, other]).unique().flip(0)
-    false, true = (1 - torch.searchsorted(s.sort().values, edges).double() / len(s) for s in (other, same))
-    return np.interp(np.linspace(0, 1, n), [0, *false], [0, *true])
+    false, true = (F.pad(1 - torch.searchsorted(s.sort().values, edges).double() / len(s), (1, 0))
+                   for s in (other, same))
+    return torch.trapezoid(true, false).item(), np.interp(np.linspace(0, 1, n), false, true)
 
 
 def verify(f, style):
@@ -1040,7 +973,7 @@ def verify(f, style):
         pair = torch.ones(len(i), len(i), dtype=torch.bool).triu(1)
         score, same = (f[i] @ f[i].T)[pair], (y[i, None] == y[i])[pair]
         if same.any() and not same.all():
-            folds.append((auc(score[same], score[~same]), roc(score[same], score[~same])))
+            folds.append(roc(score[same], score[~same]))
     return tuple(np.mean(values, 0) for values in zip(*folds)) or (0.0, np.zeros(2))
 
 
@@ -1050,10 +983,11 @@ def retrieval(args, nets, test):
     t2i-enc-zs if their classes do not occur in training; else pictures of equal content are one class.
     """
     h, v = texts_of(nets.phi_t, test.t, args.device), on_pictures(nets.phi_v, test.images)
-    h_1, y = h[:, :args.captions].mean(1), test.content.to(args.device)
+    h_1, y = h[:, 0], test.content.to(args.device)
     n = len(v) if test.new_classes else min(100, len(v))    # whole groups of n
     groups = torch.arange(len(v) // n * n, device=args.device).split(n)
-    both = torch.tensor([[classify(v[i], h.mean(1)[i], y[i]), classify(h_1[i], v[i], y[i])] for i in groups])
+    mean = h.mean(1)
+    both = torch.tensor([[classify(v[i], mean[i], y[i]), classify(h_1[i], v[i], y[i])] for i in groups])
     f_v, f_t = (100 * both.mean(0)).tolist()
     classes = len(y.unique())
     if not test.new_classes:
@@ -1094,8 +1028,7 @@ def evaluate(r, nets, pictures, train, test):
             return agreement(metrics.logits(clf, x).cpu(), there, counts, names)
 
         def drawn(t):
-            h = texts_of(nets.phi_t, t[:, :args.captions], args.device).mean(1)
-            return (draw(nets.G_bar, h) + 1) / 2
+            return (draw(nets.G_bar, texts_of(nets.phi_t, t[:, 0], args.device)) + 1) / 2
 
         with r.aside():
             held = drawn(test.t[:2000])
@@ -1107,9 +1040,8 @@ def evaluate(r, nets, pictures, train, test):
             "seen": judge(seen, train.attributes[:len(seen)])}
         results["frechet"] = {"value": metrics.frechet_distance(clf, held, real[:len(held)])}
     if args.style_steps:
-        label = label_of(args.variant)
-        for key, areas in styles(r, pictures, test, {label: nets}).items():
-            results[key] = {"value": areas[label], "unit": "AU-ROC", "text": areas["text"]}
+        for key, areas in styles(r, pictures, test, {"style": nets}).items():
+            results[key] = {"value": areas["style"], "unit": "AU-ROC", "text": areas["text"]}
     return results
 
 
