@@ -27,7 +27,7 @@ NEEDED = ("commit", "seed", "step", "seconds", "machine", "mode", "versions", "d
 SETTINGS = ("paper", "tuned", "quick", "other")
 LOCAL = {"data-dir", "out", "name", "resume", "sample", "grid", "real", "set", "label", "export", "explore",
          "check", "device", "log-every", "save-every", "n",
-         "prompt", "prompts", "beside", "exemplars"}  # specific to a machine or to sampling: not kept
+         "prompt", "beside", "exemplars"}  # specific to a machine or to sampling: not kept
 CHOICE = {"dataset", "net", "task", "prior", "model", "encoder", "labels", "clusters", "z-dim", "factor",
           "variant", "conditional", "attributes", "features", "dis", "phi-t", "image-features"}
 LENGTH = {"steps", "width", "encoder-steps", "style-steps", "gan-steps", "nn-steps", "nn-samples"}

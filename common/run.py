@@ -36,7 +36,7 @@ FREE = {*ANEW, "name", "out", "data_dir", "steps", "device", "amp", "compile", "
         "save_every",
         "dataset",     # it may have moved; Batches checks that the number of pictures is the same
         "batch_size"}  # the number of ranks may differ; Batches checks that the total batch is the same
-DRAWING = ("sample", "export", "explore", "prompt", "prompts")  # use a trained run as it is
+DRAWING = ("sample", "export", "explore", "prompt")  # use a trained run as it is
 PATHS = ("dataset", "data_dir", "out", "dis", "encoder", "exemplars")  # flags that may be relative paths
 WORDS = {"dataset": (*data.BUILT_IN, *data.PLACE, "toy"),  # values of PATHS that are none
          "encoder": ("deterministic", "gaussian", "universal")}

@@ -172,9 +172,9 @@ def test_another_accelerator_resumes_to_the_bit_and_others_from_it_with_a_word(f
         shutil.copytree(half, tmp_path / "other")
         gan.main(["--resume", str(half)])
     assert not differences(whole, half)
-    assert "to the bit" not in capsys.readouterr().out
+    assert "bit for bit" not in capsys.readouterr().out
     gan.main(["--resume", str(tmp_path / "other"), "--device", "cpu"])
-    assert "was written on mps: on cpu the run goes on, but not to the bit" in capsys.readouterr().out
+    assert "was written on mps: on cpu the run continues, but not bit for bit" in capsys.readouterr().out
     state = torch.load(tmp_path / "other" / "checkpoint.pt", weights_only=True)
     assert state["step"] == 10 and "random_mps" not in state
 
