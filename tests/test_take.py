@@ -9,7 +9,7 @@ from conftest import ROOT, script
 
 # What a step of the script is called with, x in [0, 1] or [-1, 1].
 STEPS = {
-    "gan": "G, *_, train_step = build(args, torch.full((1, 28, 28), .5), 100); print(train_step(x))",
+    "gan": "G, *_, train_step = build(args, torch.full((1, 28, 28), .5)); print(train_step(x))",
     "cgan": "G, *_, train_step = build(args, 10, torch.full((1, 28, 28), .5)); "
             "print(train_step(x, torch.arange(8)))",
     "dcgan": "G, *_, train_step = build(args, 3); print(train_step(x.expand(-1, 3, -1, -1)))",
