@@ -341,11 +341,12 @@ class Subset(data.Batches):
         return self.kept[super()._index()]
 
     def state_dict(self):
-        return super().state_dict() | {"kept": self.kept}
+        return super().state_dict() | {"n": len(self.tensors[0]), "kept": self.kept}
 
     def load_state_dict(self, state):
-        self.keep(state["kept"])
+        self.n = len(self.tensors[0])                       # expected to equal the checkpoint's
         super().load_state_dict(state)
+        self.keep(state["kept"])
 
 
 def minibatches(r, images):
