@@ -49,7 +49,7 @@ from common.metrics import need, shapes
 # minibatches that train G and D alternately, sampling with batch statistics, SVHN's settings.
 
 ALL = dict(batch_size=128, lr=2e-4, weight_decay=1e-5, eps=1e-8, scale=(-1.0, 1.0), turns=True,
-           batch_stats=True, together=False, deduplicate=False)
+           batch_stats=True, deduplicate=False)
 PAPER = {       # steps: updates of D, half of the minibatches in the paper's epochs; the others are G's
     "64": ALL | dict(net="64", size=64, dz=100, normal=False,
                      steps=34_000),                                 # faces: 25 epochs of 350,000
@@ -175,13 +175,12 @@ def build(args, channels):
         with amp:
             with torch.no_grad():
                 x_fake = G(sample_z(n, args, device))
-            a_real, a_fake = D_sees(D, x, x_fake, args)
+            a_real, a_fake = D(x), D(x_fake)                        # each with its own batch statistics
         v = V(a_real, a_fake)
         descend(-v, opt_D)
         # G ascends log D(G(z)) on fresh z, through the updated D.
         with amp, frozen(D):
-            x_fake = G(sample_z(n, args, device))
-            _, a_fake = D_sees(D, x if args.together else None, x_fake, args)
+            a_fake = D(G(sample_z(n, args, device)))
         descend(-log_D(a_fake), opt_G)
         return {"V": v, "D(x)": a_real.float().sigmoid().mean(), "D(G(z))": a_fake.float().sigmoid().mean()}
 
@@ -233,7 +232,6 @@ def parse_args(argv=None):
     add("--lr", type=positive, help="Adam's rate, Sec. 4 [2e-4, svhn 5e-4]")
     add("--turns", action=flag, help="minibatches train G and D alternately [yes]")
     add("--batch-stats", action=flag, help="sample with each batch's own BatchNorm statistics [--paper]")
-    add("--together", action="store_true", default=None, help="D sees data and samples as one batch, not two")
     add("--deduplicate", action=flag, help="drop near-duplicates, Sec. 4.1 [lsun]")
     add("--weights", metavar="FOLDER", help="save the authors' released networks as a run, without training: "
         "their *_discrim_params.jl_01.npy etc. (Newmu/dcgan_code, models)")
@@ -276,14 +274,6 @@ def experiment(args):
     rows = {"imagenet": ("imagenet", "cifar10", "cifar100"),
             "svhn": ("svhn", "mnist", "fashion-mnist", "kmnist")}
     return next((row for row, names in rows.items() if args.dataset in names), "64")
-
-
-def D_sees(D, x, x_fake, args):
-    """(a_real, a_fake).  BatchNorm normalizes real and fake batches separately (authors' code), or jointly
-    with `args.together` so that D sees differences in brightness and contrast.  x None: samples only."""
-    if args.together:
-        return D(torch.cat([x, x_fake])).split([len(x), len(x_fake)])
-    return None if x is None else D(x), D(x_fake)
 
 
 # ---------------------------------------------------------------------------------- Sec. 4.1: near-duplicates

@@ -190,7 +190,7 @@ def test_where_batchnorm_is_and_how_weights_start():
     # Newmu/dcgan_code: faces/train_uncond_dcgan.py (k = 1 in turn, l2, b1, nbatch, lr, niter = 25, ntrain),
     # lib/ops.py (e = 1e-8, batch statistics)
     ("64", {"net": "64", "size": 64, "dz": 100, "normal": False, "batch_size": 128, "lr": 2e-4,
-            "weight_decay": 1e-5, "eps": 1e-8, "turns": True, "batch_stats": True, "together": False,
+            "weight_decay": 1e-5, "eps": 1e-8, "turns": True, "batch_stats": True,
             "scale": (-1.0, 1.0), "steps": round(25 * 350_000 / 128 / 2, -3)}),
     # Sec. 4.1: five epochs of about 3 million less 275,000 duplicates (3,033,042 bedrooms in the data set)
     ("lsun", {"net": "64", "dz": 100, "batch_size": 128, "lr": 2e-4,
@@ -233,9 +233,8 @@ def built(*words):
     return dcgan.build(args("--net", "svhn", "--width", 0.125, *words), 3)
 
 
-@pytest.mark.parametrize("flags", [(), ("--together",)])
-def test_each_descent_moves_its_own_network(monkeypatch, flags):
-    G, D, _, _, step = built(*flags)
+def test_each_descent_moves_its_own_network(monkeypatch):
+    G, D, _, _, step = built()
     moved = []
 
     def watched(loss, opt):
@@ -272,16 +271,6 @@ def test_one_step_of_D_raises_V():
     before = V(D(x), D(x_fake))
     descend(-before, torch.optim.SGD(D.parameters(), lr=1e-3))
     assert V(D(x), D(x_fake)) > before
-
-
-def test_together_shares_the_batch_statistics():
-    """The samples' logits depend on the data only where both pass D as one batch."""
-    _, D, _, _, _ = built()
-    x_fake = torch.rand(8, 3, 32, 32)
-    for together in (True, False):
-        a = [dcgan.D_sees(D, x, x_fake, argparse.Namespace(together=together))[1]
-             for x in torch.rand(2, 8, 3, 32, 32)]
-        assert torch.equal(*a) is not together
 
 
 def test_a_picture_is_a_function_of_its_z_alone():
