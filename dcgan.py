@@ -46,10 +46,10 @@ from common.metrics import need, shapes
 # --------------------------------------------------------------------------------------------------- settings
 # Sec. 4, Fig. 1: batches of 128, Adam at 2e-4, pictures in [-1, 1], z ~ Unif(-1, 1).  Where the paper is
 # silent, values come from the authors' Theano code (Newmu/dcgan_code): weight decay, BatchNorm's epsilon,
-# minibatches that train G and D alternately, sampling with batch statistics, SVHN's settings.
+# as many updates of G as of D, sampling with batch statistics, SVHN's settings.
 
-ALL = dict(batch_size=128, lr=2e-4, weight_decay=1e-5, eps=1e-8, scale=(-1.0, 1.0), turns=True,
-           batch_stats=True, deduplicate=False)
+ALL = dict(batch_size=128, lr=2e-4, weight_decay=1e-5, eps=1e-8, scale=(-1.0, 1.0), batch_stats=True,
+           deduplicate=False)
 PAPER = {       # steps: updates of D, half of the minibatches in the paper's epochs; the others are G's
     "64": ALL | dict(net="64", size=64, dz=100, normal=False,
                      steps=34_000),                                 # faces: 25 epochs of 350,000
@@ -203,10 +203,10 @@ def main(argv=None):
     if args.features:
         return report_features(r, D, pictures.images.shape[1])
 
-    epoch = -(-batches.per_epoch // 2) if args.turns else batches.per_epoch      # Fig. 2: after one epoch
+    # The authors' code spends every second minibatch on an update of G, which does not look at it.  Here every
+    # one serves D, and a step updates both: one of their epochs is half as many steps.
+    epoch = -(-batches.per_epoch // 2)                              # Fig. 2: after one epoch
     for step in r.loop():
-        if args.turns:
-            next(batches)                                           # G's minibatch, which G does not use
         r.log(train_step(next(batches)))
         for name, now in (("samples", r.draws()), ("fig2", step == epoch)):
             if now:
@@ -230,7 +230,6 @@ def parse_args(argv=None):
         "--net 64 adds or drops a layer of G and D per factor of 2 (not the paper's)")
     add("--width", type=positive, default=1.0, help="feature maps, as a fraction of the paper's [1]")
     add("--lr", type=positive, help="Adam's rate, Sec. 4 [2e-4, svhn 5e-4]")
-    add("--turns", action=flag, help="minibatches train G and D alternately [yes]")
     add("--batch-stats", action=flag, help="sample with each batch's own BatchNorm statistics [--paper]")
     add("--deduplicate", action=flag, help="drop near-duplicates, Sec. 4.1 [lsun]")
     add("--weights", metavar="FOLDER", help="save the authors' released networks as a run, without training: "

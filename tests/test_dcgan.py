@@ -190,7 +190,7 @@ def test_where_batchnorm_is_and_how_weights_start():
     # Newmu/dcgan_code: faces/train_uncond_dcgan.py (k = 1 in turn, l2, b1, nbatch, lr, niter = 25, ntrain),
     # lib/ops.py (e = 1e-8, batch statistics)
     ("64", {"net": "64", "size": 64, "dz": 100, "normal": False, "batch_size": 128, "lr": 2e-4,
-            "weight_decay": 1e-5, "eps": 1e-8, "turns": True, "batch_stats": True,
+            "weight_decay": 1e-5, "eps": 1e-8, "batch_stats": True,
             "scale": (-1.0, 1.0), "steps": round(25 * 350_000 / 128 / 2, -3)}),
     # Sec. 4.1: five epochs of about 3 million less 275,000 duplicates (3,033,042 bedrooms in the data set)
     ("lsun", {"net": "64", "dz": 100, "batch_size": 128, "lr": 2e-4,
@@ -410,7 +410,7 @@ def test_a_run_without_duplicates_resumes(tmp_path, monkeypatch):
     hashes = dcgan.hashes
     monkeypatch.setattr(dcgan, "hashes", lambda *words: hashes(*words, steps=20))
     words = ("--dataset", tmp_path / "twice.npz", "--net", "svhn", "--width", 0.05, "--steps", 3,
-             "--batch-size", 8, "--no-turns", "--deduplicate", "--device", "cpu", "--out", tmp_path)
+             "--batch-size", 8, "--deduplicate", "--device", "cpu", "--out", tmp_path)
     dcgan.main([*map(str, words)])
     path = tmp_path / "dcgan-twice" / "checkpoint.pt"
     before = torch.load(path, weights_only=True)["parts"]["batches"]
@@ -671,7 +671,7 @@ def heads(tmp_path_factory):
     np.savez(path / "heads.npz", **drawn)
     (path / "picks.json").write_text('{"A": [0, 1, 2], "B": [3, 4, 5], "C": [6, 7, 8]}')
     result = script("dcgan.py", "--dataset", path / "heads.npz", "--net", "svhn", "--width", 0.125,
-                    "--steps", 20, "--batch-size", 40, "--lr", 0.003, "--no-turns",
+                    "--steps", 20, "--batch-size", 40, "--lr", 0.003,
                     "--exemplars", path / "picks.json", "--device", "cpu", "--no-amp",     # alike on any CPU
                     "--out", path, "--data-dir", path)
     return path / "dcgan-heads", result
@@ -769,7 +769,7 @@ def test_features_need_a_run(words):
 
 @pytest.mark.parametrize("net", ["svhn", "imagenet", "64"])
 def test_paper_runs(net, digits, tmp_path):
-    """--paper to its figures: D and G in turn on 256 / 16 / 2 = 8 pairs of minibatches an epoch."""
+    """--paper to its figures: one minibatch a step, and Fig. 2 after 8, half of an epoch's 256 / 16."""
     dcgan.main([*map(str, ("--dataset", digits, "--net", net, "--paper", "--width", 0.02, "--batch-size", 16,
                            "--steps", 9, "--save-every", 9, "--device", "cpu", "--out", tmp_path,
                            "--data-dir", tmp_path))])
@@ -777,11 +777,11 @@ def test_paper_runs(net, digits, tmp_path):
     assert json.loads((folder / "results.json").read_text())["settings"] == "paper"
     assert all((folder / f"{figure}.png").exists() for figure in ("fig2", "fig3", "fig4", "fig5"))
     batches = torch.load(folder / "checkpoint.pt", weights_only=True)["parts"]["batches"]
-    assert (batches["epoch"], batches["position"]) == (1, 2)
+    assert (batches["epoch"], batches["position"]) == (0, 9)
 
 
 def test_paper_runs_for_lsun(digits, tmp_path, monkeypatch):
-    """Its row of PAPER: near-duplicates are left out, Fig. 2 is drawn after one epoch in turn."""
+    """Its row of PAPER: near-duplicates are left out, Fig. 2 is drawn after one epoch."""
     load, hashes = dcgan.data.load, dcgan.hashes
     monkeypatch.setattr(dcgan.data, "load", lambda name, *rest, **more: load(str(digits), *rest, **more))
     monkeypatch.setattr(dcgan, "hashes", lambda *words: hashes(*words, steps=20))
@@ -789,7 +789,7 @@ def test_paper_runs_for_lsun(digits, tmp_path, monkeypatch):
     dcgan.main([*map(str, ("--dataset", "lsun", "--paper", "--width", 0.02, "--batch-size", 64, "--steps", 2,
                            "--device", "cpu", "--out", tmp_path, "--data-dir", tmp_path))])
     found = json.loads((tmp_path / "dcgan-lsun" / "args.json").read_text())
-    assert found["deduplicate"] and found["turns"] and found["net"] == "64"
+    assert found["deduplicate"] and found["net"] == "64"
     batches = torch.load(tmp_path / "dcgan-lsun" / "checkpoint.pt", weights_only=True)["parts"]["batches"]
     assert 192 <= len(batches["kept"]) <= batches["n"] and (tmp_path / "dcgan-lsun" / "fig2.png").exists()
 
