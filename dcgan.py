@@ -734,22 +734,19 @@ def data_statistics(D, images, device):
     return D.eval()
 
 
-@torch.no_grad()
 def features(D, images, device):
     """Sec. 5.1: every convolution of D max-pooled to 4x4, (N, 16 * maps) float16, not rescaled.
 
-    28,672 features per picture for the ImageNet networks, 7,168 for SVHN's.
+    28,672 features per picture for the ImageNet networks (2.9 GB for 50,000 pictures), 7,168 for SVHN's.
     """
-    out = None
-    for rows in torch.arange(len(images)).split(500):
-        x, h = scaled(images[rows], device), []
+    def pooled(x):
+        x, h = scaled(x, device), []
         for convolution in D[0]:
             x = convolution(x)
-            h.append(F.adaptive_max_pool2d(x, 4).flatten(1))
-        h = torch.cat(h, 1)
-        out = h.new_empty(len(images), h.shape[1], dtype=torch.float16) if out is None else out
-        out[rows] = h.half()                                # half the memory: 50,000 x 28,672 is 2.9 GB
-    return out
+            h.append(F.adaptive_max_pool2d(x, 4).flatten(1).half())
+        return torch.cat(h, 1)
+
+    return metrics.batched(pooled, images)
 
 
 def balanced(y, rows, per_class):
