@@ -6,7 +6,7 @@ stably, z supports vector arithmetic, and D's features are useful for classifica
 
     GAN's Eq. 1  max_D V(D, G) = E_x[log D(x)] + E_z[log(1 - D(G(z)))]               -> V()
     Sec. 3       networks: 64x64, 32x32 of ImageNet, 32x32 of SVHN                   -> networks()
-    Sec. 4       alternating updates of D and G, Adam 2e-4, beta_1 .5                -> train_step(), PAPER
+    Sec. 4       Adam 2e-4, beta_1 .5; order of updates: authors' code               -> train_step(), PAPER
     Sec. 4.1     near-duplicates by hashing the code of an autoencoder               -> hashes()
     Sec. 5       L2-SVM on features: D's convolutions, max-pooled to 4x4             -> features(), l2_svm()
     Sec. 6.1     Fig. 4: walks between random z                                      -> walk()
@@ -60,9 +60,9 @@ PAPER = {       # steps: updates of D, half of the minibatches in the paper's ep
     "svhn": ALL | dict(net="svhn", size=32, dz=100, normal=True, lr=5e-4, batch_size=64,
                        steps=114_000),                              # 200 epochs of 73,257
 }
-TUNED = {name: dict(
-    batch_stats=False,          # a picture is a function of its z alone; Frechet distance 205, 475: see eps
-    eps=1e-5)                   # --quick --steps 800, two seeds: Frechet distance 254, 470; at 1e-8 590, 476
+TUNED = {name: dict(    # Frechet distances of --quick --steps 800, seeds 0 and 1; with both entries 254, 470
+    batch_stats=False,  # a picture depends on its z alone; with batch statistics 205, 475
+    eps=1e-5)           # at 1e-8 590, 476
     for name in PAPER}
 QUICK = {"64": dict(size=32, width=0.125, batch_size=32, lr=3e-4, steps=4000, clf_steps=300)}
 
@@ -821,8 +821,8 @@ def report_features(r, D, channels):
         raise UserError(f"--features {args.features}: this data set has no labels, which the SVM needs")
     images, y, test, y_test = pictures.images, pictures.labels, pictures.test_images, pictures.test_labels
     if test is None or y_test is None:                      # hold out every sixth picture
-        kept = torch.arange(len(y)) % 6 == 0
-        images, y, test, y_test = images[~kept], y[~kept], images[kept], y[kept]
+        held = torch.arange(len(y)) % 6 == 0
+        images, y, test, y_test = images[~held], y[~held], images[held], y[held]
     images, y = (images[y >= 0], y[y >= 0]) if y.min() < 0 else (images, y)
     r.folder = r.folder / (f"supervised-{pictures.name}" if args.supervised else f"features-{pictures.name}")
     r.folder.mkdir(exist_ok=True)
