@@ -30,6 +30,7 @@ import functools
 import itertools
 import json
 import math
+import shutil
 import warnings
 from pathlib import Path
 
@@ -824,8 +825,10 @@ def report_features(r, D, channels):
         held = torch.arange(len(y)) % 6 == 0
         images, y, test, y_test = images[~held], y[~held], images[held], y[held]
     images, y = (images[y >= 0], y[y >= 0]) if y.min() < 0 else (images, y)
-    r.folder = r.folder / (f"supervised-{pictures.name}" if args.supervised else f"features-{pictures.name}")
+    trained = r.folder
+    r.folder = trained / (f"supervised-{pictures.name}" if args.supervised else f"features-{pictures.name}")
     r.folder.mkdir(exist_ok=True)
+    shutil.copy(trained / "metrics.jsonl", r.folder)        # results() looks up the seconds of training
     if args.supervised:
         with r.aside():
             found = supervised(args, channels, images, y, test, y_test)

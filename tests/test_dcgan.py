@@ -673,8 +673,10 @@ def test_features_of_a_run_on_other_data(heads, tmp_path, monkeypatch):
     images = (rng.integers(0, 100, (120, 3, 20, 20)) + 50 * y[:, None, None, None]).astype(np.uint8)
     np.savez(tmp_path / "cifar10.npz", images=images, labels=y)
     dcgan.main(["--resume", str(folder), "--features", str(tmp_path / "cifar10.npz")])
-    results = json.loads((folder / "features-cifar10" / "results.json").read_text())["results"]
+    report = json.loads((folder / "features-cifar10" / "results.json").read_text())
+    results = report["results"]
     assert {"dcgan-cifar", "dcgan-cifar-400"} == set(results)
+    assert report["seconds"] == json.loads(before)["seconds"] > 0
     assert "paper" not in results["dcgan-cifar"] and results["dcgan-cifar"]["value"] > 80
     assert results["dcgan-cifar-400"]["draws"] == 5 and (folder / "results.json").read_text() == before
     dcgan.main(["--resume", str(folder), "--features", str(tmp_path / "cifar10.npz"), "--supervised", "1"])
