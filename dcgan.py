@@ -149,8 +149,7 @@ def sample_z(n, args, device="cpu"):
 # -------------------------------------------------------------------------------------------------- objective
 
 def V(a_real, a_fake):
-    """GAN's Eq. 1: E_x[log D(x)] + E_z[log(1 - D(G(z)))], D = sigmoid(a), a (n,).  -log 4 if D = 1/2
-    everywhere."""
+    """GAN's Eq. 1: E_x[log D(x)] + E_z[log(1 - D(G(z)))], D = sigmoid(a), a (n,).  -log 4 if D = 1/2."""
     return F.logsigmoid(a_real.float()).mean() + F.logsigmoid(-a_fake.float()).mean()
 
 
@@ -284,8 +283,7 @@ def hashes(images, device, seed=0, steps=None):
 
     images uint8 (N, C, H, W), in memory or memory-mapped.  Chosen here, since the paper is silent: input
     dropout .2; 5 epochs, at least 500 and at most 10,000 steps; the mean is subtracted, because otherwise
-    most units are on for all pictures or for none (400 rendered heads after 300 steps: 163 hashes, with it
-    400).
+    most units are on for all pictures or for none.
     """
     def small(x):                                           # x in [-1, 1] -> (n, C * 32 * 32), centred
         return F.adaptive_avg_pool2d(x, 32).flatten(1) - mean
@@ -301,12 +299,8 @@ def hashes(images, device, seed=0, steps=None):
         opt.zero_grad()                                     # no descend(): only one rank runs this
         F.mse_loss(decoder(encoder(F.dropout(x, 0.2))), x).backward()
         opt.step()
-    return metrics.batched(lambda x: bits(encoder(small(scaled(x, device))) > 0), images)
-
-
-def bits(on):
-    """(n, 128) bool -> (n, 16) uint8."""
-    return torch.from_numpy(np.packbits(on.cpu().numpy(), 1))
+    on = metrics.batched(lambda x: (encoder(small(scaled(x, device))) > 0).cpu(), images)
+    return torch.from_numpy(np.packbits(on.numpy(), 1))
 
 
 def first_of_each(codes):
@@ -671,8 +665,7 @@ def turning(G, args, clf, names, z, a, repeats=20, n=10):
     left, right = pick_exemplars(-azimuth, repeats, 4), pick_exemplars(azimuth, repeats, 4)
     rho, covered = [], []
     for i, j in zip(left, right):
-        some = z[torch.randperm(len(z), device=z.device)[:n]]
-        path = turn(some, z[i], z[j])
+        path = turn(z[torch.randperm(len(z), device=z.device)[:n]], z[i], z[j])
         a = metrics.logits(clf, (decode(G, path.flatten(0, 1), args) + 1) / 2)
         found = a[:, names.index("azimuth")].cpu().view(path.shape[:2])
         rho += [metrics.rank_correlation(torch.arange(len(f)), f) for f in found]
@@ -857,7 +850,7 @@ def report_features(r, D, channels):
 
 # ------------------------------------------------------------------------------------------------ the L2-SVM
 
-SINGLE = 2 ** 25  # l2_svm uses float32 if there are more feature values than this
+SINGLE = 2 ** 25  # more feature values than this: l2_svm uses float32, in half the memory and time
 
 
 @torch.no_grad()
@@ -870,7 +863,6 @@ def l2_svm(features, labels, C=1.0, tol=1e-4):
     LinearSVC(C=C, dual=False).
     """
     n, d = features.shape
-    # Half the memory and time.  Rounding stays far below tol unless C is large.
     dtype = torch.float32 if features.numel() > SINGLE else torch.float64
     X = torch.ones(n, d + 1, dtype=dtype, device=features.device)
     X[:, :d] = features
@@ -903,8 +895,6 @@ def l2_svm(features, labels, C=1.0, tol=1e-4):
 
 def svm_predict(w, features):
     """(N,) labels argmax_k w_k.x + b_k of features (N, d), for weights w (d + 1, classes) from l2_svm."""
-    d = len(w) - 1
-    need(features.dim() == 2 and features.shape[1] == d, f"features (N, {d})", shapes(features))
     return torch.cat([(x.to(w) @ w[:-1] + w[-1]).argmax(1) for x in features.split(1000)])
 
 

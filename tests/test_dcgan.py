@@ -382,11 +382,6 @@ def test_near_duplicates_share_their_hash_and_others_do_not():
     assert dcgan.first_of_each(codes).tolist() == [0, 1]
 
 
-def test_bits_are_the_units_that_are_on():
-    on = torch.rand(5, 128) > 0.5
-    assert np.array_equal(np.unpackbits(dcgan.bits(on).numpy(), 1), on.numpy())
-
-
 @pytest.mark.parametrize("resident", [True, False])
 def test_minibatches_of_a_subset_visit_it_alone_and_resume(resident):
     images = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
@@ -551,11 +546,6 @@ def test_svm_of_many_features_in_float32(problem, dtype, monkeypatch):
 def test_svm_says_when_it_did_not_converge():
     with pytest.warns(UserWarning, match="l2_svm: up to .* above the minimum"):
         dcgan.l2_svm(*blobs(), tol=0)
-
-
-def test_svm_predict_refuses():
-    with pytest.raises(UserError, match=r"features \(N, 12\), found float64 \(20, 11\)"):
-        dcgan.svm_predict(torch.zeros(13, 4), blobs(20)[0][:, 1:])
 
 
 def test_svm_tells_clusters_apart_and_chooses_C_by_validation():
