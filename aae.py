@@ -7,7 +7,8 @@ Q encodes x as a code z and P decodes it.  Q is trained against a discriminator 
     Sec. 2     min_Q max_D V = E_{z~p(z)}[log D(z)] + E_{z~q(z)}[log(1 - D(z))]    -> V()
     Sec. 2     each minibatch: reconstruction phase, then regularisation phase     -> train_step()
     Eq. 2      VAE: E_x[E_{q(z|x)}[-log p(x|z)] + KL(q(z|x) || p(z))], Fig. 2c, d  -> build_vae(), kl()
-    Sec. 2.3   a label is a one-hot input of D; priors of Figs. 2 and 4            -> mixture(), swiss_roll()
+    Sec. 2.3   a label is a one-hot input of D                                     -> D_sees()
+    Sec. 2.3   priors of Figs. 2 and 4                                             -> mixture(), swiss_roll()
     Sec. 3     Table 1: log-likelihood under a Parzen window of samples            -> likelihood()
     Sec. 4     P receives the label y, so that z encodes the style                 -> style()
     Sec. 5     Q infers y and z; a third, semi-supervised phase (Table 2)          -> classify(), semi()
@@ -39,17 +40,17 @@ from common.fuse import SGD, Adam, autocast, average, averaged, descend, frozen,
 # bn: BatchNorm in hidden layers of Q and P; where="encoder": in all layers of Q only, "all": of both.
 # rates, momenta: for the reconstruction, regularisation and semi-supervised phase; SGD starts from N(0, .01),
 # Adam from PyTorch's default weights.  drops: epochs after which the rates are divided by ten.  hold: epochs
-# during which the cluster heads are fixed.  Values of both below 1 are fractions of --steps.  held: training
-# pictures kept for validation.  Where the paper is silent (Secs. 2 to 4, A.1), the values of A.2.1 apply.
+# during which the cluster heads are fixed.  Values of both below 1 are fractions of --steps.
+# validation: training pictures held out.  Where the paper is silent (Secs. 2 to 4, A.1), A.2.1 applies.
 
 MLP = dict(batch_size=100, hidden=1000, std=1.0, labels=0, clusters=0, noise=0.0, dropout=0.0, bn=False,
-           where="hidden", standard=False, size=28, channels=1, held=10000, optimizer="sgd",
-           rates=(0.01, 0.1, 0.1), momenta=(0.9, 0.1, 0.9), drops=(50, 1000), hold=0, steps=5000 * 500,
-           average=0.0, D_label=False, consistency=0.0, warp=0.0, spread=0.0)
+           where="hidden", standard=False, size=28, channels=1, validation=10000,
+           optimizer="sgd", rates=(0.01, 0.1, 0.1), momenta=(0.9, 0.1, 0.9), drops=(50, 1000), hold=0,
+           steps=5000 * 500, average=0.0, D_label=False, consistency=0.0, warp=0.0, spread=0.0)
 PRIOR = MLP | dict(z_dim=2, std=5.0)                                                # Sec. 2, Figs. 2 and 4
 SVHN = dict(size=32, channels=3, standard=True, bn=True, where="all", dropout=0.2, noise=0.0,   # A.2.2; the
             rates=(1e-4, 0.01, 0.1), drops=(250,), steps=1000 * 732)    # paper adds 531,131 extra pictures
-SEMI = MLP | dict(z_dim=10, labels=100, noise=0.3, held=0, steps=5000 * 600)        # A.2.1
+SEMI = MLP | dict(z_dim=10, labels=100, noise=0.3, validation=0, steps=5000 * 600)  # A.2.1
 CLUSTER = MLP | dict(z_dim=5, clusters=16, hidden=3000, dropout=0.2, bn=True, where="encoder",
                      drops=(50,), steps=1500 * 500)                                 # A.3
 PAPER = {
@@ -57,8 +58,8 @@ PAPER = {
     "prior-mixture": PRIOR | dict(labels=10000), "prior-swiss-roll": PRIOR | dict(labels=10000),   # Sec. 2.3
     "likelihood": MLP | dict(z_dim=8, std=5.0),                                     # A.1, MNIST
     "likelihood-faces": MLP | dict(z_dim=15, std=10.0, size=48, standard=True),     # A.1, as for TFD
-    "style": MLP | dict(z_dim=15, held=0, steps=5000 * 600),                        # Sec. 4
-    "style-svhn": MLP | dict(z_dim=15, held=0) | SVHN,
+    "style": MLP | dict(z_dim=15, validation=0, steps=5000 * 600),                  # Sec. 4
+    "style-svhn": MLP | dict(z_dim=15, validation=0) | SVHN,
     "semi": SEMI, "semi-svhn": SEMI | dict(z_dim=20, labels=1000) | SVHN,
     "cluster": CLUSTER,
     "reduce": SEMI | dict(z_dim=2, hold=50),                                        # Sec. 7; sizes as A.2.1
@@ -124,7 +125,7 @@ class Encoder(nn.Module):
         self.z = nn.Linear(units(args), k)
         self.z_norm = nn.BatchNorm1d(k) if bn_end else nn.Identity()
         self.y = nn.Linear(units(args), m) if infers_y(args) else None
-        self.spread = nn.BatchNorm1d(m, affine=not args.spread) \
+        self.y_norm = nn.BatchNorm1d(m, affine=not args.spread) \
             if args.spread or (bn_end and infers_y(args)) else nn.Identity()
 
     def forward(self, x):
@@ -136,7 +137,7 @@ class Encoder(nn.Module):
             x = torch.cat([x, torch.randn(len(x), ETA, device=x.device)], 1)
         h = self.trunk(x)
         z, log_q = self.z_norm(self.z(h).float()), None
-        a = None if self.y is None else self.scale * self.spread(self.y(h).float())
+        a = None if self.y is None else self.scale * self.y_norm(self.y(h).float())
         if self.kind == "gaussian":
             mu, log_sigma = z.chunk(2, 1)
             eps = torch.randn_like(mu)
@@ -268,7 +269,7 @@ def build(args, m, mean, std):
     parts = {"Q": Q, "P": P, "Q_bar": Q_bar, "P_bar": P_bar, **{f"D{i}": d for i, d in enumerate(D)},
              "opt_R": opt_R, "opt_D": opt_D, "opt_Q": opt_Q}
     if labelled(args):
-        parts["opt_S"] = opt_S = optimizer(args, 2, Q.trunk, Q.y, Q.spread)
+        parts["opt_S"] = opt_S = optimizer(args, 2, Q.trunk, Q.y, Q.y_norm)
     amp = autocast(args)
 
     def decoded(x, z, a, c):
@@ -340,13 +341,13 @@ def main(argv=None):
     images, labels = sets["train"]
     chosen, c = known(args, labels)
     batches = data.Batches(images, c, **r.feed)
-    make = build_vae if args.model == "vae" else build
-    parts, train_step = make(args, categories(args, labels), *normalization(args, images))
+    sizes = categories(args, labels), *normalization(args, images)
+    parts, train_step = (build_vae if args.model == "vae" else build)(args, *sizes)
     if labelled(args):
         parts["pairs"] = pairs = labelled_batches(r, images[chosen], labels[chosen])
     nn_steps = 0 if args.task != "semi" else args.steps if args.nn_steps is None else args.nn_steps
     if nn_steps:                                    # the same network, trained on labels alone (Table 2)
-        baseline, nn_step = build_nn(args, categories(args, labels), *normalization(args, images))
+        baseline, nn_step = build_nn(args, *sizes)
         parts |= baseline
     Q, P = parts["Q_bar"], parts["P_bar"]
     names = pictures.classes if args.task == "style" or labelled(args) else None
@@ -395,12 +396,12 @@ def parse_args(argv=None):
         help="size of z [prior and reduce 2, likelihood 8, style 15, semi 10, cluster 5]")
     add("--optimizer", choices=("adam", "sgd"), help="optimizer of all phases [adam; --paper: sgd]")
     add("--rates", type=positive, nargs="+", metavar="R",
-        help="learning rates of the three phases, or one for a VAE [.001 each, prior .0001 .001, "
-        "likelihood .001 .0003; sgd .01 .1 .1]")
+        help="learning rates of the three phases, or one for a VAE [.001 .001 .001, prior .0001 .001 .001, "
+        "likelihood .001 .0003 .001; sgd .01 .1 .1]")
     add("--lam", type=run.number(float, 0),
         help="one step on squared error + lam times Q's adversarial loss [two separate phases]")
     add("--adversary", action=flag, default=True,
-        help="match Q's codes to the prior; without, Q learns from labels and consistency alone [yes]")
+        help="train Q to fool D [yes; --no-adversary: D is trained, Q ignores it]")
     add("--drops", type=positive, nargs="*", metavar="E",
         help="divide the rates by ten after each of these epochs, or, below 1, fractions of --steps [.5 .8]")
     add("--bn", action=flag, help="BatchNorm in Q and P [if Q infers y; SVHN]")
@@ -418,7 +419,7 @@ def parse_args(argv=None):
     add("--samples", type=run.number(int, 1), default=10000,
         help="samples in the Parzen window of --task likelihood; the paper also has 10000000 [%(default)s]")
     add("--nn-steps", type=run.number(int, 0),
-        help="training steps of the supervised baseline of --task semi [all]")
+        help="training steps of the supervised baseline; its rate falls with --drops of --steps [all]")
     add("--width", type=positive, default=1.0, help="hidden units, as a fraction of the paper's [1]")
     args = run.parse(p, argv, experiment=experiment, paper=PAPER, tuned=TUNED, quick=QUICK)
     if args.optimizer == "sgd" and "rates" not in args.given:
@@ -483,7 +484,7 @@ def split(pictures, args):
                         "need none")
     images, n = pictures.images, len(pictures.images)
     labels = torch.full((n,), -1) if pictures.labels is None else pictures.labels
-    cut = data.cut(n, args.held if pictures.test_images is not None else 10000, 6)
+    cut = data.cut(n, args.validation if pictures.test_images is not None else 10000, 6)
     valid = images[cut:], labels[cut:]
     test = valid if pictures.test_images is None else (pictures.test_images, pictures.test_labels)
     if test[1] is None:
@@ -675,7 +676,7 @@ def build_vae(args, m, mean, std):
 def build_nn(args, m, mean, std):
     """Table 2's baseline: a network like Q, trained only by the semi-supervised phase."""
     N = place(args, networks(args, m, mean, std)[0])
-    opt_N = optimizer(args, 2, N.trunk, N.y, N.spread)
+    opt_N = optimizer(args, 2, N.trunk, N.y, N.y_norm)
     amp = autocast(args)
 
     @fuse(args)
@@ -707,7 +708,7 @@ def drawer(args, saved):
     """Drawer of a trained run.  Inputs: codes z and, if P has an input y, labels or clusters."""
     about = saved["about"]
     m, blank = about["m"], torch.zeros(about["shape"])
-    _, P, _ = networks(args, m, blank, blank)
+    P = Decoder(args, m, blank, blank)
     names = tuple(about["names"] or ()) if len(about["names"] or ()) == m else tuple(range(m))
     plane = [export.Knob(f"z{i + 1}", -3 * args.std, 3 * args.std) for i in range(2)]
     inputs = {"z": plane if args.z_dim == 2 else []}
@@ -811,9 +812,9 @@ def prior(r, Q, P, sets):
 
 
 def likelihood(r, Q, P, sets):
-    """Table 1: log-likelihood under a Parzen window of --samples samples, in nats, mean over test pictures;
-    sigma is chosen by validation.  Fig. 5: samples; the last column holds the training picture nearest to its
-    left neighbour."""
+    """Table 1: log-likelihood under a Parzen window of --samples samples, in nats, mean over test pictures.
+    sigma is chosen on 1,000 validation pictures, as on MNIST in GAN's code (for Toronto faces on all).
+    Fig. 5: samples; the last column holds the training picture nearest to its left neighbour."""
     args = r.args
     with r.aside():
         x = draw(P, args, min(10000, args.samples))
@@ -843,7 +844,7 @@ def large_window(r, P, valid, test, size=10000):
         with r.aside():
             for start in range(0, n, size):
                 part = draw(P, r.args, min(size, n - start)).flatten(1)
-                each = torch.stack([metrics.parzen_ll(part, x, sigma).cpu() for sigma in sigmas])
+                each = metrics._parzen_ll(part, x, sigmas, 1000).cpu()
                 total = torch.logaddexp(total, each + math.log(len(part) / n))
         return total
 

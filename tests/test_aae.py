@@ -574,9 +574,10 @@ SGD = {"optimizer": "sgd", "rates": (0.01, 0.1, 0.1), "momenta": (0.9, 0.1, 0.9)
 PUBLISHED_SETTINGS = {
     "prior-gaussian": {"z_dim": 2, "std": 5, "hidden": 1000, "labels": 0},                      # Fig. 2
     "vae-gaussian": {"z_dim": 2, "std": 5, "labels": 0}, "vae-mixture": {"z_dim": 2, "labels": 0},
-    "prior-mixture": {"z_dim": 2, "labels": 10000, "held": 10000},          # Sec. 2.3: 10k labelled, 40k not
-    "prior-swiss-roll": {"z_dim": 2, "labels": 10000, "held": 10000},
-    "likelihood": {"z_dim": 8, "std": 5, "hidden": 1000, "noise": 0, "bn": False, "held": 10000},    # A.1
+    "prior-mixture": {"z_dim": 2, "labels": 10000, "validation": 10000},    # Sec. 2.3: 10k labelled, 40k not
+    "prior-swiss-roll": {"z_dim": 2, "labels": 10000, "validation": 10000},
+    "likelihood": {"z_dim": 8, "std": 5, "hidden": 1000, "noise": 0, "bn": False,
+                   "validation": 10000},                                                        # A.1
     "likelihood-faces": {"z_dim": 15, "std": 10, "standard": True, "size": 48, "channels": 1},       # A.1
     "style": {"z_dim": 15, "std": 1, "bn": False},                                              # Sec. 4
     "style-svhn": {"z_dim": 15, "rates": (1e-4, 0.01, 0.1), "bn": True, "where": "all"},
@@ -586,7 +587,7 @@ PUBLISHED_SETTINGS = {
                   "standard": True, "rates": (1e-4, 0.01, 0.1), "drops": (250,), "steps": 1000 * 732,  # A.2.2
                   "size": 32, "channels": 3},
     "cluster": {"z_dim": 5, "clusters": 16, "hidden": 3000, "dropout": 0.2, "noise": 0, "bn": True,
-                "where": "encoder", "drops": (50,), "steps": 1500 * 500, "held": 10000},        # A.3
+                "where": "encoder", "drops": (50,), "steps": 1500 * 500, "validation": 10000},  # A.3
     "reduce": {"z_dim": 2, "labels": 100, "hold": 50, "drops": (50, 1000), "noise": 0.3},       # Sec. 7
     "reduce-0": {"z_dim": 2, "clusters": 20, "labels": 0, "hold": 50, "hidden": 3000},          # Sec. 7
 }
