@@ -301,13 +301,13 @@ def build(args, m, mean, std):
         descend(-sum(v), opt_D)
         with amp, frozen(*D):
             fooled = args.adversary * sum(log_D(d(t)) for d, t in zip(D, fake))     # True: 1, False: 0
-            gain = fooled - disagreement(Q_bar, x, a, args)
+            differ = disagreement(Q_bar, x, a, args)
         scalars = dict(zip(("V", "V_y"), v))
         if args.lam is None:
-            descend(-gain, opt_Q)
+            descend(differ - fooled, opt_Q)
         else:                                       # not the paper's: one joint step instead of two phases
             scalars["reconstruction"], apart = decoded(x_seen, z, a, c)
-            descend(scalars["reconstruction"] + apart - args.lam * gain, opt_R)
+            descend(scalars["reconstruction"] + apart + differ - args.lam * fooled, opt_R)
         return scalars
 
     def classify(x, y):
@@ -422,8 +422,8 @@ def parse_args(argv=None):
         help="training steps of the supervised baseline; its rate falls with --drops of --steps [all]")
     add("--width", type=positive, default=1.0, help="hidden units, as a fraction of the paper's [1]")
     args = run.parse(p, argv, experiment=experiment, paper=PAPER, tuned=TUNED, quick=QUICK)
-    if args.optimizer == "sgd" and "rates" not in args.given:
-        args.rates = PAPER[args.experiment]["rates"]
+    if "rates" not in args.given and not args.resume:       # those of the optimizer
+        args.rates = (PAPER if args.optimizer == "sgd" else TUNED)[args.experiment]["rates"]
     phases = 1 if args.model == "vae" else 3
     if "rates" in args.given and not args.resume and len(args.rates) != phases:
         p.error(f"--rates: {len(args.rates)} found, {phases} expected")
@@ -444,6 +444,8 @@ def parse_args(argv=None):
         p.error("--z-dim 1 found, --task reduce needs 2 or more: its heads are on a circle")
     if args.consistency and not infers_y(args):
         p.error("--consistency is for --task semi, cluster and reduce, where Q infers y")
+    if args.D_label and args.task != "style":
+        p.error("--D-label is for --task style; in --task prior, D sees the labels of --labels")
     return args
 
 
@@ -500,7 +502,8 @@ def split(pictures, args):
 def known(args, labels):
     """(indices of the training pictures whose labels the run sees, the labels (N,) that D sees, 10 for none).
 
-    --task prior uses at most a fifth of the pictures.  Raises UserError for labels that do not fit the task.
+    By default --task prior uses labels of at most a fifth of the pictures, equally many per class.
+    Raises UserError for labels that do not fit the task.
     """
     if args.task == "style" and labels.min() < 0:
         raise UserError(f"{args.dataset} has pictures without a label: --task style needs all labels")
@@ -509,7 +512,10 @@ def known(args, labels):
     if args.labels == "all":
         chosen = torch.nonzero(labels >= 0)[:, 0]
     else:
-        n = min(args.labels, len(labels) // 50 * 10) if args.task == "prior" else args.labels
+        n = args.labels
+        if args.task == "prior" and n and "labels" not in args.given:
+            counts = torch.bincount(labels[labels >= 0])
+            n = min(n, len(labels) // 5, len(counts) * int(counts.min())) // len(counts) * len(counts)
         chosen = draw_labels(labels, n, args.seed) if n else torch.zeros(0, dtype=torch.long)
     c = torch.full_like(labels, 10)
     if args.task == "prior":
@@ -710,7 +716,8 @@ def drawer(args, saved):
     m, blank = about["m"], torch.zeros(about["shape"])
     P = Decoder(args, m, blank, blank)
     names = tuple(about["names"] or ()) if len(about["names"] or ()) == m else tuple(range(m))
-    plane = [export.Knob(f"z{i + 1}", -3 * args.std, 3 * args.std) for i in range(2)]
+    limit = 3 * args.std if args.task != "prior" or args.prior == "gaussian" else 3.0
+    plane = [export.Knob(f"z{i + 1}", -limit, limit) for i in range(2)]
     inputs = {"z": plane if args.z_dim == 2 else []}
     if m:
         inputs["y"] = [export.Knob("label" if about["names"] else "cluster", names=names, whole=True)]

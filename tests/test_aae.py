@@ -175,6 +175,17 @@ def test_label_draws_are_balanced_repeatable_and_differ_between_seeds():
             aae.draw_labels(labels, n, 0)
 
 
+def test_by_default_the_prior_takes_as_many_labels_as_fit():
+    labels = torch.cat([torch.arange(2900) % 7, torch.full((7,), -1)])
+    chosen, c = aae.known(args(), labels)
+    assert torch.bincount(labels[chosen]).tolist() == [83] * 7 and (c < 10).sum() == 7 * 83
+    assert len(aae.known(args(), torch.tensor([0] * 90 + [1] * 4))[0]) == 2 * 4
+    assert len(aae.known(args(), torch.arange(50000) % 10)[0]) == 10000
+    assert len(aae.known(args("--labels", "2800"), labels)[0]) == 2800
+    with pytest.raises(UserError, match="--labels 580 found: a multiple of 7"):
+        aae.known(args("--labels", "580"), labels)
+
+
 def test_a_cluster_takes_the_label_of_its_surest_validation_picture_not_of_the_majority():
     y = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.9, 0.1], [0.2, 0.8], [0.99, 0.01]])
     labels = torch.tensor([5, 5, 7, 3, -1])
@@ -468,6 +479,14 @@ def test_a_row_of_styles_has_one_z_and_every_category():
     assert not torch.equal(s[0, 0, :15], s[1, 0, :15])
 
 
+def test_the_sliders_of_z_cover_the_prior():
+    for words, limit in (((), 3), (("--prior", "swiss-roll"), 3), (("--prior", "gaussian"), 15),
+                         (("--task", "reduce"), 3)):
+        about = {"m": 10 * ("reduce" in words), "shape": (1, 28, 28), "names": None}
+        z1, _ = aae.drawer(args(*words, "--width", ".01"), {"about": about}).inputs["z"]
+        assert (z1.low, z1.high) == (-limit, limit)
+
+
 # ---------------------------------------------------------------------------------------------------- runs
 
 
@@ -529,6 +548,7 @@ def test_the_other_experiments_are_judged_too(digits, tmp_path, words, figure, n
         "--prior gaussian --model vae --lam 1",
         "--task semi --rates .1",
         "--task semi --clusters 16",
+        "--task semi --D-label",
         "--labels some",
         "--average 2",
     ],
@@ -612,6 +632,13 @@ def test_every_experiment_has_its_published_settings():
     flagged = args("--paper", "--task", "semi", "--optimizer", "adam", "--rates", *"123", "--noise", "0")
     assert (flagged.optimizer, flagged.rates, flagged.noise, flagged.bn) == ("adam", [1, 2, 3], 0, False)
     assert args("--task", "semi", "--optimizer", "sgd").rates == (0.01, 0.1, 0.1)
+    assert args("--paper", "--task", "semi", "--optimizer", "adam").rates == (1e-3, 1e-3, 1e-3)
+
+
+def test_a_resumed_run_keeps_its_rates(tmp_path):
+    saved = {"script": "aae", "optimizer": "sgd", "rates": [0.3, 0.2, 0.1], "given": ["optimizer"]}
+    (tmp_path / "args.json").write_text(json.dumps(saved))
+    assert aae.parse_args(["--resume", str(tmp_path)]).rates == [0.3, 0.2, 0.1]
 
 
 @pytest.mark.parametrize("name", [n for n in WORDS if "svhn" not in n and "faces" not in n])
@@ -681,6 +708,17 @@ def test_one_objective_in_place_of_the_two_phases_moves_Q_and_P_together():
     step(*BATCH)
     for p, q in zip(alone, weights(parts["Q"], parts["P"]), strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_lam_weighs_the_adversary_alone():
+    found = []
+    for consistency in ("0", "5"):
+        parts, step = built("--task", "semi", "--lam", "0", "--consistency", consistency)
+        still(parts, "opt_D", "opt_S")
+        torch.manual_seed(1)
+        step(*BATCH, *PAIR)
+        found.append(weights(parts["Q"]))
+    assert any(moved(found[0], parts["Q"]))                 # consistency moves Q without it
 
 
 def test_without_the_adversary_only_consistency_moves_Q_in_the_regularisation_phase():
