@@ -253,7 +253,8 @@ def reconstruction(x, x_hat, std=1.0):
 def repulsion(W_C, eta):
     """Sec. 7: sum over pairs of cluster heads of max(0, eta - |c_i - c_j|), W_C (m, k).
 
-    The paper gives no eta; here it is spacing(m), the initial distance of neighbours.  0 for initial heads.
+    The paper gives no eta; here it is spacing(m).  0 for the initial heads on a circle (k = 2) or along the
+    axes (k >= m >= 4).
     """
     i, j = torch.triu_indices(len(W_C), len(W_C), 1, device=W_C.device)
     return (eta - (W_C[i] - W_C[j]).norm(dim=1)).clamp(min=0).sum()
@@ -597,20 +598,17 @@ def disagreement(Q_bar, x, a, args):
 
 
 def spacing(m):
-    """Initial distance between neighbours among m cluster heads: 20 sin(pi / m), 20 for m = 2.
-
-    6.18 for m >= 10: under unit noise, closer heads would take each other's pictures.
-    """
-    return 20 * math.sin(math.pi / min(m, 10))
+    """Initial distance between neighbours among m cluster heads on a circle of radius 10: 20 for m = 2."""
+    return 20 * math.sin(math.pi / m)
 
 
 def heads(m, k):
-    """Initial W_C (m, k) (Sec. 7).  k = 2: evenly spaced on a circle, of radius 10 for up to ten heads, 19.8
-    for twenty.  Larger k: 10 I if k >= m, else random on the sphere of radius 10."""
+    """Initial W_C (m, k) (Sec. 7).  k = 2: evenly spaced on a circle of radius 10.  Larger k: 10 I if k >= m,
+    else random on the sphere of radius 10."""
     if k > 2:
         return 10 * (torch.eye(m, k) if k >= m else F.normalize(torch.randn(m, k), dim=1))
     t = 2 * math.pi * torch.arange(m) / m
-    return spacing(m) / (2 * math.sin(math.pi / m)) * torch.stack([t.cos(), t.sin()], 1)
+    return 10 * torch.stack([t.cos(), t.sin()], 1)
 
 
 def optimizer(args, phase, *nets):
