@@ -905,19 +905,21 @@ def reduce(r, Q, P, sets):
         points, W_C = points @ A, W_C @ A
     r.show("fig11", scatter(points, sets["test"][1], W_C))
     table = None if r.args.labels else name_clusters(Q, sets)
-    return {f"aae-dim-{k}d-{r.args.labels}": {"value": error(Q, sets, table), "unit": "% error"}}
+    name = f"aae-dim-{k}d-{r.args.labels}" + f"-clu{P.m}" * (not r.args.labels and P.m != 20)
+    return {name: {"value": error(Q, sets, table), "unit": "% error"}}
 
 
 PUBLISHED = {"aae-mnist-ll": 340, "aae-mnist-ll-10000000": 427, "aae-mnist100": 1.90, "aae-mnist1000": 1.60,
-             "aae-mnist-all": 0.85, "aae-svhn1000": 17.70, "aae-clu16": 9.55, "aae-clu30": 4.10,
-             "aae-dim-2d-1000": 4.20, "aae-dim-2d-100": 6.08, "aae-dim-2d-0": 13.95, "aae-dim-10d-100": 3.90}
-PUBLISHED_NN = {"aae-mnist100": 25.80, "aae-mnist1000": 8.73, "aae-mnist-all": 1.25, "aae-svhn1000": 47.50}
+             "aae-mnist-all": 0.85, "aae-clu16": 9.55, "aae-clu30": 4.10, "aae-dim-2d-1000": 4.20,
+             "aae-dim-2d-100": 6.08, "aae-dim-2d-0": 13.95, "aae-dim-10d-100": 3.90}
+PUBLISHED_NN = {"aae-mnist100": 25.80, "aae-mnist1000": 8.73, "aae-mnist-all": 1.25}
 CHECK = {"prior": (0, 0.2), "likelihood": (200, math.inf), "style": (90, 100), "semi": (0, 5),
          "cluster": (0, 20), "reduce": (0, 20)}     # --check: range of the first result
 
 
 def report(r, Q, P, N, sets):
-    """Draw the task's figures and write results.json.  Published values only for the same data and width."""
+    """Draw the task's figures and write results.json.  Published values stand only beside the same data,
+    networks and objective."""
     args = r.args
     evaluate = {"prior": prior, "likelihood": likelihood, "style": style, "semi": semi, "cluster": cluster,
                 "reduce": reduce}[args.task]
@@ -928,7 +930,9 @@ def report(r, Q, P, N, sets):
     if args.dataset != "mnist":                     # aae-svhn1000, aae-clu16-svhn
         kind = Path(args.dataset).stem
         results = {k.replace("mnist", kind) if "mnist" in k else f"{k}-{kind}": v for k, v in results.items()}
-    if args.dataset in ("mnist", "svhn") and args.width == 1:
+    sizes = args.width == 1 and (args.task == "reduce" or args.z_dim == PAPER[args.experiment]["z_dim"])
+    if args.dataset == "mnist" and sizes and args.encoder == "deterministic" and args.adversary \
+            and args.lam is None:
         name = next(iter(results))
         for found, published in zip(results.values(), (PUBLISHED, PUBLISHED_NN)):
             if name in published:
