@@ -18,7 +18,7 @@ features of the GAN's discriminator instead of pixel by pixel.
     Sec. 4     5-nearest-neighbour error on features of Dis and on pixels               -> knn_error()
 
     python vaegan.py                                 (faces, Figs. 3, 4, 6; --paper: the published settings)
-    python vaegan.py --conditional --name table2     (Table 2; also with --model vae and gan)
+    python vaegan.py --conditional --name table2     (Table 2; also --model vae --name table2-vae, and gan)
     python vaegan.py --dataset cifar10 --model gan   (nearest neighbours)
     python vaegan.py --model gan --name gan          (then VAE_Dis, whose metric is the Dis of that run:)
     python vaegan.py --model vae_dis --dis runs/vaegan-faces-gan --name vae_dis
@@ -47,7 +47,7 @@ PIXELS = ("vae", "vaegan_dis0")     # L_llike is Eq. 3; for the others, Eq. 7
 
 CODE = dict(
     batch_size=64, lr=3e-4,         # Sec. 4: RMSProp
-    loss="minimax",                 # Eq. 9: Dec descends L_GAN
+    loss="minimax",                 # Dec descends L_GAN; for Eq. 9's sign see vaegan_step
     steps=37500, anneal=True,       # aegan.py: 150 epochs of 250 batches, the rate falls to almost 0
     gamma=1e-5, terms=16384,        # celeba_aegan.py, for a sum over the 256 x 8 x 8 features of Dis_l
     weigh_real=0.66 / 0.17,         # celeba_aegan.py: log Dis(x) weighs .66, the other two .17 each
@@ -250,8 +250,10 @@ def build(args, dy):
         prior, llike = L_prior(mu, log_var), L_llike(f, f_tilde)
         gan = L_GAN(a, a_tilde, a_p, real=args.weigh_real)                  # Eq. 10
         # All gradients are taken at the old parameters; each network descends its own terms only (Eq. 9).
-        # L_GAN is a log-likelihood: Dis ascends it, Dec descends it.  Alg. 1 prints the opposite signs.
-        scalars = {"L_prior": prior, "L_llike": llike, "L_GAN": gan} | watch(a, a_p, a_tilde)
+        # Dis ascends L_GAN, a log-likelihood, Dec descends it.  Eq. 9 and Alg. 1 print the opposite signs.
+        scalars = {"L_prior": prior, "L_llike": llike, "L_GAN": gan} | watch(a, a_p)
+        if args.gating:                                     # authors' code, not in the paper
+            scalars |= gate(opt_Dis, opt_Dec, a, a_p, a_tilde)
         descend(prior + llike, opt_Enc,
                 gamma(args, f) * llike + (gan if minimax else -log_D(a_tilde, a_p)), opt_Dec,
                 -gan, opt_Dis)
@@ -265,6 +267,8 @@ def build(args, dy):
             a, a_p = Dis_sees(Dis, x, x_p, y, args)[0].chunk(2)
         gan = L_GAN(a, a_p)
         scalars = {"L_GAN": gan} | watch(a, a_p)
+        if args.gating:                                     # authors' code, not in the paper
+            scalars |= gate(opt_Dis, opt_Dec, a, a_p)
         descend(gan if minimax else -log_D(a_p), opt_Dec, -gan, opt_Dis)
         average(Dec_bar, Dec, args.average)
         return scalars
@@ -282,10 +286,6 @@ def build(args, dy):
         descend(prior + llike, opt_Enc, llike, opt_Dec)
         average(Dec_bar, Dec, args.average)
         return {"L_prior": prior, "L_llike": llike}
-
-    def watch(a, a_p, *more):                               # scalars of Dis for the log
-        gated = gate(opt_Dis, opt_Dec, a, a_p, *more) if args.gating else {}
-        return {"Dis(x)": a.float().sigmoid().mean(), "Dis(x_p)": a_p.float().sigmoid().mean()} | gated
 
     step = {"gan": gan_step, "vae": vae_step, "vae_dis": vae_step}.get(args.model, vaegan_step)
     return nets | opts, step
@@ -376,19 +376,16 @@ def experiment(args):
 class RMSProp(torch.optim.Optimizer):
     """s <- .9 s + .1 g^2, theta <- theta - lr g / (sqrt s + eps), g with weight decay.
 
-    The authors' code sums g over the batch, and applies no weight decay to biases, BatchNorm and the layers
-    of mu and log sigma^2: see decayed() and PAPER.
+    groups: [{"params": ..., "weight_decay": ...}], see decayed().
 
     `gate` in `param_groups` is a 0-dim tensor.  While it is 0, a step leaves theta and s unchanged, whereas
     torch.optim.RMSprop would still update s.  Set it in place, so that it works in a CUDA graph too.
     """
 
-    def __init__(self, params, lr, weight_decay=1e-5, eps=1e-8):
-        params = list(params)
-        first = params[0]["params"][0] if isinstance(params[0], dict) else params[0]
-        lr, gate = (torch.tensor(v, device=first.device) for v in (lr, 1.0))
-        super().__init__(params, {"lr": lr, "gate": gate})
-        self.eps, self.decays = eps, [group.pop("weight_decay", weight_decay) for group in self.param_groups]
+    def __init__(self, groups, lr, eps):
+        lr, gate = (torch.tensor(v, device=groups[0]["params"][0].device) for v in (lr, 1.0))
+        super().__init__(groups, {"lr": lr, "gate": gate})
+        self.eps, self.decays = eps, [group.pop("weight_decay") for group in self.param_groups]
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["s"] = torch.zeros_like(p)
@@ -467,6 +464,11 @@ def gate(opt_Dis, opt_Dec, a, *a_fake):
         for group in opt.param_groups:
             group["gate"].copy_(is_open)
     return dict(zip(("Dis steps", "Dec steps"), found))
+
+
+def watch(a, a_p):
+    """Means of Dis = sigmoid(a) for the log, logits a (n,)."""
+    return {"Dis(x)": a.float().sigmoid().mean(), "Dis(x_p)": a_p.float().sigmoid().mean()}
 
 
 # ------------------------------------------------------------------------------- networks of smaller pictures
@@ -602,7 +604,8 @@ def settled(args, Enc, Dec, pictures):
     """Recompute BatchNorm's running statistics for Dec, the EMA, on 20 batches: those of the raw weights
     overestimate its variance.
 
-    A batch holds z and z_p, or z alone with args.own_pass, as in the authors' code.
+    A batch holds what the figures decode: mu of pictures and z_p, half each.  With args.own_pass it holds z
+    alone, as in the authors' code, and without Enc z_p alone.
     """
     def minibatches():
         for i in torch.randint(len(pictures.images), (20, args.batch_size)):
@@ -707,9 +710,9 @@ def figures(r, Enc, Dec, pictures):
 
 
 def trained(args, where, dy):
-    """(settings, Enc or None, EMA of Dec) of the run `where`, which must have this run's data and sizes."""
+    """(settings, Enc or None, EMA of Dec) of the run `where`, of this run's data and picture size."""
     other = parse_args(["--resume", where])
-    for k in ("dataset", "net", "width", "conditional"):
+    for k in ("dataset", "net", "conditional"):
         found, expected = getattr(other, k), getattr(args, k)
         if found != expected:
             raise UserError(f"{where} was run with --{k} {found}, {expected} expected, as in {args.resume}")
@@ -735,7 +738,7 @@ def beside(r, runs, pictures):
         if len(blocks) > 1:                                 # a GAN has no reconstructions
             names, blocks = zip(*blocks)
             r.show(title, log.with_captions([log.grid(b, min(8, len(b)), (-1, 1)) for b in blocks], names))
-    print(f"from top to bottom {', '.join(map(str, [r.folder, *r.args.beside]))}: {r.folder}/beside_*.png")
+    log.say(f"from top to bottom {', '.join(map(str, [r.folder, *r.args.beside]))}: {r.folder}/beside_*.png")
 
 
 # ------------------------------------------------------------------------------------------------ the numbers

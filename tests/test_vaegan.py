@@ -693,7 +693,7 @@ def test_runs_side_by_side(digits, tmp_path, monkeypatch, capsys):
     other = json.loads((vae / "args.json").read_text())
     with pytest.raises(UserError, match="args.json not found: the folder of an earlier run expected"):
         beside(gan, tmp_path)
-    for found, said in (({"width": 0.25}, "was run with --width 0.25, 0.125 expected, as in"),
+    for found, said in (({"net": 32}, "was run with --net 32, 28 expected, as in"),
                         ({"dataset": "mnist"}, "was run with --dataset mnist, .* expected, as in"),
                         ({"script": "aae"}, "is a run of aae.py, a run of vaegan.py expected"),
                         ({}, "No such file .*: a vaegan run past its first checkpoint expected")):
