@@ -353,7 +353,7 @@ def parse_args(argv=None):
     args = run.parse(p, argv, free=("beside",), experiment=experiment, paper=PAPER, tuned=TUNED, quick=QUICK)
     if args.beside and not args.resume:
         p.error("--beside needs --resume RUN: the run to compare the others with")
-    if (args.model == "vae_dis") != bool(args.dis):
+    if not args.resume and (args.model == "vae_dis") != bool(args.dis):
         p.error("--model vae_dis and --dis RUN need each other: train the GAN first, with --model gan")
     if args.gating and "Dis" not in MODELS[args.model]:
         p.error(f"--gating needs a Dis to train; --model {args.model} has none")
@@ -636,19 +636,18 @@ def about_data(args, Enc, Dec, pictures):
 
 
 def drawer(args, saved):
-    """Drawer of a trained run.  Inputs: z and attributes, which are Dec's own input with --conditional, else
-    the amount of each attribute vector (Sec. 4.1.1) to add to z."""
+    """Drawer of a trained run.  Inputs: z and, with --conditional, attributes in [0, 1], else the amount of
+    each attribute vector (Sec. 4.1.1) to add to z."""
     about = saved["about"]
     names, y = about["names"], about["y"].to(args.device)
     _, Dec, _ = networks(args, y.shape[1])
     if args.conditional:
-        def knob(name, mean, std):                          # in the attribute's own units
-            return export.Knob(name, read=lambda text: (float(text) - mean) / std,
-                               tell=lambda v: f"{round(float(v) * std + mean, 4):g}")
-
-        knobs = [knob(*each) for each in zip(names, about["mean"].tolist(), about["std"].tolist())]
-        return export.Drawer(Dec, lambda n: (torch.randn(n, args.z_dim, device=args.device), pick(y, n)),
-                             {"Dec_bar": Dec}, {"z": [], "y": knobs}, (-1.0, 1.0))
+        mean, std = (about[key].to(args.device) for key in ("mean", "std"))
+        return export.Drawer(
+            lambda z, a: Dec(z, (a - mean) / std),
+            lambda n: (torch.randn(n, args.z_dim, device=args.device),
+                       (pick(y, n) * std + mean).round(decimals=6)),
+            {"Dec_bar": Dec}, {"z": [], "a": [export.Knob(name) for name in names]}, (-1.0, 1.0))
     vectors = about.get("vectors", torch.zeros(0, args.z_dim)).to(args.device)
 
     def draws(n):

@@ -589,6 +589,14 @@ def test_a_conditional_gan_and_the_vae_that_measures_with_its_Dis(digits, tmp_pa
     vaegan.main(small(digits, tmp_path, *given, "--model", "vae_dis", "--dis", gan, "--name", "vae"))
     assert all(torch.equal(v, saved(vae)["Dis"][k]) for k, v in saved(gan)["Dis"].items())
     assert "Dis_l" in numbers(vae)["vg-celeba-recon"] and "paper" not in numbers(vae)["vg-lfw"]
+    file = str(tmp_path / "dis.npz")
+    vaegan.main(["--resume", str(vae), "--export", file])
+    vaegan.main(["--resume", file, "--sample", "2", "--set", "attribute 3=1", "--out", str(tmp_path)])
+    rows = (tmp_path / "dis" / "samples" / "labels.csv").read_text().splitlines()
+    assert {row.split(",")[4] for row in rows[1:]} == {"1"} and not any("e-" in row for row in rows)
+    for value in ("nan", "abc"):
+        with pytest.raises(UserError, match=f"attribute 3 '{value}' found: expected a number"):
+            vaegan.main(["--resume", file, "--sample", "2", "--set", f"attribute 3={value}"])
     with pytest.raises(UserError, match="holds no Dis of these sizes: a run with --model gan"):
         vaegan.main(small(digits, tmp_path, "--model", "vae_dis", "--dis", gan, "--name", "other"))
     with pytest.raises(UserError, match=r"cannot be read \(No such file.*: a run with --model gan"):
