@@ -18,7 +18,7 @@ features of the GAN's discriminator instead of pixel by pixel.
     Sec. 4     5-nearest-neighbour error on features of Dis and on pixels               -> knn_error()
 
     python vaegan.py                                 (faces, Figs. 3, 4, 6; --paper: the published settings)
-    python vaegan.py --conditional --name table2     (Table 2; also with --model vae and gan)
+    python vaegan.py --conditional --name table2     (Table 2; also --model vae --name table2-vae, and gan)
     python vaegan.py --dataset cifar10 --model gan   (nearest neighbours)
     python vaegan.py --model gan --name gan          (then VAE_Dis, whose metric is the Dis of that run:)
     python vaegan.py --model vae_dis --dis runs/vaegan-faces-gan --name vae_dis
@@ -47,13 +47,11 @@ PIXELS = ("vae", "vaegan_dis0")     # L_llike is Eq. 3; for the others, Eq. 7
 
 CODE = dict(
     batch_size=64, lr=3e-4,         # Sec. 4: RMSProp
-    loss="minimax",                 # Eq. 9: Dec descends L_GAN
+    loss="minimax",                 # Dec descends L_GAN; for Eq. 9's sign see vaegan_step
     steps=37500, anneal=True,       # aegan.py: 150 epochs of 250 batches, the rate falls to almost 0
     gamma=1e-5, terms=16384,        # celeba_aegan.py, for a sum over the 256 x 8 x 8 features of Dis_l
-    weigh_real=0.66 / 0.17,         # celeba_aegan.py: log Dis(x) weighs .66, the other two .17 each
-    own_pass=True,                  # model/aegan.py: L_llike from a pass of X and X~ alone
+    weigh_real=1.0,                 # Eq. 10; the code has .66, for each fake .17, in Dis's gradient alone
     weight_decay=2e-5 / 64, eps=1e-8 / 64,      # deeppy: 2 x 1e-5 and 1e-8 for gradients summed over 64
-    decay_all=False,                # architectures.py: weights alone, without those of mu and log sigma^2
     code_init=True,                 # deeppy/filler.py, deeppy/expr/nnet/batch_normalization.py
     noise=0.0, average=0.0, gating=False)       # model/aegan.py has gating, the paper does not mention it
 PAPER = {
@@ -68,10 +66,10 @@ STABLE = dict(
     loss="non-saturating",          # -log Dis(x~) has a gradient where Dis wins
     noise=0.2,                      # else Dis wins on high-frequency texture
     average=0.999,                  # EMA: the raw weights oscillate
-    weigh_real=1.0,                 # Eq. 10 as printed; not measured, like all that follows
-    own_pass=False,                 # one pass through Dec and Dis_l less
-    anneal=False, code_init=False, weight_decay=1e-5, eps=1e-8, decay_all=True)
-TUNED = {"64": STABLE, "32": STABLE | dict(z_dim=256, maps=256, units=2048), "28": STABLE}
+    # Measured on reconstructions after `--quick --steps 1000`:
+    anneal=False,                   # Frechet distance 127; 183 with the code's falling rate
+    code_init=False)                # squared error .045; .059 with the code's start
+TUNED = dict.fromkeys(PAPER, STABLE)
 QUICK = {"32": dict(
     z_dim=64, width=0.25, batch_size=32, average=0.998, steps=2000, clf_steps=300,
     gamma=0.05, noise=0.3)}         # at 5e-3 and .2 samples are a pattern of noise after 1,000 steps
@@ -241,17 +239,15 @@ def build(args, dy):
             z, z_p = sample_z(mu, log_var), torch.randn_like(mu)            # Z_p <- N(0, I)
             x_fake = Dec(torch.cat([z, z_p]), y.repeat(2, 1))               # X~ and X_p <- Dec(Z), Dec(Z_p)
             a, f = Dis_sees(Dis, x, x_fake, y, args)                        # Dis and Dis_l of X, X~, X_p
-            x_tilde = x_fake[:n]
-            if args.own_pass:                                               # --paper
-                x_tilde = Dec(z, y)
-                f = None if pixels else Dis(torch.cat([x, x_tilde]), y.repeat(2, 1))[1]
         a, a_tilde, a_p = a.split(n)
-        f, f_tilde = (x, x_tilde) if pixels else (f[:n].detach(), f[n:2 * n])       # Dis_l(x) is a constant
+        f, f_tilde = (x, x_fake[:n]) if pixels else (f[:n].detach(), f[n:2 * n])    # Dis_l(x) is a constant
         prior, llike = L_prior(mu, log_var), L_llike(f, f_tilde)
         gan = L_GAN(a, a_tilde, a_p, real=args.weigh_real)                  # Eq. 10
         # All gradients are taken at the old parameters; each network descends its own terms only (Eq. 9).
-        # L_GAN is a log-likelihood: Dis ascends it, Dec descends it.  Alg. 1 prints the opposite signs.
-        scalars = {"L_prior": prior, "L_llike": llike, "L_GAN": gan} | watch(a, a_p, a_tilde)
+        # Dis ascends L_GAN, a log-likelihood, Dec descends it.  Eq. 9 and Alg. 1 print the opposite signs.
+        scalars = {"L_prior": prior, "L_llike": llike, "L_GAN": gan} | watch(a, a_p)
+        if args.gating:                                     # authors' code, not in the paper
+            scalars |= gate(opt_Dis, opt_Dec, a, a_p, a_tilde)
         descend(prior + llike, opt_Enc,
                 gamma(args, f) * llike + (gan if minimax else -log_D(a_tilde, a_p)), opt_Dec,
                 -gan, opt_Dis)
@@ -265,6 +261,8 @@ def build(args, dy):
             a, a_p = Dis_sees(Dis, x, x_p, y, args)[0].chunk(2)
         gan = L_GAN(a, a_p)
         scalars = {"L_GAN": gan} | watch(a, a_p)
+        if args.gating:                                     # authors' code, not in the paper
+            scalars |= gate(opt_Dis, opt_Dec, a, a_p)
         descend(gan if minimax else -log_D(a_p), opt_Dec, -gan, opt_Dis)
         average(Dec_bar, Dec, args.average)
         return scalars
@@ -282,10 +280,6 @@ def build(args, dy):
         descend(prior + llike, opt_Enc, llike, opt_Dec)
         average(Dec_bar, Dec, args.average)
         return {"L_prior": prior, "L_llike": llike}
-
-    def watch(a, a_p, *more):                               # scalars of Dis for the log
-        gated = gate(opt_Dis, opt_Dec, a, a_p, *more) if args.gating else {}
-        return {"Dis(x)": a.float().sigmoid().mean(), "Dis(x_p)": a_p.float().sigmoid().mean()} | gated
 
     step = {"gan": gan_step, "vae": vae_step, "vae_dis": vae_step}.get(args.model, vaegan_step)
     return nets | opts, step
@@ -334,7 +328,7 @@ def parse_args(argv=None):
         help="picture size: 64 (Table 1), 32 or 28 [32 or 28 for named data sets of that size, else 64]")
     add("--width", type=positive, default=1.0, help="feature maps and units, as a fraction of the paper's")
     add("--z-dim", type=run.number(int, 1),
-        help="size of z; with 2, also draw the plane [128; at 32 x 32 256, --paper 128]")
+        help="size of z; with 2, also draw the plane [128]")
     add("--gamma", type=weight,
         help="weight of L_llike in Dec's step, Eq. 9, Fig. 5 [5e-3 for 16,384 features, --paper 1e-5]")
     add("--loss", choices=("minimax", "non-saturating"),
@@ -353,14 +347,14 @@ def parse_args(argv=None):
     args = run.parse(p, argv, free=("beside",), experiment=experiment, paper=PAPER, tuned=TUNED, quick=QUICK)
     if args.beside and not args.resume:
         p.error("--beside needs --resume RUN: the run to compare the others with")
-    if (args.model == "vae_dis") != bool(args.dis):
+    if not args.resume and (args.model == "vae_dis") != bool(args.dis):
         p.error("--model vae_dis and --dis RUN need each other: train the GAN first, with --model gan")
     if args.gating and "Dis" not in MODELS[args.model]:
         p.error(f"--gating needs a Dis to train; --model {args.model} has none")
     if "gamma" in args.given:
         args.terms = None                                   # use it unscaled, for any number of features
-    if args.gating and not args.paper:
-        args.weigh_real = 2.0                               # data and fakes balance at 1/2, as in gates()
+    if args.gating and not args.resume:
+        args.weigh_real = 2.0       # as both fakes together: equilibrium at Dis = 1/2, as in gates()
     return args
 
 
@@ -376,19 +370,16 @@ def experiment(args):
 class RMSProp(torch.optim.Optimizer):
     """s <- .9 s + .1 g^2, theta <- theta - lr g / (sqrt s + eps), g with weight decay.
 
-    The authors' code sums g over the batch, and applies no weight decay to biases, BatchNorm and the layers
-    of mu and log sigma^2: see decayed() and PAPER.
+    groups: [{"params": ..., "weight_decay": ...}], see decayed().
 
     `gate` in `param_groups` is a 0-dim tensor.  While it is 0, a step leaves theta and s unchanged, whereas
     torch.optim.RMSprop would still update s.  Set it in place, so that it works in a CUDA graph too.
     """
 
-    def __init__(self, params, lr, weight_decay=1e-5, eps=1e-8):
-        params = list(params)
-        first = params[0]["params"][0] if isinstance(params[0], dict) else params[0]
-        lr, gate = (torch.tensor(v, device=first.device) for v in (lr, 1.0))
-        super().__init__(params, {"lr": lr, "gate": gate})
-        self.eps, self.decays = eps, [group.pop("weight_decay", weight_decay) for group in self.param_groups]
+    def __init__(self, groups, lr, eps):
+        lr, gate = (torch.tensor(v, device=groups[0]["params"][0].device) for v in (lr, 1.0))
+        super().__init__(groups, {"lr": lr, "gate": gate})
+        self.eps, self.decays = eps, [group.pop("weight_decay") for group in self.param_groups]
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["s"] = torch.zeros_like(p)
@@ -408,12 +399,12 @@ class RMSProp(torch.optim.Optimizer):
 
 
 def decayed(net, args):
-    """Parameter groups of `net`: one with args.weight_decay, one without decay."""
-    named = [(args.decay_all or p.ndim > 1 and name.split(".")[0] not in ("mu", "log_var"), p)
+    """Parameter groups of `net`: weights with args.weight_decay; biases, BatchNorm and the layers of mu and
+    log sigma^2 without (architectures.py, model/ae.py)."""
+    named = [(p.ndim > 1 and name.split(".")[0] not in ("mu", "log_var"), p)
              for name, p in net.named_parameters()]
-    groups = [{"params": [p for yes, p in named if yes == on], "weight_decay": args.weight_decay * on}
-              for on in (True, False)]
-    return [group for group in groups if group["params"]]
+    return [{"params": [p for yes, p in named if yes == on], "weight_decay": args.weight_decay * on}
+            for on in (True, False)]
 
 
 def rate(args, step):
@@ -469,10 +460,15 @@ def gate(opt_Dis, opt_Dec, a, *a_fake):
     return dict(zip(("Dis steps", "Dec steps"), found))
 
 
+def watch(a, a_p):
+    """Means of Dis = sigmoid(a) for the log, logits a (n,)."""
+    return {"Dis(x)": a.float().sigmoid().mean(), "Dis(x_p)": a_p.float().sigmoid().mean()}
+
+
 # ------------------------------------------------------------------------------- networks of smaller pictures
 
 def networks_32(args, dy, ch):
-    """32 x 32 (architectures.py, with args.maps = 192 and args.units = 1024): Table 1 down to 4 x 4.
+    """32 x 32 (architectures.py): Table 1 down to 4 x 4, args.maps = 192 and args.units = 1024.
 
     Dis_l is the second strided convolution: 8 x 8, as in Table 1.
     """
@@ -602,15 +598,13 @@ def settled(args, Enc, Dec, pictures):
     """Recompute BatchNorm's running statistics for Dec, the EMA, on 20 batches: those of the raw weights
     overestimate its variance.
 
-    A batch holds z and z_p, or z alone with args.own_pass, as in the authors' code.
+    A batch holds what the figures decode: mu of pictures and z_p, half each, and without Enc z_p alone.
     """
     def minibatches():
         for i in torch.randint(len(pictures.images), (20, args.batch_size)):
             y = pictures.extra["y"][i].to(args.device)
             z = torch.randn(len(i), args.z_dim, device=args.device)
-            if Enc and args.own_pass:
-                z = sample_z(*metrics.batched(Enc, pictures.images[i], y, scale=(-1.0, 1.0)))
-            elif Enc:
+            if Enc:
                 z, y = torch.cat([encode(Enc, pictures.images[i], y), z]), y.repeat(2, 1)
             yield z, y
 
@@ -633,19 +627,18 @@ def about_data(args, Enc, Dec, pictures):
 
 
 def drawer(args, saved):
-    """Drawer of a trained run.  Inputs: z and attributes, which are Dec's own input with --conditional, else
-    the amount of each attribute vector (Sec. 4.1.1) to add to z."""
+    """Drawer of a trained run.  Inputs: z and, with --conditional, attributes in [0, 1], else the amount of
+    each attribute vector (Sec. 4.1.1) to add to z."""
     about = saved["about"]
     names, y = about["names"], about["y"].to(args.device)
     _, Dec, _ = networks(args, y.shape[1])
     if args.conditional:
-        def knob(name, mean, std):                          # in the attribute's own units
-            return export.Knob(name, read=lambda text: (float(text) - mean) / std,
-                               tell=lambda v: f"{round(float(v) * std + mean, 4):g}")
-
-        knobs = [knob(*each) for each in zip(names, about["mean"].tolist(), about["std"].tolist())]
-        return export.Drawer(Dec, lambda n: (torch.randn(n, args.z_dim, device=args.device), pick(y, n)),
-                             {"Dec_bar": Dec}, {"z": [], "y": knobs}, (-1.0, 1.0))
+        mean, std = (about[key].to(args.device) for key in ("mean", "std"))
+        return export.Drawer(
+            lambda z, a: Dec(z, (a - mean) / std),
+            lambda n: (torch.randn(n, args.z_dim, device=args.device),
+                       (pick(y, n) * std + mean).round(decimals=6)),
+            {"Dec_bar": Dec}, {"z": [], "a": [export.Knob(name) for name in names]}, (-1.0, 1.0))
     vectors = about.get("vectors", torch.zeros(0, args.z_dim)).to(args.device)
 
     def draws(n):
@@ -707,9 +700,9 @@ def figures(r, Enc, Dec, pictures):
 
 
 def trained(args, where, dy):
-    """(settings, Enc or None, EMA of Dec) of the run `where`, which must have this run's data and sizes."""
+    """(settings, Enc or None, EMA of Dec) of the run `where`, of this run's data and picture size."""
     other = parse_args(["--resume", where])
-    for k in ("dataset", "net", "width", "conditional"):
+    for k in ("dataset", "net", "conditional"):
         found, expected = getattr(other, k), getattr(args, k)
         if found != expected:
             raise UserError(f"{where} was run with --{k} {found}, {expected} expected, as in {args.resume}")
@@ -735,20 +728,17 @@ def beside(r, runs, pictures):
         if len(blocks) > 1:                                 # a GAN has no reconstructions
             names, blocks = zip(*blocks)
             r.show(title, log.with_captions([log.grid(b, min(8, len(b)), (-1, 1)) for b in blocks], names))
-    print(f"from top to bottom {', '.join(map(str, [r.folder, *r.args.beside]))}: {r.folder}/beside_*.png")
+    log.say(f"from top to bottom {', '.join(map(str, [r.folder, *r.args.beside]))}: {r.folder}/beside_*.png")
 
 
 # ------------------------------------------------------------------------------------------------ the numbers
 
-TABLE_2 = {"vaegan": {"paper": 0.9114, "paper mse": 22.39}, "vae": {"paper": 0.9030, "paper mse": 27.59},
-           "gan": {"paper": 0.8892, "paper mse": 27.89}}
-
-
 def published(args, pictures):
-    """The paper's values for this run's data, network and protocol: experiment id -> dict."""
-    e, found = pictures.extra, {}
-    if (pictures.name, args.net, args.width, args.conditional, e["y"].shape[1]) == ("lfw", 64, 1.0, True, 73):
-        found["vg-lfw"] = TABLE_2.get(args.model, {})
+    """The paper's values for this run's data, network and protocol: experiment id -> dict.
+
+    None for Table 2: the paper's attributes are read by a regressor like Enc, here by a small classifier.
+    """
+    found = {}
     if (pictures.name, len(pictures.images), len(pictures.test_images)) == ("cifar10", 50000, 10000):
         found["vg-knn"] = {"paper pixels": 66.02}
         if (args.model, args.net, args.width) == ("gan", 32, 1.0) and args.maps == PAPER["32"]["maps"]:
@@ -811,7 +801,7 @@ def evaluate(r, Enc, Dec, Dis, pictures):
     args, e, results = r.args, pictures.extra, {}
     a, names, y, test = e["attributes"], e["names"], e["test_y"][:2000], pictures.test_images[:2000]
     x = scaled(args, test)
-    if names:                                               # the paper's regressor has Enc's layers
+    if names:
         regressor = metrics.classifier(pictures.images, a, args.device, args.data_dir, args.clf_steps)
 
     def unit(drawn):                                        # [-1, 1] -> [0, 1]

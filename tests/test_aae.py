@@ -79,18 +79,17 @@ def test_weights_start_as_published_for_SGD():
 def test_repulsion_only_between_heads_nearer_than_eta():
     W_C = torch.tensor([[0.0, 0.0], [3.0, 4.0], [50.0, 0.0]])
     assert aae.repulsion(W_C, 6.0).item() == pytest.approx(1.0)
-    for m, radius in ((2, 10), (10, 10), (20, 19.75)):
-        W_C = aae.heads(m, 2)
-        assert W_C.norm(dim=1).sub(radius).abs().max() < 0.01
+    for m, k in ((2, 2), (10, 2), (20, 2), (4, 4), (10, 10)):
+        W_C = aae.heads(m, k)
+        assert W_C.norm(dim=1).sub(10).abs().max() < 1e-5
         assert aae.repulsion(W_C, aae.spacing(m)).item() == pytest.approx(0, abs=1e-3)
 
 
 def test_heads_keep_codes_of_unit_noise_apart_and_are_10_I_in_ten_dimensions():
     torch.manual_seed(0)
-    for m in (10, 20):
-        W_C, c = aae.heads(m, 2), torch.arange(20000) % m
-        lost = torch.cdist(W_C[c] + torch.randn(20000, 2), W_C).argmin(1) != c
-        assert lost.float().mean() < 0.005
+    W_C, c = aae.heads(10, 2), torch.arange(20000) % 10
+    lost = torch.cdist(W_C[c] + torch.randn(20000, 2), W_C).argmin(1) != c
+    assert lost.float().mean() < 0.005
     assert torch.equal(aae.heads(10, 10), 10 * torch.eye(10))
     assert aae.heads(20, 10).norm(dim=1).sub(10).abs().max() < 1e-5
 
@@ -173,6 +172,17 @@ def test_label_draws_are_balanced_repeatable_and_differ_between_seeds():
     for n in (105, 100000):
         with pytest.raises(UserError, match=f"--labels {n}"):
             aae.draw_labels(labels, n, 0)
+
+
+def test_by_default_the_prior_takes_as_many_labels_as_fit():
+    labels = torch.cat([torch.arange(2900) % 7, torch.full((7,), -1)])
+    chosen, c = aae.known(args(), labels)
+    assert torch.bincount(labels[chosen]).tolist() == [83] * 7 and (c < 10).sum() == 7 * 83
+    assert len(aae.known(args(), torch.tensor([0] * 90 + [1] * 4))[0]) == 2 * 4
+    assert len(aae.known(args(), torch.arange(50000) % 10)[0]) == 10000
+    assert len(aae.known(args("--labels", "2800"), labels)[0]) == 2800
+    with pytest.raises(UserError, match="--labels 580 found: a multiple of 7"):
+        aae.known(args("--labels", "580"), labels)
 
 
 def test_a_cluster_takes_the_label_of_its_surest_validation_picture_not_of_the_majority():
@@ -468,6 +478,14 @@ def test_a_row_of_styles_has_one_z_and_every_category():
     assert not torch.equal(s[0, 0, :15], s[1, 0, :15])
 
 
+def test_the_sliders_of_z_cover_the_prior():
+    for words, limit in (((), 3), (("--prior", "swiss-roll"), 3), (("--prior", "gaussian"), 15),
+                         (("--task", "reduce"), 3)):
+        about = {"m": 10 * ("reduce" in words), "shape": (1, 28, 28), "names": None}
+        z1, _ = aae.drawer(args(*words, "--width", ".01"), {"about": about}).inputs["z"]
+        assert (z1.low, z1.high) == (-limit, limit)
+
+
 # ---------------------------------------------------------------------------------------------------- runs
 
 
@@ -499,6 +517,7 @@ def test_a_run_on_digits_draws_figures_and_writes_numbers(digits, tmp_path, word
         (("--task", "cluster", "--clusters", "12"), "fig9", "aae-clu12-digits"),
         (("--task", "reduce"), "fig11", "aae-dim-2d-100-digits"),
         (("--task", "reduce", "--labels", "0", "--z-dim", "10"), "fig11", "aae-dim-10d-0-digits"),
+        (("--task", "reduce", "--labels", "0", "--clusters", "12"), "fig11", "aae-dim-2d-0-clu12-digits"),
         (("--model", "vae", "--prior", "gaussian"), "fig2c", "aae-prior-2-digits"),
         (("--prior", "gaussian", "--lam", ".5"), "fig2a", "aae-prior-2-digits"),
     ],
@@ -529,6 +548,7 @@ def test_the_other_experiments_are_judged_too(digits, tmp_path, words, figure, n
         "--prior gaussian --model vae --lam 1",
         "--task semi --rates .1",
         "--task semi --clusters 16",
+        "--task semi --D-label",
         "--labels some",
         "--average 2",
     ],
@@ -574,9 +594,10 @@ SGD = {"optimizer": "sgd", "rates": (0.01, 0.1, 0.1), "momenta": (0.9, 0.1, 0.9)
 PUBLISHED_SETTINGS = {
     "prior-gaussian": {"z_dim": 2, "std": 5, "hidden": 1000, "labels": 0},                      # Fig. 2
     "vae-gaussian": {"z_dim": 2, "std": 5, "labels": 0}, "vae-mixture": {"z_dim": 2, "labels": 0},
-    "prior-mixture": {"z_dim": 2, "labels": 10000, "held": 10000},          # Sec. 2.3: 10k labelled, 40k not
-    "prior-swiss-roll": {"z_dim": 2, "labels": 10000, "held": 10000},
-    "likelihood": {"z_dim": 8, "std": 5, "hidden": 1000, "noise": 0, "bn": False, "held": 10000},    # A.1
+    "prior-mixture": {"z_dim": 2, "labels": 10000, "validation": 10000},    # Sec. 2.3: 10k labelled, 40k not
+    "prior-swiss-roll": {"z_dim": 2, "labels": 10000, "validation": 10000},
+    "likelihood": {"z_dim": 8, "std": 5, "hidden": 1000, "noise": 0, "bn": False,
+                   "validation": 10000},                                                        # A.1
     "likelihood-faces": {"z_dim": 15, "std": 10, "standard": True, "size": 48, "channels": 1},       # A.1
     "style": {"z_dim": 15, "std": 1, "bn": False},                                              # Sec. 4
     "style-svhn": {"z_dim": 15, "rates": (1e-4, 0.01, 0.1), "bn": True, "where": "all"},
@@ -586,7 +607,7 @@ PUBLISHED_SETTINGS = {
                   "standard": True, "rates": (1e-4, 0.01, 0.1), "drops": (250,), "steps": 1000 * 732,  # A.2.2
                   "size": 32, "channels": 3},
     "cluster": {"z_dim": 5, "clusters": 16, "hidden": 3000, "dropout": 0.2, "noise": 0, "bn": True,
-                "where": "encoder", "drops": (50,), "steps": 1500 * 500, "held": 10000},        # A.3
+                "where": "encoder", "drops": (50,), "steps": 1500 * 500, "validation": 10000},  # A.3
     "reduce": {"z_dim": 2, "labels": 100, "hold": 50, "drops": (50, 1000), "noise": 0.3},       # Sec. 7
     "reduce-0": {"z_dim": 2, "clusters": 20, "labels": 0, "hold": 50, "hidden": 3000},          # Sec. 7
 }
@@ -611,6 +632,13 @@ def test_every_experiment_has_its_published_settings():
     flagged = args("--paper", "--task", "semi", "--optimizer", "adam", "--rates", *"123", "--noise", "0")
     assert (flagged.optimizer, flagged.rates, flagged.noise, flagged.bn) == ("adam", [1, 2, 3], 0, False)
     assert args("--task", "semi", "--optimizer", "sgd").rates == (0.01, 0.1, 0.1)
+    assert args("--paper", "--task", "semi", "--optimizer", "adam").rates == (1e-3, 1e-3, 1e-3)
+
+
+def test_a_resumed_run_keeps_its_rates(tmp_path):
+    saved = {"script": "aae", "optimizer": "sgd", "rates": [0.3, 0.2, 0.1], "given": ["optimizer"]}
+    (tmp_path / "args.json").write_text(json.dumps(saved))
+    assert aae.parse_args(["--resume", str(tmp_path)]).rates == [0.3, 0.2, 0.1]
 
 
 @pytest.mark.parametrize("name", [n for n in WORDS if "svhn" not in n and "faces" not in n])
@@ -642,7 +670,7 @@ def test_the_published_settings_of_svhn_run(tmp_path, monkeypatch, task):
     assert set(found) == ({"aae-svhn100", "aae-semi-base-svhn"} if task == "semi" else {"aae-style-svhn"})
 
 
-def test_published_numbers_stand_beside_the_same_data_and_widths_alone(monkeypatch):
+def test_published_numbers_stand_beside_the_same_data_networks_and_objective_alone(monkeypatch):
     monkeypatch.setattr(aae, "semi", lambda r, Q, P, sets: {f"aae-mnist{r.args.labels}": {"value": 2.0}})
     monkeypatch.setattr(aae, "error", lambda *a: 25.0)
 
@@ -654,8 +682,10 @@ def test_published_numbers_stand_beside_the_same_data_and_widths_alone(monkeypat
 
     assert found() == {"aae-mnist100": 1.9, "aae-semi-base": 25.8}
     assert found("--labels", "1000") == {"aae-mnist1000": 1.6, "aae-semi-base": 8.73}
-    assert found("--width", ".5") == {"aae-mnist100": None, "aae-semi-base": None}
-    assert found("--dataset", "svhn") == {"aae-svhn1000": 17.7, "aae-semi-base-svhn": 47.5}
+    for words in (("--width", ".5"), ("--z-dim", "3"), ("--encoder", "gaussian"), ("--no-adversary",),
+                  ("--lam", "1")):
+        assert found(*words) == {"aae-mnist100": None, "aae-semi-base": None}, words
+    assert found("--dataset", "svhn") == {"aae-svhn1000": None, "aae-semi-base-svhn": None}
     assert found("--dataset", "x/mnist.npz") == {"aae-mnist100": None, "aae-semi-base-mnist": None}
 
 
@@ -680,6 +710,17 @@ def test_one_objective_in_place_of_the_two_phases_moves_Q_and_P_together():
     step(*BATCH)
     for p, q in zip(alone, weights(parts["Q"], parts["P"]), strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_lam_weighs_the_adversary_alone():
+    found = []
+    for consistency in ("0", "5"):
+        parts, step = built("--task", "semi", "--lam", "0", "--consistency", consistency)
+        still(parts, "opt_D", "opt_S")
+        torch.manual_seed(1)
+        step(*BATCH, *PAIR)
+        found.append(weights(parts["Q"]))
+    assert any(moved(found[0], parts["Q"]))                 # consistency moves Q without it
 
 
 def test_without_the_adversary_only_consistency_moves_Q_in_the_regularisation_phase():
