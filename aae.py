@@ -849,7 +849,7 @@ def large_window(r, P, valid, test, size=10000):
         with r.aside():
             for start in range(0, n, size):
                 part = draw(P, r.args, min(size, n - start)).flatten(1)
-                each = metrics._parzen_ll(part, x, sigmas, 1000).cpu()
+                each = metrics.parzen_lls(part, x, sigmas, 1000).cpu()
                 total = torch.logaddexp(total, each + math.log(len(part) / n))
         return total
 

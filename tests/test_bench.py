@@ -62,7 +62,7 @@ def test_textbook_descent_works_out_every_gradient():
 
 
 @pytest.mark.parametrize("ours, theirs", [
-    (lambda p: vaegan.RMSProp(p, 1e-2),
+    (lambda p: vaegan.RMSProp([{"params": list(p), "weight_decay": 1e-5}], 1e-2, 1e-8),
      lambda p: bench.optimizer(torch.optim.RMSprop, alpha=0.9, weight_decay=1e-5)(p, 1e-2)),
     (lambda p: fuse.Adam(p, 1e-2), lambda p: bench.adam(p, 1e-2)),
     (lambda p: fuse.Adam([{"params": list(p), "weight_decay": 0.3}], 1e-2, decoupled=True),

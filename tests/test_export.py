@@ -105,7 +105,7 @@ def test_shipped_generators_draw(path, tmp_path, monkeypatch):
 
 def test_generators_are_shipped():
     files = [*(ROOT / "weights").glob("*.npz")]
-    assert {p.stem for p in files} | {"text2image"} == {p.stem for p in ROOT.glob("*.py")}
+    assert {p.stem for p in files} == {p.stem for p in ROOT.glob("*.py")}
     assert sum(p.stat().st_size for p in files) <= 8e6
 
 
