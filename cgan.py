@@ -53,9 +53,9 @@ from common.fuse import (
 
 # --------------------------------------------------------------------------------------------------- settings
 # z: range of Unif(low, high), or "normal".  init_G, init_D: see initialise().  drop_samples: sample with
-# dropout.  batch_stats: sample with each batch's own BatchNorm statistics.  average: decay of the EMA of G used
-# for samples; 0: no EMA.  noise: std of the noise added to D's input.  CGAN's authors published no code: where
-# Sec. 4 is silent, values come from GAN's code.
+# dropout.  batch_stats: sample with each batch's own BatchNorm statistics.  average: decay of the EMA of G
+# used for samples; 0: no EMA.  noise: std of the noise added to D's input.  CGAN's authors published no code:
+# where Sec. 4 is silent, values come from GAN's code.
 
 CODE = dict(batch_stats=False, drop_samples=False, average=0.0, noise=0.0)
 PERCEPTRONS = CODE | dict(
