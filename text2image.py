@@ -815,8 +815,9 @@ def styles(r, pictures, test, runs, prefix=""):
     names, alone = extra["style_names"], torch.ones(len(test.images), dtype=torch.bool)
     if "relation" in extra.get("attribute_names", ()):      # x, y are only meaningful for one object
         alone = test.attributes[:, extra["attribute_names"].index("relation")] == 0
+    everything = torch.ones_like(alone)
     for key, figure, wanted, rows in (("t2i-pose-roc", "fig5a", ("x", "y"), alone),
-                                      ("t2i-bg-roc", "fig5b", ("red", "green", "blue"), torch.ones_like(alone))):
+                                      ("t2i-bg-roc", "fig5b", ("red", "green", "blue"), everything)):
         if set(wanted) <= set(names) and rows.sum() > 9:
             style = test.style[rows][:, [names.index(w) for w in wanted]]
             with r.aside():
@@ -853,7 +854,8 @@ def trained(args, where):
     """G_bar, phi_t, S and name of the run or checkpoint `where`, which must have this run's --width."""
     phi_t, _, G, _, S = networks(argparse.Namespace(**vars(args) | {"image_features": "own"}))
     G_bar, phi_t, S = place(args, averaged(G), phi_t, S)
-    run.fetch(where, "a text2image run with the --width and --phi-t of this one", args.device, G_bar=G_bar, phi_t=phi_t, S=S)
+    run.fetch(where, "a text2image run with the --width and --phi-t of this one", args.device, G_bar=G_bar,
+              phi_t=phi_t, S=S)
     return SimpleNamespace(G_bar=G_bar, phi_t=phi_t, S=S, name=Path(where).resolve().name)
 
 

@@ -54,8 +54,9 @@ def test_all_captions_of_shapes_can_be_read(make):
     assert not remark(said) and max(map(len, said)) <= 201
 
 
-@pytest.mark.parametrize("one, other", [("красный круг", "синий квадрат, большой"), ("红色的圆", "蓝色的方"),
-                                        ("a box", "A box."), ("a" * 300, "a" * 201 + "b")])
+@pytest.mark.parametrize("one, other", [
+    ("красный круг", "синий квадрат, большой"), ("红色的圆", "蓝色的方"), ("a box", "A box."),
+    ("a" * 300, "a" * 201 + "b")])
 def test_captions_that_read_alike_are_refused(one, other, tiny, tmp_path):
     d = np.load(tiny)
     np.savez(tmp_path / "alike.npz", images=d["images"][:30], captions=np.array([one, other] * 15))
@@ -176,7 +177,7 @@ def test_networks_have_the_sizes_of_the_authors_code():
                           + 6 * (512 * 512 + 512) + 512 * 1024 + 1024)
     G = networks("--dataset", "coco")["G"].net
     maps = [m.out_channels for m in G if isinstance(m, nn.ConvTranspose2d)]
-    assert maps == [196 * 4, 196 * 2, 196, 3] and G[0].out_features == 16 * 196 * 8     # train_coco.sh: ngf 196
+    assert maps == [196 * 4, 196 * 2, 196, 3] and G[0].out_features == 16 * 196 * 8     # train_coco.sh
 
 
 def test_networks_begin_as_in_the_authors_code():
