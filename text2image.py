@@ -86,7 +86,7 @@ STABLE = dict(
     lr_G=1.2e-3, noise=0.1,      # else D wins on high-frequency texture and G ignores z
     together=True,               # D sees differences in brightness and contrast
     h_std=0.05,                  # scale h to this std: unscaled, it is far below z and G ignores it for long
-    variant="cls",               # not measured: INT drew some interpolated texts of shapes as noise
+    variant="cls",               # --quick: 58.3 % of attributes, int-cls 54.3
     average=0.999,               # not measured: the EMA of G draws and teaches S
     decay_lr=True,               # not measured: to 0, linearly over the encoders' and the GAN's second half
     steps=20000, encoder_steps=5000,  # a quarter of the published lengths, or less
