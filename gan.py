@@ -42,9 +42,9 @@ from common.fuse import SGD, autocast, average, averaged, descend, frozen, fuse,
 # The paper prints k = 1, momentum and the kinds of units, but no other values.  These come from the authors'
 # code, github.com/goodfeli/adversarial; the comments name its files.  latent: z (n, dz) is uniform or normal,
 # with unit variance; valid: pictures held out; norm: maximum norm of a unit's weights; gcn: norm of a picture
-# after contrast(); irange: bound on the initial weights of G's last layer.  In Algorithm 1, G steps after D
-# on fresh z (--alternate): -269 nats after 15,000 steps on MNIST; the code updates both at once: 119.  Training
-# lengths are published only for TFD: 50 epochs of 98,058 unlabelled pictures, and 22 epochs for stage 2.
+# after contrast(); irange: bound on the initial weights of G's last layer.  Algorithm 1 lets G step after D
+# on fresh z (--alternate): -269 nats after 15,000 steps on MNIST; the code updates both at once: 119.
+# Training lengths are published only for TFD: 50 epochs of 98,058 unlabelled pictures, and 22 for stage 2.
 
 CODE = dict(k=1, alternate=False, loss="non-saturating", average=0.0, batch_size=100, latent="normal", dz=100,
             valid=10000, norm=None, gcn=None, irange=0.05, steps=50000)
