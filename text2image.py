@@ -210,7 +210,8 @@ def trunk(ch):
 
 
 def convolutions(ch, o):
-    """S and the default phi_v: (n, 3, 64, 64) -> (n, o).  The paper says only that S is convolutional."""
+    """S and the default phi_v, with D's convolutions: (n, 3, 64, 64) -> (n, o).  The paper says only that S is
+    convolutional."""
     return nn.Sequential(trunk(ch), nn.Flatten(), nn.Linear(16 * ch(512), o))
 
 
@@ -413,7 +414,7 @@ def main(argv=None):
     if r.drawing:
         return draw_prompts(r, args.prompt) if args.prompt else export.main(r, drawer)
     pictures, train, test = parts_of(args)
-    check_captions(args, train)
+    check_captions(r, train)
     batches = data.Batches(train.images, torch.arange(len(train.images)), scale=(-1.0, 1.0), **r.feed)
     nets, opts, steps = build(args, train)
     if args.encoder and not args.resume:
@@ -701,13 +702,14 @@ def legible(sentence):
     return "".join(s for s in sentence.lower()[:LENGTH] if s.isascii() and s.isalnum())
 
 
-def check_captions(args, part):
+def check_captions(r, part):
     """Say what encode() drops from a Part's captions.  UserError: all read alike."""
     said = [s for captions in part.captions for s in captions]
     if all(legible(s) == legible(said[0]) for s in said):
-        raise UserError(f"{args.dataset}: all captions have the same letters a-z and digits, all that phi_t "
+        raise UserError(f"{r.args.dataset}: all captions have the same letters a-z and digits, all that phi_t "
                         "reads: captions that differ expected")
-    if lost := remark(said):
+    lost = remark(said)
+    if lost and r.lead:
         log.say(f"captions: {lost}")
 
 
