@@ -210,7 +210,7 @@ def trunk(ch):
 
 
 def convolutions(ch, o):
-    """S and the default phi_v, with D's convolutions: (n, 3, 64, 64) -> (n, o).  The paper says only that S is
+    """S and the default phi_v, (n, 3, 64, 64) -> (n, o): D's convolutions.  The paper says only that S is
     convolutional."""
     return nn.Sequential(trunk(ch), nn.Flatten(), nn.Linear(16 * ch(512), o))
 
@@ -706,8 +706,8 @@ def check_captions(r, part):
     """Say what encode() drops from a Part's captions.  UserError: all read alike."""
     said = [s for captions in part.captions for s in captions]
     if all(legible(s) == legible(said[0]) for s in said):
-        raise UserError(f"{r.args.dataset}: all captions have the same letters a-z and digits, all that phi_t "
-                        "reads: captions that differ expected")
+        raise UserError(f"{r.args.dataset}: all captions have the same letters a-z and digits, all that "
+                        "phi_t reads: captions that differ expected")
     lost = remark(said)
     if lost and r.lead:
         log.say(f"captions: {lost}")
