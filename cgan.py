@@ -78,7 +78,7 @@ TUNED = {                          # mlp after 2,500 steps at --width .25: -273 
     "mlp": dict(
         steps=50000,               # 160 nats are reached by step 20,000
         z=(-3 ** 0.5, 3 ** 0.5),   # z in (0, 1) has a mean that outweighs its variation; centred: +77 nats
-        init_G="he",               # label and noise reach the samples from step 1: +135 nats in that run
+        init_G="he",               # label and noise reach the samples from step 1: +135 nats
         drop_samples=True,         # D has seen G's dropout as noise: 115 nats at step 20,000, without it 26
         average=0.999),            # 158 nats after 20,000 steps; without it 113.5 after 25,000
     "tags": dict(                  # none of these is measured
