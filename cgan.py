@@ -74,10 +74,10 @@ PAPER = {
     # No paper has this network: DCGAN's for 32 x 32 pictures, with the labels and settings of its Sec. 8.1.
     "dcgan32": DCGAN | dict(net="dcgan32", size=32, channels=3, scale=(-1.0, 1.0)),
 }
-TUNED = {                          # mlp after 2,500 steps at --width .25: -273 nats with PAPER, -33 with TUNED
+TUNED = {                          # mlp, 2,500 steps at --width .25: -273 nats with PAPER, -33 with TUNED
     "mlp": dict(
         steps=50000,               # 160 nats are reached by step 20,000
-        z=(-3 ** 0.5, 3 ** 0.5),   # z in (0, 1) has a mean that outweighs its variation; centred: +77 nats
+        z=(-3 ** 0.5, 3 ** 0.5),   # the mean of z in (0, 1) outweighs its variation; centred: +77 nats
         init_G="he",               # label and noise reach the samples from step 1: +135 nats
         drop_samples=True,         # D has seen G's dropout as noise: 115 nats at step 20,000, without it 26
         average=0.999),            # 158 nats after 20,000 steps; without it 113.5 after 25,000
