@@ -143,7 +143,7 @@ def textbook(script, loader):
     fuse.Adam = adam
     data.Batches = Loader if loader else data.Batches
     module = importlib.import_module(script)
-    module.RMSProp = optimizer(torch.optim.RMSprop, alpha=0.9, weight_decay=1e-5)  # vaegan.py's own
+    module.RMSProp = optimizer(torch.optim.RMSprop, alpha=0.9)  # vaegan.py's own
     return module
 
 

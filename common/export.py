@@ -168,15 +168,20 @@ def sample(r, draws, wishes):
         for start in range(0, n, draws.size):
             x = draws.pictures(tuple(t[start:start + draws.size] for t in inputs))
             write_pngs(path, log.to_uint8(x), start)
-    if draws.knobs and not args.grid:
-        with (path / "labels.csv").open("w", newline="", encoding="utf-8") as f:
-            table = csv.writer(f)
-            table.writerow(["file", *draws.knobs])
-            for i, asked in enumerate(draws.asked(inputs)):
-                table.writerow([f"{i:05d}.png", *asked.values()])
+        if draws.knobs:
+            write_labels(path, draws, inputs)
     say(f"{n} pictures in {path}")
     if args.real:
         real(r, x.shape)
+
+
+def write_labels(folder, draws, inputs):
+    """The knobs of each picture as labels.csv."""
+    with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as f:
+        table = csv.writer(f)
+        table.writerow(["file", *draws.knobs])
+        for i, asked in enumerate(draws.asked(inputs)):
+            table.writerow([f"{i:05d}.png", *asked.values()])
 
 
 def real(r, shape):
