@@ -364,7 +364,7 @@ def build(args, train):
 
     def settle():
         """Give G_bar BatchNorm statistics of its own; average() copies those of G."""
-        if args.average:
+        if args.average and int(G.t):                       # not in checkpoints of the encoders' phase
             i = torch.randint(len(t), (20, args.batch_size), device=args.device)
             calibrate(G_bar, ((torch.randn(len(k), NZ, device=k.device), texts(k)) for k in i))
 
