@@ -1002,6 +1002,25 @@ def retrieval(args, nets, test):
     return "t2i-enc-zs", found
 
 
+def one_word(args, nets, test, names, values):
+    """Kind of attribute -> % of pictures whose v.h is larger for their first caption than for the same one
+    with another word of that kind.  "value": mean over kinds.  50 by chance; {} without names of values."""
+    v, share = on_pictures(nets.phi_v, test.images), {}
+    for kind, words in {name.split()[0]: of for name, of in reversed([*zip(names, values)])}.items():
+        rows, changed = [], []
+        for i, (sentence, *_) in enumerate(test.captions):
+            said = sentence.split()
+            at = [j for j, word in enumerate(said) if word in words]
+            if at and len(words) > 1:
+                j = at[torch.randint(len(at), ())]
+                said[j] = [word for word in words if word != said[j]][torch.randint(len(words) - 1, ())]
+                rows.append(i), changed.append(" ".join(said))
+        if rows:
+            h, h_1 = (texts_of(nets.phi_t, t, args.device) for t in (test.t[rows, 0], encode(changed)))
+            share[kind] = 50 + 50 * (v[rows] * (h - h_1)).sum(1).sign().mean().item()
+    return {"value": sum(share.values()) / len(share), **share} if share else {}
+
+
 def print_retrieval(args, nets, test):
     _, found = retrieval(args, nets, test)
     log.say(f"held-out pairs: {found['value']:.1f} {found['unit']}, by Eq. 4 {found['f_t']:.1f}")
@@ -1012,6 +1031,10 @@ def evaluate(r, nets, pictures, train, test):
     args, extra, results = r.args, pictures.extra, {}
     if not args.e2e:                                        # which does not train phi_v
         results = dict([retrieval(args, nets, test)])
+        with r.aside():
+            found = one_word(args, nets, test, *(extra.get(f"attribute_{k}", ()) for k in ("names", "values")))
+        if found:
+            results["one-word"] = found | {"unit": "% prefer their caption to one that differs in a word"}
     if test.attributes is not None:
         counts = (torch.cat([train.attributes, test.attributes]).amax(0) + 1).tolist()
         names = extra.get("attribute_names") or [f"attribute{i}" for i in range(len(counts))]

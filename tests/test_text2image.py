@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -618,6 +619,40 @@ def test_no_held_out_class_is_trained_on(tmp_path):
     _, train, test = text2image.parts_of(a)
     assert set(train.content.tolist()) == {0, 1, 2} and set(test.content.tolist()) == {3}
     assert train.images.shape == (9, 3, 76, 76) and train.t.shape == (9, 3, 201)
+
+
+def test_captions_that_differ_in_one_word():
+    names = "colour 1", "shape 1", "colour 2"
+    values = [["red", "blue"], ["box", "star"], ["red", "blue", "none"]]
+    captions = [[f"a {c} {s} on {g}"] for c in values[0] for s in values[1] for g in ("sand", "grass")] * 5
+    t = text2image.encode(c for c, in captions)
+    images = torch.arange(len(t), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 64, 64)
+    test = text2image.Part(images, captions, t[:, None], None, None, None)
+
+    class Reader(nn.Module):
+        scale = 1.0
+
+        def __init__(self, blind=""):
+            super().__init__()
+            self.unseen = text2image.encode([blind])[0, :len(blind)].long()
+
+        def forward(self, t):                               # how often each letter occurs
+            h = torch.nn.functional.one_hot(t.long(), 71).sum(1).float()
+            h[:, self.unseen] = 0
+            return torch.nn.functional.normalize(h, dim=1)
+
+    def score(phi_t, sign=1):
+        def phi_v(x):                                       # knows the caption of its picture
+            return sign * phi_t(t)[((x[:, 0, 0, 0] + 1) * 127.5).round().long()]
+
+        nets = SimpleNamespace(phi_t=phi_t, phi_v=phi_v)
+        return text2image.one_word(SimpleNamespace(device="cpu"), nets, test, names, values)
+
+    assert score(Reader()) == {"value": 100.0, "colour": 100.0, "shape": 100.0}
+    assert score(Reader(), -1)["value"] == 0
+    assert score(Reader("redblu")) == {"value": 75.0, "colour": 50.0, "shape": 100.0}
+    nets = SimpleNamespace(phi_t=Reader(), phi_v=lambda x: torch.zeros(len(x), 71))
+    assert text2image.one_word(SimpleNamespace(device="cpu"), nets, test, (), ()) == {}
 
 
 # ------------------------------------------------------------------------------------------------------ a run
