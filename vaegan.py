@@ -589,6 +589,18 @@ def draw(args, Dec, y, k=1):
     return metrics.batched(Dec, torch.randn(len(y), args.z_dim, device=args.device), y)
 
 
+def draw_q(args, Enc, Dec, pictures, y):
+    """Like draw(), with z ~ N(mean, covariance) of the aggregated posterior q(z); also this covariance
+    (dz, dz), which is I where q(z) = p(z)."""
+    x, y_x = pictures.images[:10000], pictures.extra["y"][:10000]
+    mu, log_var = metrics.batched(Enc, x, y_x, scale=(-1.0, 1.0))
+    cov = (mu.T.cov() + log_var.exp().mean(0).diag()).double()
+    metrics.finite(cov)
+    root = torch.linalg.cholesky(cov).T.float()
+    z = mu.mean(0) + torch.randn(len(y), len(root), device=mu.device) @ root
+    return metrics.batched(Dec, z, y), cov
+
+
 def pick(y, n):
     """n random rows of y."""
     return y[torch.randint(len(y), (n,))]
@@ -832,6 +844,10 @@ def evaluate(r, Enc, Dec, Dis, pictures):
         if names:
             found["regressor"] = distance(*(metrics.features(regressor, unit(t)) for t in (x, x_tilde)))
         results["vg-celeba-recon"] = found | looks(x_tilde)
+        with r.aside():                                     # how far q(z) is from p(z), and what it costs
+            drawn, cov = draw_q(args, Enc, Dec, pictures, pick(y, len(x)))
+        far = (cov - torch.eye(len(cov)).to(cov)).norm().item() / len(cov) ** 0.5
+        results["vg-aggregated"] = {"value": far, "unit": "|covariance of q(z) - I| / |I|"} | looks(drawn)
     if Enc and names and not args.conditional:              # effect of adding a vector where it is absent
         edited = edit(Enc, Dec, pictures, min(200, len(x)))
         got = read(edited.flatten(0, 1)).unflatten(0, edited.shape[:2])                 # (n, 1 + A, A)

@@ -3,6 +3,7 @@ gating, protocols of Sec. 4, figures and numbers."""
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -511,6 +512,23 @@ def test_the_plane_has_z1_to_the_right_and_z2_up():
     )
 
 
+def test_samples_with_the_covariance_of_the_aggregated_posterior():
+    torch.manual_seed(0)
+    x, y = torch.randint(256, (4000, 3, 4, 4), dtype=torch.uint8), torch.zeros(4000, 0)
+
+    class Enc(torch.nn.Module):             # mu = (2 a + 1, 2 a - 3), sigma = (1, 2); a is a pixel in [-1, 1]
+        def forward(self, x, y):
+            a = 2 * x[:, 0, 0, :1]
+            return torch.cat([a + 1, a - 3], 1), math.log(4) * torch.tensor([0.0, 1.0]).expand(len(x), 2)
+
+    pictures = SimpleNamespace(images=x, extra={"y": y})
+    z, cov = vaegan.draw_q(args(), Enc(), lambda z, y: z, pictures, torch.zeros(20000, 0))
+    expected = torch.tensor([[4 / 3 + 1, 4 / 3], [4 / 3, 4 / 3 + 4]])
+    assert torch.allclose(cov.float(), expected, atol=0.1)
+    assert torch.allclose(z.T.cov(), cov.float(), atol=0.15)
+    assert torch.allclose(z.mean(0), torch.tensor([1.0, -3.0]), atol=0.1)
+
+
 # ----------------------------------------------------------------------------------------------------- runs
 
 
@@ -536,7 +554,8 @@ def test_a_run_on_digits_draws_figures_and_writes_numbers(digits, tmp_path):
     for figure in ("samples", "fig3", "fig4", "fig6", "plane"):
         assert len(np.unique(np.asarray(Image.open(folder / f"{figure}.png")))) > 8, figure
     found = numbers(folder)
-    assert set(found) == {"vg-celeba-samples", "vg-celeba-recon", "vg-attr", "vg-knn", "deck-vae-gan"}
+    assert set(found) == {"vg-celeba-samples", "vg-celeba-recon", "vg-aggregated", "vg-attr", "vg-knn",
+                          "deck-vae-gan"}
     assert all(math.isfinite(v["value"]) for v in found.values())
     assert found["vg-knn"]["pixels"] < 50 and "paper" not in found["vg-knn"]
     assert {"Dis_l", "regressor", "frechet", "sharpness"} <= set(found["vg-celeba-recon"])
