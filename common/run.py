@@ -314,7 +314,7 @@ class Run:
                 say(f"{describe(args)} | {args.steps:,} steps | {self.folder}")
             folder = self.folder if self.lead else None
             hint = "; --quick or --width .25 takes less" if args.device == "cpu" and not args.quick else ""
-            images = args.batch_size * self.world
+            images = getattr(self.parts.get("batches"), "batch", args.batch_size * self.world)
             self.logger = log.Logger(folder, self.end, images, self.step, args.script, hint)
         self.logger.steps, self.logger.since = self.end, time.perf_counter()
         old = {s: signal.signal(s, self._stop) for s in stops()}

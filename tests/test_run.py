@@ -18,7 +18,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from common import UserError, log, prepare, run
+from common import UserError, data, log, prepare, run
 
 SMALL = ("--batch-size", "8", "--log-every", "1", "--save-every", "20", "--device", "cpu")
 
@@ -608,6 +608,13 @@ def test_rank_0_alone_draws(tmp_path):
         r.lead = False
         assert not r.draws()
         r.lead = True
+
+
+def test_the_rate_counts_every_minibatch_of_a_step(tmp_path):
+    images = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1)
+    r = started(tmp_path, "--steps", 1, "--batch-size", 2, batches=data.Batches(images, batch_size=6))
+    for _ in r.loop():                                      # gan.py --k 3
+        assert r.logger.images_per_step == 6
 
 
 def test_tensorboard_has_groups_and_the_settings_in_one_file(tmp_path):
