@@ -1031,8 +1031,9 @@ def evaluate(r, nets, pictures, train, test):
     args, extra, results = r.args, pictures.extra, {}
     if not args.e2e:                                        # which does not train phi_v
         results = dict([retrieval(args, nets, test)])
+        words = extra.get("attribute_names", ()), extra.get("attribute_values", ())
         with r.aside():
-            found = one_word(args, nets, test, *(extra.get(f"attribute_{k}", ()) for k in ("names", "values")))
+            found = one_word(args, nets, test, *words)
         if found:
             results["one-word"] = found | {"unit": "% prefer their caption to one that differs in a word"}
     if test.attributes is not None:

@@ -33,7 +33,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import UserError, data, export, log, metrics, run
-from common.fuse import autocast, average, averaged, calibrate, descend, frozen, fuse, place, set_rate
+from common.fuse import (
+    autocast,
+    average,
+    averaged,
+    calibrate,
+    descend,
+    frozen,
+    fuse,
+    place,
+    precise,
+    set_rate,
+)
 
 # --------------------------------------------------------------------------------------------------- settings
 # One row per picture size.  The paper gives networks for 64 x 64 and few settings (Sec. 4).  Where it is
@@ -594,9 +605,9 @@ def draw_q(args, Enc, Dec, pictures, y):
     (dz, dz), which is I where q(z) = p(z)."""
     x, y_x = pictures.images[:10000], pictures.extra["y"][:10000]
     mu, log_var = metrics.batched(Enc, x, y_x, scale=(-1.0, 1.0))
-    cov = (mu.T.cov() + log_var.exp().mean(0).diag()).double()
+    cov = precise(mu.T.cov() + log_var.exp().mean(0).diag()).double()
     metrics.finite(cov)
-    root = torch.linalg.cholesky(cov).T.float()
+    root = torch.linalg.cholesky(cov).T.float().to(mu.device)
     z = mu.mean(0) + torch.randn(len(y), len(root), device=mu.device) @ root
     return metrics.batched(Dec, z, y), cov
 
