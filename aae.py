@@ -71,6 +71,7 @@ FAST = dict(
     optimizer="adam", rates=(1e-3,) * 3)   # alone 15.4 %, the paper's SGD 21.2 %
 INFER = FAST | dict(
     bn=True, where="hidden",               # without 4.4 %
+    # For digits: on Fashion-MNIST neither of these helps (29.3 % with both, 28.5 without).
     consistency=20.0,                      # q(y|x) agrees under other noise on x; without 5.5 %
     warp=1.0)                              # ... and however a digit stands; without 9.5 %
 UNLABELLED = INFER | dict(
@@ -82,7 +83,7 @@ TUNED = dict.fromkeys(PAPER, FAST) | {
     "likelihood": FAST | dict(noise=0.7, rates=(1e-3, 3e-4, 1e-3)),   # smoother digits: 334 nats, else 318
     **dict.fromkeys(["style", "style-svhn"],
                     FAST | dict(D_label=True)),   # q(z|y) comes to p(z): 77 % of samples right, else 22 %
-    "semi": INFER, "semi-svhn": INFER | dict(where="all"),
+    "semi": INFER,                                                    # SVHN: not measured
     "cluster": UNLABELLED, "reduce": INFER | dict(hold=0.1), "reduce-0": UNLABELLED | dict(hold=0.1),
 }
 QUICK = {"prior-mixture": dict(steps=3000), "style": dict(width=0.5, steps=6000),
