@@ -71,8 +71,10 @@ PAPER = {
 ONE_PASS = dict(fresh_z=False)             # one pass of G serves both updates: a tenth less time
 STABLE = ONE_PASS | dict(
     together=True,                         # else BatchNorm hides brightness from D, and G draws grey noise
-    noise=0.1,                             # against samples of one saturated pattern
-    fix_sigma=True, lam_cont=1.0)          # a learnt sigma lets codes hide in a texture; no gain in 700 steps
+    # Mean rank correlation of --dataset faces --quick, seeds 0 and 1: .76, .85 with all of these.
+    noise=0.1,                             # without .60, .73
+    fix_sigma=True, lam_cont=1.0)          # Table 5 (learnt, .2): .76, .88, but rougher pictures, as codes
+                                           # hide in a texture; sigma learnt with lambda 1: .33, .45
 TUNED = {
     "mnist": ONE_PASS | dict(
         steps=3000, gan_steps=1000,
