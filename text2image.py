@@ -94,7 +94,7 @@ STABLE = dict(
     steps=20000, encoder_steps=5000,  # a quarter of the published lengths, or less
     # The encoders.  A rate of 3e-4 names 39.3 % of the pictures of 5 unseen classes of birds, 2e-3 24.5 %.
     opt_phi="adam", lr_phi=3e-4, drops=None,
-    image_features="own")        # for want of a download; GoogLeNet's were not tried
+    image_features="own")        # trained here; GoogLeNet's are a download and were not tried
 TUNED = dict.fromkeys(PAPER, STABLE)
 # A small G and phi_t; D, phi_v and S are a quarter of the paper's.
 QUICK = {"scenes": dict(width=0.1, ngf=96, ndf=160, batch_size=32, encoder_steps=1500, lr_phi=1e-3,
@@ -983,12 +983,12 @@ def verify(f, style):
     return tuple(np.mean(values, 0) for values in zip(*folds)) or (0.0, np.zeros(2))
 
 
-def retrieval(args, nets, test):
+def retrieval(args, nets, test, v):
     """Eqs. 3 and 4 on held-out pairs: experiment id and its dict.
 
     t2i-enc-zs if their classes do not occur in training; else pictures of equal content are one class.
     """
-    h, v = texts_of(nets.phi_t, test.t, args.device), on_pictures(nets.phi_v, test.images)
+    h = texts_of(nets.phi_t, test.t, args.device)
     h_1, y = h[:, 0], test.content.to(args.device)
     n = len(v) if test.new_classes else min(100, len(v))    # whole groups of n
     groups = torch.arange(len(v) // n * n, device=args.device).split(n)
@@ -1004,10 +1004,12 @@ def retrieval(args, nets, test):
     return "t2i-enc-zs", found
 
 
-def one_word(args, nets, test, names, values):
-    """Kind of attribute -> % of pictures whose v.h is larger for their first caption than for the same one
-    with another word of that kind.  "value": mean over kinds.  50 by chance; {} without names of values."""
-    v, share = on_pictures(nets.phi_v, test.images), {}
+def one_word(args, nets, test, v, names, values):
+    """Kind of attribute -> % of pictures, as v (N, 1024), whose v.h is larger for their first caption than
+    for the same one with another word of that kind.  "value": mean over kinds.  50 by chance; {} without
+    names of values."""
+    h, share = texts_of(nets.phi_t, test.t[:, 0], args.device), {}
+    # Reversed, so that object 1 counts: the values of object 2 also have "none".
     for kind, words in {name.split()[0]: of for name, of in reversed([*zip(names, values)])}.items():
         rows, changed = [], []
         for i, (sentence, *_) in enumerate(test.captions):
@@ -1018,13 +1020,13 @@ def one_word(args, nets, test, names, values):
                 said[j] = [word for word in words if word != said[j]][torch.randint(len(words) - 1, ())]
                 rows.append(i), changed.append(" ".join(said))
         if rows:
-            h, h_1 = (texts_of(nets.phi_t, t, args.device) for t in (test.t[rows, 0], encode(changed)))
-            share[kind] = 50 + 50 * (v[rows] * (h - h_1)).sum(1).sign().mean().item()
+            h_1 = texts_of(nets.phi_t, encode(changed), args.device)
+            share[kind] = 50 + 50 * (v[rows] * (h[rows] - h_1)).sum(1).sign().mean().item()
     return {"value": sum(share.values()) / len(share), **share} if share else {}
 
 
 def print_retrieval(args, nets, test):
-    _, found = retrieval(args, nets, test)
+    _, found = retrieval(args, nets, test, on_pictures(nets.phi_v, test.images))
     log.say(f"held-out pairs: {found['value']:.1f} {found['unit']}, by Eq. 4 {found['f_t']:.1f}")
 
 
@@ -1032,10 +1034,11 @@ def evaluate(r, nets, pictures, train, test):
     """Numbers on held-out data: experiment id -> dict with "value" and, if published, "paper"."""
     args, extra, results = r.args, pictures.extra, {}
     if not args.e2e:                                        # which does not train phi_v
-        results = dict([retrieval(args, nets, test)])
-        words = extra.get("attribute_names", ()), extra.get("attribute_values", ())
+        v = on_pictures(nets.phi_v, test.images)
+        results = dict([retrieval(args, nets, test, v)])
         with r.aside():
-            found = one_word(args, nets, test, *words)
+            found = one_word(args, nets, test, v, extra.get("attribute_names", ()),
+                             extra.get("attribute_values", ()))
         if found:
             results["one-word"] = found | {"unit": "% prefer their caption to one that differs in a word"}
     if test.attributes is not None:

@@ -33,18 +33,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import UserError, data, export, log, metrics, run
-from common.fuse import (
-    autocast,
-    average,
-    averaged,
-    calibrate,
-    descend,
-    frozen,
-    fuse,
-    place,
-    precise,
-    set_rate,
-)
+from common.fuse import autocast, average, averaged, calibrate, descend, frozen, fuse, place, set_rate
 
 # --------------------------------------------------------------------------------------------------- settings
 # One row per picture size.  The paper gives networks for 64 x 64 and few settings (Sec. 4).  Where it is
@@ -605,7 +594,7 @@ def draw_q(args, Enc, Dec, pictures, y):
     (dz, dz), which is I where q(z) = p(z)."""
     x, y_x = pictures.images[:10000], pictures.extra["y"][:10000]
     mu, log_var = metrics.batched(Enc, x, y_x, scale=(-1.0, 1.0))
-    cov = precise(mu.T.cov() + log_var.exp().mean(0).diag()).double()
+    cov = (mu.T.cov() + log_var.exp().mean(0).diag()).cpu().double()
     metrics.finite(cov)
     root = torch.linalg.cholesky(cov).T.float().to(mu.device)
     z = mu.mean(0) + torch.randn(len(y), len(root), device=mu.device) @ root
@@ -857,7 +846,7 @@ def evaluate(r, Enc, Dec, Dis, pictures):
         results["vg-celeba-recon"] = found | looks(x_tilde)
         with r.aside():                                     # how far q(z) is from p(z), and what it costs
             drawn, cov = draw_q(args, Enc, Dec, pictures, pick(y, len(x)))
-        far = (cov - torch.eye(len(cov)).to(cov)).norm().item() / len(cov) ** 0.5
+        far = (cov - torch.eye(len(cov))).norm().item() / len(cov) ** 0.5
         results["vg-aggregated"] = {"value": far, "unit": "|covariance of q(z) - I| / |I|"} | looks(drawn)
     if Enc and names and not args.conditional:              # effect of adding a vector where it is absent
         edited = edit(Enc, Dec, pictures, min(200, len(x)))

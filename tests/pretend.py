@@ -326,7 +326,8 @@ def accelerator(kind):
            "manual_seed": lambda seed: set_rng_state(torch.Generator().manual_seed(seed + 1).get_state())}
     here = {"is_available": lambda: True, "device_count": lambda: 1, "synchronize": lambda: None,
             "current_accelerator": lambda *_, **__: torch.device(kind)}
-    return machine(pretence, (getattr(torch, kind), own), (torch.accelerator, here))
+    macos = torch.backends.mps, {"is_macos_or_newer": lambda *_: True}      # PyTorch 2.6 asks for bf16
+    return machine(pretence, (getattr(torch, kind), own), (torch.accelerator, here), macos)
 
 
 @contextlib.contextmanager

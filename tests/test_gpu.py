@@ -193,9 +193,8 @@ def test_aside_leaves_the_random_numbers_of_another_accelerator_alone(tmp_path, 
 def test_what_another_accelerator_can_is_tried():
     fuse.can.cache_clear()
     with pretend.accelerator("mps"):
-        found = {what: fuse.can("mps", what) for what in ("float64", "channels_last", "bf16", "fused")}
-        assert found.pop("bf16") or torch.__version__ < "2.11"
-        assert found == {"float64": False, "channels_last": False, "fused": False}
+        assert {what: fuse.can("mps", what) for what in ("float64", "channels_last", "bf16", "fused")} == {
+            "float64": False, "channels_last": False, "bf16": True, "fused": False}
         assert fuse.precise(torch.ones(2, device="mps")).device.type == "cpu"
     assert fuse.can("cuda", "fused") and fuse.can("cpu", "float64")
     assert not fuse.can("xpu", "fused")         # none here

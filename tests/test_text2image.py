@@ -645,14 +645,14 @@ def test_captions_that_differ_in_one_word():
         def phi_v(x):                                       # knows the caption of its picture
             return sign * phi_t(t)[((x[:, 0, 0, 0] + 1) * 127.5).round().long()]
 
-        nets = SimpleNamespace(phi_t=phi_t, phi_v=phi_v)
-        return text2image.one_word(SimpleNamespace(device="cpu"), nets, test, names, values)
+        nets, v = SimpleNamespace(phi_t=phi_t), text2image.on_pictures(phi_v, images)
+        return text2image.one_word(SimpleNamespace(device="cpu"), nets, test, v, names, values)
 
     assert score(Reader()) == {"value": 100.0, "colour": 100.0, "shape": 100.0}
     assert score(Reader(), -1)["value"] == 0
     assert score(Reader("redblu")) == {"value": 75.0, "colour": 50.0, "shape": 100.0}
-    nets = SimpleNamespace(phi_t=Reader(), phi_v=lambda x: torch.zeros(len(x), 71))
-    assert text2image.one_word(SimpleNamespace(device="cpu"), nets, test, (), ()) == {}
+    nets, v = SimpleNamespace(phi_t=Reader()), torch.zeros(len(t), 71)
+    assert text2image.one_word(SimpleNamespace(device="cpu"), nets, test, v, (), ()) == {}
 
 
 # ------------------------------------------------------------------------------------------------------ a run
