@@ -659,7 +659,7 @@ def turning(G, args, clf, names, z, a, repeats=20, n=10):
     `repeats` turn vectors of 4 + 4 exemplars and n samples each -> (dict, the picks).
 
     An untrained G reaches .98 by differences that nobody sees: it counts only with COVERED, azimuth at the
-    end less that at the start in % of the data's range (--quick after 2 steps .3, after 4,002 77).
+    end less that at the start in % of the data's range (--quick after 2 steps .3, after 4,000 78).
     """
     azimuth = a[:, names.index("azimuth")]
     left, right = pick_exemplars(-azimuth, repeats, 4), pick_exemplars(azimuth, repeats, 4)

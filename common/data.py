@@ -202,7 +202,7 @@ def unpack(archive, folder):
     """Unpack `folder` from `archive`.  torchvision accepts only its own archive but checks the files."""
     if archive.is_file() and not (archive.parent / folder).exists():
         with tarfile.open(archive) as t:
-            t.extraction_filter = getattr(tarfile, "data_filter", None)         # missing before Python 3.10.12
+            t.extraction_filter = getattr(tarfile, "data_filter", None)  # missing before Python 3.10.12
             t.extractall(archive.parent, [m for m in t if m.isfile() and Path(m.name).parent == Path(folder)])
 
 

@@ -116,19 +116,20 @@ def keep(folder, name=None):
 
 
 def value(group, name):
-    """A table cell: mean, deviation and values over seeds, or one run's value with its further numbers."""
+    """A table cell: mean, deviation and values over seeds, or one run's value; and its further numbers."""
     def number(v):
         return "not finite" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4g}"
-    own = group[0]["results"][name]
-    values, unit = [r["results"][name]["value"] for r in group], f" {own.get('unit', '')}".rstrip()
-    each = ", ".join(map(number, values))
-    if len(group) > 1:
-        head = each if None in values else f"{statistics.mean(values):.4g} ± {statistics.stdev(values):.2g}"
-        seeds = ", ".join(str(r["seed"]) for r in group)
-        return f"**{head}**{unit}; seeds {seeds}" + f": {each}" * (None not in values)
-    more = [f"{k} {number(v)}" for k, v in own.items()
-            if type(v) in (int, float) and k != "value" and not k.startswith("paper")]
-    return f"**{each}**{unit}; " + "; ".join([f"seed {group[0]['seed']}", *more])
+    found = [r["results"][name] for r in group]
+    values, unit = [own["value"] for own in found], f" {found[0].get('unit', '')}".rstrip()
+    each, seeds = (", ".join(map(str, v)) for v in (map(number, values), (r["seed"] for r in group)))
+    names = [k for k in found[0] if k != "value" and not k.startswith("paper")
+             and all(type(own.get(k)) in (int, float) for own in found)]
+    more = [f"{k} {number(statistics.mean(own[k] for own in found))}" for k in names]
+    if len(group) == 1:
+        return f"**{each}**{unit}; " + "; ".join([f"seed {seeds}", *more])
+    head = each if None in values else f"{statistics.mean(values):.4g} ± {statistics.stdev(values):.2g}"
+    return (f"**{head}**{unit}; seeds {seeds}" + f": {each}" * (None not in values)
+            + f"; means: {', '.join(more)}" * bool(more))
 
 
 def groups(records, name):

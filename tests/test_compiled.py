@@ -44,8 +44,8 @@ def trained(name, compiled, out, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Run, "loop", measured)
         patch.setattr(Run, "keep", kept_as_well)
-        patch.setattr(Run, "log",
-                      lambda self, scalars: log.append({k: torch.as_tensor(v).item() for k, v in scalars.items()}))
+        patch.setattr(Run, "log", lambda _, scalars: log.append(
+            {k: torch.as_tensor(v).item() for k, v in scalars.items()}))
         patch.setattr(Run, "show", lambda *_: None)
         patch.setattr(fuse, "BACKEND", "aot_eager")
         with pytest.raises(Enough):

@@ -147,6 +147,18 @@ def test_PAPER_and_TUNED_never_share_a_cell_and_seeds_are_summed_up(house):
     assert narrow[5].endswith("width 0.5")
 
 
+def test_further_numbers_stand_behind_the_value_and_are_averaged_over_seeds(house):
+    for seed, least in enumerate((1.0, 2.0)):
+        run = report(f"python gan.py --seed {seed}", seed=seed)
+        run["results"]["x-error"] |= {"least": least, "by class": [1, 2], f"only {seed}": 3}
+        results.keep(run_folder(house, f"a{seed}", run))
+    (both,) = cells()
+    assert both[3].endswith("; means: least 1.5")
+    (house / "results" / next(n for n in results.load() if n.endswith("s1"))).with_suffix(".json").unlink()
+    (one,) = cells()
+    assert one[3].endswith("; seed 0; least 1; only 0 3")
+
+
 def test_a_run_without_a_finite_number_is_named_among_its_seeds(house):
     for seed, value in ((2, 30.12), (3, None)):
         run = report(f"python gan.py --seed {seed}", seed=seed, value=value)
