@@ -819,7 +819,7 @@ OK = np.zeros((4, 3, 8, 8), np.uint8)
         ({"x": OK, "y": OK}, ["holds x, y", "expected an array images"]),
         ({"images": OK.astype(np.float32)},
          ["float32 (4, 3, 8, 8)", "expected uint8", '* 255).round().astype("uint8")']),
-        ({"images": OK + np.int64(300)}, ["int64", "expected uint8", "0 to 255"]),
+        ({"images": OK.astype(np.int64) + 300}, ["int64", "expected uint8", "0 to 255"]),
         (
             {"images": OK.transpose(0, 2, 3, 1)},
             ["(4, 8, 8, 3)", "images.transpose(0, 3,"],
