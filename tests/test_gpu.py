@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import MappingKey, keystr, tree_flatten_with_path
 
 import gan
-from common import UserError, bench, data, fuse, render
+from common import UserError, bench, data, fuse, metrics, render
 from common.run import Run, _device, _one_line
 
 HEADS = "--dataset", "heads.npz", "--net"
@@ -59,11 +59,12 @@ def folder(tmp_path_factory, digits):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Two minibatches calibrate BatchNorm: the pretended GPU is slow."""
-    calibrate = fuse.calibrate
+    """Two minibatches calibrate BatchNorm, 5 steps train a classifier: the pretended GPU is slow."""
+    calibrate, train = fuse.calibrate, metrics._train
     for name in ("cgan", "text2image", "vaegan"):
         monkeypatch.setattr(importlib.import_module(name), "calibrate",
                             lambda net, batches: calibrate(net, itertools.islice(batches, 2)))
+    monkeypatch.setattr(metrics, "_train", lambda clf, x, y, steps, seed: train(clf, x, y, 5, seed))
 
 
 def differences(a, b):
