@@ -127,7 +127,11 @@ def value(group, name):
     more = [f"{k} {number(statistics.mean(own[k] for own in found))}" for k in names]
     if len(group) == 1:
         return f"**{each}**{unit}; " + "; ".join([f"seed {seeds}", *more])
-    head = each if None in values else f"{statistics.mean(values):.4g} ± {statistics.stdev(values):.2g}"
+    if None in values:
+        head = each
+    else:
+        std = statistics.stdev(values)
+        head = f"{statistics.mean(values):.4g} ± {std:{'.2g' if std < 99.5 else '.0f'}}"
     return (f"**{head}**{unit}; seeds {seeds}" + f": {each}" * (None not in values)
             + f"; means: {', '.join(more)}" * bool(more))
 
