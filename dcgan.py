@@ -772,6 +772,7 @@ def svm_errors(X, y, X_test, y_test, per_class=None, draws=1, tries=1, Cs=CS):
     trials = [balanced(y, pool, per_class) for _ in range(tries)]
     for C in Cs:
         valid[C] = sum(error(l2_svm(X[i], y[i], C, 1e-2), X[held], y[held]) for i in trials) / tries
+        log.say(f"L2-SVM, C {C:g}: {valid[C]:.2f} % validation error")
         if valid[C] > min(valid.values()) + 0.5:            # larger C are worse and slow to solve
             break
     C = min(valid, key=valid.get)
@@ -834,6 +835,7 @@ def report_features(r, D, channels):
             found = supervised(args, channels, images, y, test, y_test)
         key = f"dcgan-{pictures.name}-base"
         return r.results({key: found | (published(args, key) if args.supervised == TRIALS else {})})
+    log.say(f"features of {len(images) + len(test):,} pictures")
     data_statistics(D, images, args.device)
     X, X_test = (precise(features(D, x, args.device)) for x in (images, test))
     y, y_test = y.to(X.device), y_test.to(X.device)
