@@ -62,7 +62,7 @@ GAN = dict(
     variant="int-cls", beta=0.5,                            # Sec. 4.3
     views=True,                                             # a view and a text at a time; code: the mean of 4
     ngf=128, ndf=64,                                        # maps of G and D (code)
-    batch_size=64, lr_D=2e-4, lr_G=2e-4, decay_lr=False,    # constant; code: halved every 100 epochs
+    batch_size=64, lr_D=2e-4, lr_G=2e-4,                    # constant; code: halved every 100 epochs
     together=False, noise=0.0, h_std=0.0, average=0.0,
     image_features="googlenet", opt_phi="rmsprop", lr_phi=7e-4,
     drops=(0.98, 200),                                      # times .98 after each of 200 epochs
@@ -88,12 +88,10 @@ STABLE = dict(
     h_std=0.05,                  # scale h to this std: unscaled, it is far below z and G ignores it for long
     variant="cls",               # --quick: 58.3 % of attributes, int-cls 54.3
     average=0.999,               # the EMA of G draws and teaches S.  --quick: 58.3 %, without 57.5
-    # To 0, linearly over the encoders' and the GAN's second half.  --quick: Frechet distance 1294; if G's and
-    # D's rates are constant 1486 (58.7 % of attributes).
-    decay_lr=True,
     steps=20000, encoder_steps=5000,  # a quarter of the published lengths, or less
     # The encoders.  A rate of 3e-4 names 39.3 % of the pictures of 5 unseen classes of birds, 2e-3 24.5 %.
-    opt_phi="adam", lr_phi=3e-4, drops=None,
+    opt_phi="adam", lr_phi=3e-4,
+    drops=None,                  # linear to 0 over the second half
     image_features="own")        # trained here; GoogLeNet's are a download and were not tried
 TUNED = dict.fromkeys(PAPER, STABLE)
 # A small G and phi_t; D, phi_v and S are a quarter of the paper's.
@@ -318,15 +316,14 @@ def build(args, train):
         h_wrong = h[mismatched(content[i])] if cls else None                            # line 4
         h_fake = torch.cat([h, interpolate(h, args.beta)]) if "int" in args.variant else h  # Eq. 5
         z = torch.randn(len(h_fake), NZ, device=x.device)                               # line 5
-        std = args.noise and args.noise * opt_D.param_groups[0]["lr"] / args.lr_D
         with amp:
             x_fake = G(z, h_fake.detach())                                              # line 6
-            a_r, a_w, a_f = D_sees(D, x, h, x_fake[:len(h)].detach(), h, args, std, h_wrong)  # 7-9
+            a_r, a_w, a_f = D_sees(D, x, h, x_fake[:len(h)].detach(), h, args, h_wrong)  # 7-9
         value = L_D(a_r, a_w, a_f) if cls else V(a_r, a_f)                              # line 10
         descend(-value, opt_D)                              # line 11: ascends; the printed minus is a slip
         h, h_fake = h.detach(), h_fake.detach()
         with amp, frozen(D):                                # through the updated D (authors' code)
-            _, _, a_f = D_sees(D, x if args.together else None, h, x_fake, h_fake, args, std)
+            _, _, a_f = D_sees(D, x if args.together else None, h, x_fake, h_fake, args)
         log_s = L_G(a_f)                                    # line 12; for Eq. 5 too, not -log(1 - s)
         descend(-log_s, opt_G)                              # line 13: ascends
         average(G_bar, G, args.average)
@@ -392,9 +389,7 @@ def train_gan(r, nets, opts, steps, batches, test):
     end = r.step + max(0, args.steps - int(nets.G.t))
     if end > r.step:
         nets.S.t.zero_()
-    for step in r.loop(end):
-        for opt, lr in ((opts.opt_G, args.lr_G), (opts.opt_D, args.lr_D)):
-            set_rate(opt, rate(args, lr, (end - step + 1) / args.steps))
+    for _ in r.loop(end):
         r.log(steps.gan(*next(batches)))
         if r.draws():
             with r.aside():
@@ -461,7 +456,7 @@ def parse_args(argv=None):
         help="random crops and mirroring [on, except for scenes and shapes]")
     add("--lr-D", type=positive, help="Adam's learning rate for D and S (Sec. 5) [2e-4]")
     add("--lr-G", type=positive, help="Adam's learning rate for G [1.2e-3; --paper: 2e-4]")
-    add("--noise", type=weight, help="initial std of the Gaussian noise on D's input [.1; --paper: 0]")
+    add("--noise", type=weight, help="std of the Gaussian noise on D's input [.1; --paper: 0]")
     add("--average", type=run.number(float, 0, 1), help="decay of the EMA of G [.999; --paper: 0]")
     add("--phi-t", choices=("rnn", "gru"), help="recurrent part of phi_t [depends on the data set]")
     add("--image-features", choices=("own", "googlenet"),
@@ -505,14 +500,14 @@ def experiment(args):
 
 # ------------------------------------------------------------------------ what TUNED adds to the paper's step
 
-def D_sees(D, x, h, x_fake, h_fake, args, std, h_wrong=None):
-    """(a_r, a_w, a_f): D's logits of (x, h), (x, h_wrong) and (x_fake, h_fake), under noise of `std`.
+def D_sees(D, x, h, x_fake, h_fake, args, h_wrong=None):
+    """(a_r, a_w, a_f): D's logits of (x, h), (x, h_wrong) and (x_fake, h_fake), under args.noise.
 
     BatchNorm normalizes the three batches separately (authors' code), or jointly with `args.together` so that
     D sees differences in brightness and contrast.  x is None: only a_f is computed.  h_wrong is None: no a_w.
     """
     def noisy(x):
-        return x + std * torch.randn_like(x) if args.noise else x
+        return x + args.noise * torch.randn_like(x) if args.noise else x
 
     if args.together:
         a = D(noisy(torch.cat([x, x_fake])), torch.cat([h, h_fake]), h_wrong)
@@ -525,15 +520,11 @@ def D_sees(D, x, h, x_fake, h_fake, args, std, h_wrong=None):
     return a_r, a_w, D(noisy(x_fake), h_fake)
 
 
-def rate(args, lr, left):
-    """Learning rate with a fraction `left` of a phase to go: constant, or linear to 0 in its second half."""
-    return lr * min(1.0, 2 * left) if args.decay_lr else lr
-
-
 def phi_rate(args, left):
-    """The encoders' learning rate: rate(), or for drops = (factor, parts) times `factor` after each part."""
+    """The encoders' learning rate with a fraction `left` of their steps to go: times `factor` after each part
+    for drops = (factor, parts), else linear to 0 in the second half."""
     if not args.drops:
-        return rate(args, args.lr_phi, left)
+        return args.lr_phi * min(1.0, 2 * left)
     factor, parts = args.drops
     return args.lr_phi * factor ** int(parts * (1 - left) + 1e-6)
 
