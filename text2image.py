@@ -86,7 +86,7 @@ STABLE = dict(
     lr_G=1.2e-3, noise=0.1,      # else D wins on high-frequency texture and G ignores z
     together=True,               # D sees differences in brightness and contrast
     h_std=0.05,                  # scale h to this std: unscaled, it is far below z and G ignores it for long
-    variant="cls",               # --quick: 58.3 % of attributes, int-cls 54.3
+    variant="cls",               # --quick, with falling rates: 58.3 % of attributes, int-cls 54.3
     average=0.999,               # the EMA of G draws and teaches S.  --quick: 58.3 %, without 57.5
     steps=20000, encoder_steps=5000,  # a quarter of the published lengths, or less
     # The encoders.  A rate of 3e-4 names 39.3 % of the pictures of 5 unseen classes of birds, 2e-3 24.5 %.
