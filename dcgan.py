@@ -705,7 +705,7 @@ def forget(G, args, z, has, z_new, clf, names, word):
 
 # ---------------------------------------------------------------------------------- Sec. 5: D as a classifier
 
-CS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
+CS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 PROTOCOLS = {    # Tables 1 and 2; any other data: all labels, one fit
     "cifar10": {"dcgan-cifar": {}, "dcgan-cifar-400": {"per_class": 400, "draws": 5}},
     "svhn": {"dcgan-svhn": {"per_class": 100, "draws": 100, "tries": 10,
