@@ -784,6 +784,16 @@ def head_labels(a, labels):
     return labels[torch.stack(odds, 1).argmax(0)]
 
 
+def majority_labels(k, labels, m):
+    """The most frequent label of the pictures in each of m clusters (m,), for comparison with head_labels().
+
+    Clusters k (N,), labels (N,), -1 for none.  0 for an empty cluster.
+    """
+    k, labels = k[labels >= 0], labels[labels >= 0]
+    counts = torch.zeros(m, int(labels.max()) + 1)
+    return counts.index_put_((k, labels), torch.ones(()), accumulate=True).argmax(1)
+
+
 def name_clusters(Q, sets):
     """The label of each cluster (m,), from the validation pictures."""
     images, labels = sets["valid"]
@@ -891,8 +901,10 @@ def cluster(r, Q, P, sets):
         rows[i, 1:] = 0
         rows[i, 1:len(members) + 1] = members.float() / 255
     r.show("fig9", log.grid(rows.flatten(0, 1), 16))
-    table = name_clusters(Q, sets)
-    return {f"aae-clu{P.m}": {"value": error(Q, sets, table), "unit": "% error", "labels": table.tolist()}}
+    table, (valid, labels) = name_clusters(Q, sets), sets["valid"]
+    majority = majority_labels(encode(Q, valid)[1].argmax(1), labels, P.m)
+    return {f"aae-clu{P.m}": {"value": error(Q, sets, table), "named by majority": error(Q, sets, majority),
+                              "unit": "% error", "labels": table.tolist()}}
 
 
 def reduce(r, Q, P, sets):
