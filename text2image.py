@@ -932,6 +932,23 @@ def agreement(a, attributes, counts, names):
             "all": 100 * right.masked_fill(~there, 1.0).amin(1).mean().item()}
 
 
+def order(a, attributes, counts, names):
+    """{"order": % of pictures of two objects whose logits a (N, sum of counts) fit the attributes better than
+    with the objects exchanged}, 50 by chance; {} without names in pairs, like "size 1" and "size 2"."""
+    kinds = [name[:-2] for name in names if name.endswith(" 1") and name[:-2] + " 2" in names]
+    if not kinds:
+        return {}
+    two = attributes[:, names.index(kinds[0] + " 2")] >= 0
+    log_p = dict(zip(names, (a_i.log_softmax(1) for a_i in a[two].double().split(counts, 1))))
+    y = dict(zip(names, attributes[two].T[..., None]))
+
+    def fit(i, j):                                          # of object i's attributes to object j's logits
+        return sum(log_p[f"{kind} {j}"].gather(1, y[f"{kind} {i}"]) for kind in kinds)
+
+    gain = fit(1, 1) + fit(2, 2) - fit(1, 2) - fit(2, 1)
+    return {"order": 50 + 50 * gain.sign().mean().item()}
+
+
 def clusters(x, k, starts=5, steps=30):
     """K-means: cluster indices (N,) of x (N, d), from the best of several k-means++ starts."""
     x, best = x - x.mean(0), (float("inf"), None)
@@ -1049,7 +1066,8 @@ def evaluate(r, nets, pictures, train, test):
 
         def judge(x, attributes):
             there = attributes.masked_fill(attributes == none, -1)
-            return agreement(metrics.logits(clf, x).cpu(), there, counts, names)
+            a = metrics.logits(clf, x).cpu()
+            return agreement(a, there, counts, names) | order(a, there, counts, names)
 
         def drawn(t):
             return (draw(nets.G_bar, texts_of(nets.phi_t, t[:, 0], args.device)) + 1) / 2

@@ -520,6 +520,17 @@ def test_agreement_of_each_kind():
     assert text2image.agreement(a, attributes, counts, names) == perfect
 
 
+def test_order_compares_two_objects_with_the_same_two_exchanged():
+    names, counts = ["size 1", "shape 1", "size 2", "shape 2", "relation"], [2, 3, 3, 4, 3]
+    attributes = torch.tensor([[0, 1, 1, 2, 1], [1, 0, 0, 0, 2], [1, 2, -1, -1, 0]])
+    a = torch.cat([nn.functional.one_hot(c.clamp(min=0), k) for c, k in zip(attributes.T, counts)], 1).float()
+    assert text2image.order(a, attributes, counts, names) == {"order": 100}
+    exchanged = torch.tensor([[1, 2, 0, 1, 1]])
+    a[0] = torch.cat([nn.functional.one_hot(c, k) for c, k in zip(exchanged.T, counts)], 1).float()
+    assert text2image.order(a, attributes, counts, names) == {"order": 50}      # one of two; one has no second
+    assert text2image.order(a[:, :5], attributes[:, :2], counts[:2], ["size 1", "tint"]) == {}
+
+
 def test_area_under_the_curve():
     area = lambda same, other: text2image.roc(torch.tensor(same), torch.tensor(other))[0]
     assert area([2.0, 3], [0.0, 1]) == 1 and area([0.0], [0.0, 1]) == 0.25
