@@ -1012,25 +1012,33 @@ def retrieval(args, nets, test, v):
     return "t2i-enc-zs", found
 
 
+OPPOSITES = ("left", "right"), ("above", "below"), ("over", "under")
+
+
 def one_word(args, nets, test, v, names, values):
     """Kind of attribute -> % of pictures, as v (N, 1024), whose v.h is larger for their first caption than
-    for the same one with another word of that kind.  "value": mean over kinds.  50 by chance; {} without
-    names of values."""
+    for the same one with another word of that kind; "order": with the opposite direction, so that two objects
+    change places.  "value": mean over attributes.  50 by chance; {} without names of values."""
     h, share = texts_of(nets.phi_t, test.t[:, 0], args.device), {}
     # Reversed, so that object 1 counts: the values of object 2 also have "none".
-    for kind, words in {name.split()[0]: of for name, of in reversed([*zip(names, values)])}.items():
+    kinds = {name.split()[0]: {word: [other for other in words if other != word] for word in words}
+             for name, words in reversed([*zip(names, values)])}
+    if kinds:
+        kinds["order"] = {word: [other] for pair in OPPOSITES for word, other in (pair, pair[::-1])}
+    for kind, others in kinds.items():
         rows, changed = [], []
         for i, (sentence, *_) in enumerate(test.captions):
             said = sentence.split()
-            at = [j for j, word in enumerate(said) if word in words]
-            if at and len(words) > 1:
+            at = [j for j, word in enumerate(said) if others.get(word)]
+            if at:
                 j = at[torch.randint(len(at), ())]
-                said[j] = [word for word in words if word != said[j]][torch.randint(len(words) - 1, ())]
+                said[j] = others[said[j]][torch.randint(len(others[said[j]]), ())]
                 rows.append(i), changed.append(" ".join(said))
         if rows:
             h_1 = texts_of(nets.phi_t, encode(changed), args.device)
             share[kind] = 50 + 50 * (v[rows] * (h[rows] - h_1)).sum(1).sign().mean().item()
-    return {"value": sum(share.values()) / len(share), **share} if share else {}
+    own = [share[kind] for kind in share if kind != "order"]
+    return {"value": sum(own) / len(own), **share} if own else {}
 
 
 def print_retrieval(args, nets, test):

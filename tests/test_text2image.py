@@ -658,6 +658,11 @@ def test_captions_that_differ_in_one_word():
     assert score(Reader()) == {"value": 100.0, "colour": 100.0, "shape": 100.0}
     assert score(Reader(), -1)["value"] == 0
     assert score(Reader("redblu")) == {"value": 75.0, "colour": 50.0, "shape": 100.0}
+    captions = [[f"{caption} above a tree"] for caption, in captions]
+    t = text2image.encode(c for c, in captions)
+    test = text2image.Part(images, captions, t[:, None], None, None, None)
+    assert score(Reader()) == {"value": 100.0, "colour": 100.0, "shape": 100.0, "order": 100.0}
+    assert score(Reader("abovelw"))["order"] == 50
     nets, v = SimpleNamespace(phi_t=Reader()), torch.zeros(len(t), 71)
     assert text2image.one_word(SimpleNamespace(device="cpu"), nets, test, v, (), ()) == {}
 
