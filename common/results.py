@@ -188,7 +188,7 @@ def markdown():
         parts += [f"\n## {section['title']}\n",
                   *(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in line)} |" for line in lines),
                   "\n" + deeper(folder / "notes" / f"{section.get('script')}.md", 2)]
-    parts += ["## Recorded before these files were kept\n", deeper(folder / "before.md", 1)]
+    parts += ["## Speed\n", deeper(folder / "speed.md", 1)]
     return "\n".join(["# Results\n", *table["how to read"], *parts]).rstrip() + "\n"
 
 

@@ -92,14 +92,12 @@ def test_the_script_still_takes_the_recorded_command(name):
         assert args.seed == RECORDS[name]["seed"] and args.dataset == RECORDS[name]["all settings"]["dataset"]
 
 
-def test_RESULTS_md_has_every_experiment_once_and_all_that_was_recorded_before():
+def test_RESULTS_md_has_every_experiment_once_and_every_number_recorded():
     text = results.markdown()
     table = json.loads((results.ROOT / "results" / "experiments.json").read_text("utf-8"))
     ids = [e["id"] for section in table["sections"] for e in section["experiments"]]
     assert len(ids) == len(set(ids)) >= 58
     assert all(text.count(f"**{name}**: ") == 1 for name in ids)
-    before = (results.ROOT / "results" / "before.md").read_text("utf-8")
-    assert all(line in text for line in before.splitlines() if line.startswith("|"))
     assert all(f"**{name}**" in text for r in RECORDS.values() for name in r["results"])
     assert results.PATH.search(text) is None
 
