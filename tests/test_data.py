@@ -442,6 +442,13 @@ def test_layout_of_folders(tmp_path, names, labels, test_labels, classes):
         assert found == expected
 
 
+def test_parts_without_train_are_no_classes(tmp_path):
+    for name in ("val/cat/0", "test/dog/1"):
+        save(tmp_path / "f" / f"{name}.png", noise(4, 4))
+    with pytest.raises(UserError, match="holds test and val, but no train: expected train and test"):
+        load(tmp_path / "f", tmp_path, 4)
+
+
 # ---- the cache -------------------------------------------------------------------------------------------
 
 
