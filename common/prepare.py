@@ -135,8 +135,8 @@ def layout(files, path):
     """-> {"": {file: class}}, and with folders train/ and test/ also "test_".  Class None: no sub-folders.
 
     A single folder that contains everything, or all of a part, is a wrapper, not a class.  val/ is the test
-    part if there is no test/.  Files beside train/ and test/ belong to neither part.  UserError: parts without
-    train/, or pictures beside classes.
+    part if there is no test/.  Files beside train/ and test/ belong to neither part.  UserError: parts
+    without train/, or pictures beside classes.
     """
     def top(f, depth):
         return unicodedata.normalize("NFC", f.split("/", depth + 1)[depth]) if f.count("/") > depth else None
@@ -151,8 +151,8 @@ def layout(files, path):
                  for part, kind in (("", "train"), ("test_", test))}
         depth += 1
     elif tops and tops == {t for t, kind in kinds.items() if kind != "train"}:
-        raise UserError(f"{path} holds {' and '.join(sorted(tops))}, but no train: expected train and test, or a "
-                        "sub-folder for each class")
+        raise UserError(f"{path} holds {' and '.join(sorted(tops))}, but no train: "
+                        "expected train and test, or a sub-folder for each class")
     depths, classes = dict.fromkeys(parts, depth), {}
     while True:
         classes = {part: {top(f, depths[part]) for f in some} for part, some in parts.items()}
