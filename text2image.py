@@ -934,18 +934,21 @@ def agreement(a, attributes, counts, names):
 
 def order(a, attributes, counts, names):
     """{"order": % of pictures of two objects whose logits a (N, sum of counts) fit the attributes better than
-    with the objects exchanged}, 50 by chance; {} without names in pairs, like "size 1" and "size 2"."""
-    kinds = [name[:-2] for name in names if name.endswith(" 1") and name[:-2] + " 2" in names]
-    if not kinds:
+    with the objects exchanged}, 50 by chance; {} without them or names in pairs, as "size 1" and "size 2"."""
+    pairs = [(i, names.index(name[:-1] + "2")) for i, name in enumerate(names)
+             if name.endswith(" 1") and name[:-1] + "2" in names]
+    two = torch.full((len(a),), bool(pairs))
+    for i, j in pairs:
+        y = attributes[:, [i, j]]
+        two &= ((y >= 0) & (y < min(counts[i], counts[j]))).all(1)
+    if not two.any():
         return {}
-    two = attributes[:, names.index(kinds[0] + " 2")] >= 0
-    log_p = dict(zip(names, (a_i.log_softmax(1) for a_i in a[two].double().split(counts, 1))))
-    y = dict(zip(names, attributes[two].T[..., None]))
+    log_p = [a_i.log_softmax(1) for a_i in a[two].double().split(counts, 1)]
 
-    def fit(i, j):                                          # of object i's attributes to object j's logits
-        return sum(log_p[f"{kind} {j}"].gather(1, y[f"{kind} {i}"]) for kind in kinds)
+    def fit(i, j):                                          # of attribute i's values to attribute j's logits
+        return log_p[j].gather(1, attributes[two, i:i + 1])
 
-    gain = fit(1, 1) + fit(2, 2) - fit(1, 2) - fit(2, 1)
+    gain = sum(fit(i, i) + fit(j, j) - fit(i, j) - fit(j, i) for i, j in pairs)
     return {"order": 50 + 50 * gain.sign().mean().item()}
 
 

@@ -528,6 +528,7 @@ def test_order_compares_two_objects_with_the_same_two_exchanged():
     exchanged = torch.tensor([[1, 2, 0, 1, 1]])
     a[0] = torch.cat([nn.functional.one_hot(c, k) for c, k in zip(exchanged.T, counts)], 1).float()
     assert text2image.order(a, attributes, counts, names) == {"order": 50}  # the third has one object
+    assert text2image.order(a[2:], attributes[2:], counts, names) == {}
     assert text2image.order(a[:, :5], attributes[:, :2], counts[:2], ["size 1", "tint"]) == {}
 
 
