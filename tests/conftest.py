@@ -48,3 +48,11 @@ def script(*words, cwd=ROOT, timeout=240, **environment):
         capture_output=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
+
+
+def untrained(images, labels, device, data_dir, steps=None):
+    """A classifier that knows nothing, in place of metrics.classifier()."""
+    from common import metrics
+
+    classes = int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
+    return metrics.Classifier(images.shape[1:], classes).eval().requires_grad_(False)

@@ -499,7 +499,7 @@ TINY = "--batch-size", "16", "--width", ".1", "--device", "cpu"
 
 @pytest.mark.parametrize("words, figures, ids", RUNS)
 def test_a_run_on_digits_draws_figures_and_writes_numbers(digits, tmp_path, words, figures, ids):
-    folders = "--dataset", digits, "--out", tmp_path, "--data-dir", tmp_path / "data"
+    folders = "--dataset", digits, "--out", tmp_path, "--data-dir", digits.parent / "data"
     result = script("aae.py", *words, *TINY, *folders, "--steps", "40")
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "aae-digits"

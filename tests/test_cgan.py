@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, script, untrained
 from PIL import Image
 
 import cgan
@@ -591,14 +591,8 @@ def test_features_that_do_not_fit(tmp_path, more, message):
 # ------------------------------------------------------------------------------------------------------- runs
 
 
-def untrained(images, labels, device, cache):
-    """A classifier that knows nothing, in place of metrics.classifier()."""
-    classes = int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1]
-    return cgan.metrics.Classifier(images.shape[1:], classes).eval().requires_grad_(False)
-
-
 def test_runs_on_digits_draw_write_numbers_and_resume_to_the_bit(digits, tmp_path):
-    shared = ["--data-dir", str(tmp_path / "data"), "--device", "cpu"]
+    shared = ["--data-dir", str(digits.parent / "data"), "--device", "cpu"]
     words = ["--dataset", str(digits), "--out", str(tmp_path), "--batch-size", "16", "--nn-samples", "500",
              "--width", "0.1", "--net", "mlp"]
     cgan.main([*words, *shared, "--name", "whole", "--steps", "4"])

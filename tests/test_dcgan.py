@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import script
+from conftest import script, untrained
 from PIL import Image
 from torch import nn
 
@@ -746,8 +746,9 @@ def test_features_need_a_run(words):
 
 
 @pytest.mark.parametrize("net", ["svhn", "imagenet", "64"])
-def test_paper_runs(net, digits, tmp_path):
+def test_paper_runs(net, digits, tmp_path, monkeypatch):
     """--paper to its figures: one minibatch a step, and Fig. 2 after 8, half of an epoch's 256 / 16."""
+    monkeypatch.setattr(dcgan.metrics, "classifier", untrained)
     dcgan.main([*map(str, ("--dataset", digits, "--net", net, "--paper", "--width", 0.02, "--batch-size", 16,
                            "--steps", 9, "--save-every", 9, "--device", "cpu", "--out", tmp_path,
                            "--data-dir", tmp_path))])

@@ -349,7 +349,7 @@ def test_a_run_on_digits_draws_figures_and_writes_numbers(digits, tmp_path):
 def small(digits, name, folder, *words):
     """A run of the networks of `name`, all but unitless, on small digits; its results."""
     gan.main(["--dataset", str(digits), "--net", name, "--width", ".01", "--steps", "2", "--batch-size", "8",
-              "--out", str(folder), "--data-dir", str(folder / "data"), "--device", "cpu", *words])
+              "--out", str(folder), "--data-dir", str(digits.parent / "data"), "--device", "cpu", *words])
     return json.loads((folder / "gan-digits" / "results.json").read_text())
 
 

@@ -427,7 +427,7 @@ def test_the_figures_vary_the_codes_that_were_found(tmp_path, monkeypatch):
 
 def test_a_run_on_digits_draws_figures_and_writes_numbers(digits, tmp_path):
     words = ["--net", "mnist", "--steps", "16", "--gan-steps", "16", "--batch-size", "16", "--device", "cpu"]
-    folders = "--dataset", digits, "--out", tmp_path, "--data-dir", tmp_path / "data"
+    folders = "--dataset", digits, "--out", tmp_path, "--data-dir", digits.parent / "data"
     result = script("infogan.py", *words, *folders)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "infogan-digits"

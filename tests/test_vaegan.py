@@ -533,7 +533,7 @@ def test_samples_with_the_covariance_of_the_aggregated_posterior():
 
 
 def small(digits, tmp_path, *words):
-    folders = "--dataset", digits, "--out", tmp_path, "--data-dir", tmp_path.parent / "vaegan-data"
+    folders = "--dataset", digits, "--out", tmp_path, "--data-dir", digits.parent / "data"
     nets = "--net", 28, "--width", 0.125, "--batch-size", 16, "--device", "cpu", "--no-amp"
     return list(map(str, (*folders, *nets, *words)))
 
