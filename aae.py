@@ -784,14 +784,13 @@ def head_labels(a, labels):
     return labels[torch.stack(odds, 1).argmax(0)]
 
 
-def majority_labels(k, labels, m):
-    """The most frequent label of the pictures in each of m clusters (m,), for comparison with head_labels().
+def majority_labels(a, labels):
+    """The most frequent label in each cluster, to compare with head_labels().
 
-    Clusters k (N,), labels (N,), -1 for none.  0 for an empty cluster.
+    Logits a (N, m), labels (N,), -1 for none -> (m,).  0 for an empty cluster.
     """
-    k, labels = k[labels >= 0], labels[labels >= 0]
-    counts = torch.zeros(m, int(labels.max()) + 1)
-    return counts.index_put_((k, labels), torch.ones(()), accumulate=True).argmax(1)
+    k, labels = a[labels >= 0].argmax(1), labels[labels >= 0]
+    return (F.one_hot(k, a.shape[1]).T @ F.one_hot(labels)).argmax(1)
 
 
 def name_clusters(Q, sets):
@@ -901,8 +900,9 @@ def cluster(r, Q, P, sets):
         rows[i, 1:] = 0
         rows[i, 1:len(members) + 1] = members.float() / 255
     r.show("fig9", log.grid(rows.flatten(0, 1), 16))
-    table, (valid, labels) = name_clusters(Q, sets), sets["valid"]
-    majority = majority_labels(encode(Q, valid)[1].argmax(1), labels, P.m)
+    valid, labels = sets["valid"]
+    a = encode(Q, valid)[1]
+    table, majority = head_labels(a, labels), majority_labels(a, labels)
     return {f"aae-clu{P.m}": {"value": error(Q, sets, table), "named by majority": error(Q, sets, majority),
                               "unit": "% error", "labels": table.tolist()}}
 

@@ -189,7 +189,8 @@ def test_a_cluster_takes_the_label_of_its_surest_validation_picture_not_of_the_m
     y = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.9, 0.1], [0.2, 0.8], [0.99, 0.01]])
     labels = torch.tensor([5, 5, 7, 3, -1])
     assert aae.head_labels(y.log(), labels).tolist() == [7, 3]
-    assert aae.majority_labels(y.argmax(1), labels, 3).tolist() == [5, 3, 0]
+    a = torch.cat([y.log(), torch.full((5, 1), -9.0)], 1)               # a third cluster, empty
+    assert aae.majority_labels(a, labels).tolist() == [5, 3, 0]
 
 
 def test_clusters_are_ranked_where_a_float32_softmax_is_1():
