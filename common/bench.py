@@ -368,7 +368,7 @@ def parser_of(script):
         raise Found(p)
 
     try:
-        with mock.patch.object(run, "parse", stop):
+        with mock.patch.object(run, "parse", stop), mock.patch.object(sys, "excepthook", sys.excepthook):
             importlib.import_module(script).parse_args([])
     except Found as e:
         return e.args[0]

@@ -180,7 +180,7 @@ class Handler(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         if self.headers.get_all("Host") not in hosts:       # DNS rebinding by another site
             self.reply(403, f"open http://127.0.0.1:{self.server.port}/")
-        elif self.command != "GET" or path not in ("/", "/draw"):
+        elif path not in ("/", "/draw"):
             self.reply(404, "not found")
         elif len(self.path) > LONGEST:
             self.reply(414, f"a request of at most {LONGEST} characters expected")
@@ -194,8 +194,6 @@ class Handler(BaseHTTPRequestHandler):
             except UserError as e:
                 self.reply(400, " ".join(str(e).split()))
 
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
-
     def reply(self, status, body, kind="text/plain; charset=utf-8"):
         body = body.encode() if isinstance(body, str) else body
         self.send_response(status)
@@ -205,8 +203,7 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.wfile.write(body)
 
     def log_message(self, *_):
         """Keep the terminal quiet."""

@@ -123,7 +123,8 @@ def value(group, name):
     values, unit = [own["value"] for own in found], f" {found[0].get('unit', '')}".rstrip()
     each, seeds = (", ".join(map(str, v)) for v in (map(number, values), (r["seed"] for r in group)))
     names = [k for k in found[0] if k != "value" and not k.startswith("paper")
-             and all(type(own.get(k)) in (int, float) for own in found)]
+             and all(type(own.get(k)) in (int, float) for own in found)
+             and any(own[k] != own["value"] for own in found)]
     more = [f"{k} {number(statistics.mean(own[k] for own in found))}" for k in names]
     if len(group) == 1:
         return f"**{each}**{unit}; " + "; ".join([f"seed {seeds}", *more])
@@ -152,7 +153,8 @@ def row(first, paper, group, name):
     changed = "; ".join(filter(None, [f"`{typed([], by_hand(r))}`" * bool(by_hand(r)), r.get("note")])) + ": "
     cells = {"paper": [text, "", ""], "tuned": ["", text, ""]}.get(r["settings"], ["", "", changed + text])
     times = [f"{s:.0f} s" if s < 120 else f"{s / 60:.0f} min" for s in sorted(r["seconds"] for r in group)]
-    how = [dataset, f"{r['step']:,} steps", " to ".join(dict.fromkeys([times[0], times[-1]])), r["machine"],
+    machine = r["machine"].replace(", 1 threads", ", 1 thread")
+    how = [dataset, f"{r['step']:,} steps", " to ".join(dict.fromkeys([times[0], times[-1]])), machine,
            *re.findall(r"bf16|fp32", r["mode"]), "full width" if width == 1 else f"width {width:g}"]
     notes = dict.fromkeys(g["log"] for g in group if "log" in g)
     commands = [f"`{typed(g['command'].split()[:2], flags(g['command'], {'seed'}))}`" for g in group]
@@ -194,7 +196,8 @@ def markdown():
 
 def chosen(name, minutes, records):
     """The records to repeat: one by name, an experiment's first (TUNED before PAPER), or all that fit."""
-    able = sorted((n for n in records if not records[n].get("note")), key=lambda n: records[n]["seconds"])
+    able = sorted((n for n, r in records.items() if not r.get("note") and "path/to/" not in r["command"]),
+                  key=lambda n: records[n]["seconds"])
     if name:
         found = [n for s in ("tuned", "paper", "quick", "other") for n in records
                  if n in able and (n == name
@@ -242,7 +245,7 @@ def main(argv=None):
     add = p.add_mutually_exclusive_group().add_argument
     add("--keep", nargs="+", metavar="RUN", help="folders of finished runs to record")
     add("--run", metavar="ID", help="repeat a record of results/, or an experiment (tuned settings first)")
-    add("--minutes", type=float, help="repeat what fits in this time by recorded seconds, cheapest first")
+    add("--minutes", type=float, help="repeat what fits in this time by the recorded seconds, cheapest first")
     add("--defaults", action="store_true", help="run and time all scripts with their defaults")
     add("--check", action="store_true", help="exit with 1 if RESULTS.md is not up to date")
     p.add_argument("--seed", type=int, help="random seed of repeated runs [the recorded one]")

@@ -564,7 +564,8 @@ def machine(device):
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     where = "" if device == "cpu" else f"{device} of "
-    return f"{where}{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads"
+    n = torch.get_num_threads()
+    return f"{where}{(names or [platform.processor()])[0]}, {n} thread{'s' * (n > 1)}"
 
 
 def _checkpoint(path, device):

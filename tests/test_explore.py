@@ -198,7 +198,7 @@ def test_it_serves_nothing_else_and_nobody_else(serve):
     for path in ("/README.md", "/../README.md", "//etc/passwd", "/draw/", "/index.html", "/page"):
         assert get(path) == (404, b"not found"), path
     for method in ("POST", "PUT", "DELETE"):
-        assert get("/draw", method=method)[0] == 404
+        assert get("/draw", method=method)[0] == 501
     for host in ("evil.example", f"evil.example:{get.port}", "127.0.0.1", f"127.0.0.1:{get.port + 1}"):
         for path in ("/", "/draw", "/README.md"):
             status, body = get(path, host=host)
@@ -207,7 +207,7 @@ def test_it_serves_nothing_else_and_nobody_else(serve):
     with socket.create_connection(("127.0.0.1", get.port), 20) as s:    # a huge body is not read
         head = f"POST /draw HTTP/1.1\r\nHost: 127.0.0.1:{get.port}\r\nContent-Length: 9999999999\r\n\r\n"
         s.sendall(head.encode())
-        assert b" 404 " in s.recv(100)
+        assert b" 501 " in s.recv(100)
 
 
 def test_a_second_page_takes_another_port_and_draws_the_same(serve):
