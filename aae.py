@@ -37,7 +37,7 @@ from common.fuse import SGD, Adam, autocast, average, averaged, descend, frozen,
 
 # --------------------------------------------------------------------------------------------------- settings
 # hidden: units in each of two hidden layers.  z_dim: size of z.  std: that of z's Gaussian prior.
-# bn: BatchNorm in hidden layers of Q and P; where="encoder": in all layers of Q only, "all": of both.
+# bn: BatchNorm in hidden layers of Q and P; where="encoder": in all layers of Q, none of P; "all": of both.
 # rates, momenta: for the reconstruction, regularisation and semi-supervised phase; SGD starts from N(0, .01),
 # Adam from PyTorch's default weights.  drops: epochs after which the rates are divided by ten.  hold: epochs
 # during which the cluster heads are fixed.  Values of both below 1 are fractions of --steps.
@@ -73,7 +73,7 @@ INFER = FAST | dict(
     bn=True, where="hidden",               # without 4.4 %
     # For digits: on Fashion-MNIST neither of these helps (29.3 % with both, 28.5 without).
     consistency=20.0,                      # q(y|x) agrees under other noise on x; without 5.5 %
-    warp=1.0)                              # ... and however a digit stands; without 9.5 %
+    warp=1.0)                              # ... and under small rotations and shifts; without 9.5 %
 UNLABELLED = INFER | dict(
     consistency=5.0,                       # narrow, 2,000 steps: 24.5 %, without 43.3 %
     spread=3.0)                            # std of logits of y: else six of 16 categories take all digits
@@ -82,7 +82,7 @@ TUNED = dict.fromkeys(PAPER, FAST) | {
                     FAST | dict(rates=(1e-4, 1e-3, 1e-3))),           # q(z) is half as far from p(z)
     "likelihood": FAST | dict(noise=0.7, rates=(1e-3, 3e-4, 1e-3)),   # smoother digits: 334 nats, else 318
     **dict.fromkeys(["style", "style-svhn"],
-                    FAST | dict(D_label=True)),   # q(z|y) comes to p(z): 77 % of samples right, else 22 %
+                    FAST | dict(D_label=True)),   # q(z|y) matches p(z): 77 % of samples right, else 22 %
     "semi": INFER,                                                    # SVHN: not measured
     "cluster": UNLABELLED, "reduce": INFER | dict(hold=0.1), "reduce-0": UNLABELLED | dict(hold=0.1),
 }
@@ -294,7 +294,7 @@ def build(args, m, mean, std):
         """Regularisation phase: each D ascends V, with prior samples as real and codes as fake; then Q, the
         generator, ascends log D(Q(x)) through the updated D."""
         z_real, y_real = sample_z(c, args), sample_y(len(x), m, x.device)
-        x_seen = Q_sees(x, args)
+        x_seen = data.warp(x, args.warp)            # x if --warp is 0
         with amp:
             z, a, _ = Q(x_seen)
             y = a.softmax(1) if infers_y(args) else None
@@ -315,7 +315,7 @@ def build(args, m, mean, std):
     def classify(x, y):
         """Semi-supervised phase: Q descends the cross-entropy of labelled pictures."""
         with amp:
-            _, a, _ = Q(Q_sees(x, args))
+            _, a, _ = Q(data.warp(x, args.warp))
         cost = F.cross_entropy(a, y)
         descend(cost, opt_S)
         return {"label": cost}
@@ -352,7 +352,7 @@ def main(argv=None):
         baseline, nn_step = build_nn(args, *sizes)
         parts |= baseline
     Q, P = parts["Q_bar"], parts["P_bar"]
-    names = pictures.classes if args.task == "style" or labelled(args) else None
+    names = pictures.classes or [] if args.task == "style" or labelled(args) else None      # None: clusters
     r.keep(lambda: {"shape": list(images.shape[1:]), "m": P.m, "names": names}, **parts, batches=batches)
 
     for step in r.loop():
@@ -409,13 +409,16 @@ def parse_args(argv=None):
     add("--bn", action=flag, help="BatchNorm in Q and P [if Q infers y; SVHN]")
     add("--D-label", action=flag, help="D sees the label in --task style too [yes; --paper: no]")
     add("--spread", type=run.number(float, 0),
-        help="std of the logits of y over a minibatch, 0: free [3 without labels, else 0]")
+        help="std of the logits of y over a minibatch, 0: free [cluster, and reduce with --labels 0, 3; "
+        "else 0]")
     add("--consistency", type=run.number(float, 0),
-        help="weight of the change of q(y|x) under other noise on x [with labels 20, clusters 5, else 0]")
+        help="weight of the change of q(y|x) under other noise on x [semi and reduce with labels 20, "
+        "clusters 5, else 0]")
     add("--warp", type=run.number(float, 0), help="strength of the random rotation, stretch, shear and shift "
         "of Q's input after the reconstruction phase [1 if Q infers y, else 0]")
     add("--noise", type=run.number(float, 0),
-        help="std of the Gaussian noise on Q's input in training [with labels .3, likelihood .7, else 0]")
+        help="std of the Gaussian noise on Q's input in training [semi and reduce with labels .3, "
+        "likelihood .7, else 0]")
     add("--average", type=run.number(float, 0, 1),
         help="decay of the EMA of Q and P, used for evaluation; 0: no EMA [0]")
     add("--samples", type=run.number(int, 1), default=10000,
@@ -429,8 +432,8 @@ def parse_args(argv=None):
     phases = 1 if args.model == "vae" else 3
     if "rates" in args.given and not args.resume and len(args.rates) != phases:
         p.error(f"--rates: {len(args.rates)} found, {phases} expected")
-    if args.lam is not None and args.model == "vae":
-        p.error("--lam is for --model aae: a VAE has no adversary")
+    if args.model == "vae" and (args.lam is not None or args.warp or not args.adversary):
+        p.error("--lam, --warp and --no-adversary are for --model aae: a VAE has no adversary")
     drawn = args.task == "prior" and args.prior != "gaussian" and args.model == "aae"
     if args.labels and not drawn and args.task not in ("semi", "reduce"):
         p.error("--labels is for --task semi and reduce, and for an aae with --prior mixture or swiss-roll")
@@ -444,8 +447,8 @@ def parse_args(argv=None):
         p.error(f"--z-dim {args.z_dim} found, --task prior needs 2")
     if args.task == "reduce" and args.z_dim == 1:
         p.error("--z-dim 1 found, --task reduce needs 2 or more: its heads are on a circle")
-    if args.consistency and not infers_y(args):
-        p.error("--consistency is for --task semi, cluster and reduce, where Q infers y")
+    if (args.consistency or args.spread) and not infers_y(args):
+        p.error("--consistency and --spread are for --task semi, cluster and reduce, where Q infers y")
     if args.D_label and args.task != "style":
         p.error("--D-label is for --task style; in --task prior, D sees the labels of --labels")
     return args
@@ -488,7 +491,8 @@ def split(pictures, args):
                         "need none")
     images, n = pictures.images, len(pictures.images)
     labels = torch.full((n,), -1) if pictures.labels is None else pictures.labels
-    cut = data.cut(n, args.validation if pictures.test_images is not None else 10000, 6)
+    held = args.validation if pictures.test_images is not None else 10000
+    cut = data.cut(n, held, 6) if held else n
     valid = images[cut:], labels[cut:]
     test = valid if pictures.test_images is None else (pictures.test_images, pictures.test_labels)
     if test[1] is None:
@@ -498,6 +502,9 @@ def split(pictures, args):
                         f"pictures do not have: --task {args.task} is evaluated by labels")
     if not free and not data.tell(labels[:cut]):
         raise UserError(f"{args.dataset} has one class: --task {args.task} expects two or more")
+    if infers_y(args) and not labelled(args) and valid[1].max() < 0:
+        raise UserError(f"{args.dataset} has no label among its {len(valid[1]):,} validation pictures, by "
+                        f"which --task {args.task} names clusters")
     return {"train": (images[:cut], labels[:cut]), "valid": valid, "test": test}
 
 
@@ -516,7 +523,7 @@ def known(args, labels):
     else:
         n = args.labels
         if args.task == "prior" and n and "labels" not in args.given:
-            counts = torch.bincount(labels[labels >= 0])
+            counts = torch.bincount(labels[labels >= 0], minlength=1)
             n = min(n, len(labels) // 5, len(counts) * int(counts.min())) // len(counts) * len(counts)
         chosen = draw_labels(labels, n, args.seed) if n else torch.zeros(0, dtype=torch.long)
     c = torch.full_like(labels, 10)
@@ -526,7 +533,7 @@ def known(args, labels):
 
 
 def labelled_batches(r, images, labels):
-    """Batches of labelled pictures, each of all of them if they are few.
+    """Batches of labelled pictures.  If they are fewer than a batch, every batch holds all of them.
 
     Raises UserError for fewer than two per rank.
     """
@@ -581,11 +588,6 @@ def D_sees(z, y, c, args, m):
     if n:
         return [torch.cat([z, one_hot(c, n)], 1)]
     return [z, y] if infers_y(args) else [z]
-
-
-def Q_sees(x, args):
-    """Q's input in the last two phases: x, randomly warped with --warp."""
-    return data.warp(x, args.warp) if args.warp else x
 
 
 def disagreement(Q_bar, x, a, args):
@@ -687,7 +689,7 @@ def build_nn(args, m, mean, std):
     @fuse(args)
     def nn_step(x, y):
         with amp:
-            _, a, _ = N(Q_sees(x, args))
+            _, a, _ = N(data.warp(x, args.warp))
         cost = F.cross_entropy(a, y)
         descend(cost, opt_N)
         return {"NN": cost}
@@ -719,7 +721,7 @@ def drawer(args, saved):
     plane = [export.Knob(f"z{i + 1}", -limit, limit) for i in range(2)]
     inputs = {"z": plane if args.z_dim == 2 else []}
     if m:
-        inputs["y"] = [export.Knob("label" if about["names"] else "cluster", names=names, whole=True)]
+        inputs["y"] = [export.Knob("cluster" if about["names"] is None else "label", names=names, whole=True)]
 
     def draws(n):
         z = sample_z(torch.full((n,), 10, device=args.device), args)
@@ -767,10 +769,12 @@ def sliced_wasserstein(a, b, directions=200):
 
 
 def error(Q, sets, table=None):
-    """Test error in % of the most likely category, which `table` maps to a label if given."""
+    """Error in % over labelled test pictures of the most likely category, which `table` maps to a label if
+    given."""
     images, labels = sets["test"]
     k = encode(Q, images)[1].argmax(1)
-    return 100 * ((k if table is None else table[k]) != labels).float().mean().item()
+    wrong = (k if table is None else table[k]) != labels
+    return 100 * wrong[labels >= 0].float().mean().item()
 
 
 def head_labels(a, labels):
@@ -817,7 +821,7 @@ def prior(r, Q, P, sets):
             c = torch.arange(10000) % 10
             drawn = sample_z(c, args)
             nearest = metrics.batched(lambda part: torch.cdist(part, drawn).argmin(1), z, size=1000)
-            more["% of digits in place"] = 100 * (c[nearest] == labels).float().mean().item()
+            more["% of digits in place"] = 100 * (c[nearest] == labels)[labels >= 0].float().mean().item()
         distance = sliced_wasserstein(z, a)
     codes, shown = FIGURES.get((args.model, args.prior, bool(args.labels)), ("codes", "manifold"))
     r.show(codes, scatter(z, labels))
@@ -828,7 +832,7 @@ def prior(r, Q, P, sets):
 
 def likelihood(r, Q, P, sets):
     """Table 1: log-likelihood under a Parzen window of --samples samples, in nats, mean over test pictures.
-    sigma is chosen on 1,000 validation pictures, as on MNIST in GAN's code (for Toronto faces on all).
+    sigma is chosen on 1,000 validation pictures, as in GAN's code for MNIST (for Toronto faces: on all).
     Fig. 5: samples; the last column holds the training picture nearest to its left neighbour."""
     args = r.args
     with r.aside():

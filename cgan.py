@@ -65,7 +65,7 @@ PERCEPTRONS = CODE | dict(
 DCGAN = CODE | dict(
     z=(-1.0, 1.0), batch_size=128, lr=2e-4, weight_decay=2.5e-5, init_G="normal", init_D="normal",
     batch_stats=True,
-    steps=39100)                # 200 epochs of 391 minibatches, each of which trains D or G alone, in turn
+    steps=39100)                # updates each in 200 epochs of 391 minibatches that train D and G in turn
 PAPER = {
     "mlp": PERCEPTRONS | dict(net="mlp", size=28, channels=1, scale=(0.0, 1.0), z=(0.0, 1.0)),  # Sec. 4.1
     "tags": PERCEPTRONS | dict(net="tags", size=64, channels=3, scale=(0.0, 1.0), z="normal",
@@ -77,12 +77,13 @@ PAPER = {
 TUNED = {                          # mlp, 2,500 steps at --width .25: -273 nats with PAPER, -33 with TUNED
     "mlp": dict(
         steps=50000,               # 160 nats are reached by step 20,000
-        z=(-3 ** 0.5, 3 ** 0.5),   # the mean of z in (0, 1) outweighs its variation; centred: +77 nats
-        init_G="he",               # label and noise reach the samples from step 1: +135 nats
+        z=(-3 ** 0.5, 3 ** 0.5),   # else its mean outweighs its variation: +77 nats alone, -40 with "he"
+        init_G="he",               # label and noise reach samples from step 1: +135 nats alone, +18 with z
         drop_samples=True,         # D has seen G's dropout as noise: 115 nats at step 20,000, without it 26
         average=0.999),            # 158 nats after 20,000 steps; without it 113.5 after 25,000
-    # tags: precision at 10 on shapes after 2,000 steps at --width .5: 57 % with init_G="he" beside these
-    # entries, 63 without that, 40 with PAPER.  Beside each entry: without it, from the 57 %.
+    # tags: precision at 10 on shapes after 2,000 steps at --width .5: 57 % with init_G="he" and drop_samples
+    # beside these entries, 63 with drop_samples alone, 40 with PAPER.  Beside each entry: without it, from
+    # the 57 %.
     "tags": dict(
         steps=10000,
         average=0.999,             # 42 %
@@ -91,7 +92,7 @@ TUNED = {                          # mlp, 2,500 steps at --width .25: -273 nats 
         near=0.01,                 # 53 %: of few words, the nearest 20 hold wrong ones even for a perfect G
         standardize=True),         # NaN; features of mean 0 and deviation 1, cut at 3
     "dcgan28": dict(
-        steps=16000,               # 3.13 % 1-NN error; half of the published updates
+        steps=16000,               # 3.33 % 1-NN error with two fifths of the published updates
         batch_stats=False,         # a picture depends on its z and label alone; no difference measured
         average=0.999),            # --quick --steps 2000: 41.9 % 1-NN error, 44.2 without
     "dcgan32": dict(steps=10000, batch_stats=False, average=0.999),                 # as dcgan28
@@ -167,7 +168,7 @@ def networks(args, K, mean=None, d=200):
 
 
 def initialise(net, how, width=1.0):
-    """Weights Unif(-how, how); "he": N(0, 2 / inputs); "normal": N(0, .02), as in DCGAN.  Biases 0.
+    """Weights Unif(-how, how); "he": normal, std sqrt(2 / inputs); "normal": std .02, as in DCGAN.  Biases 0.
 
     For layers that read units, Unif's bound is divided by sqrt(width) to keep the variance of their sums.
     """
@@ -287,7 +288,7 @@ def parse_args(argv=None):
     positive, flag = run.number(float, 0, open_low=True), argparse.BooleanOptionalAction
     add("--net", choices=PAPER,
         help="mlp: Sec. 4.1; tags: Sec. 4.2; dcgan28, dcgan32: DCGAN Sec. 8.1 [mlp for mnist, "
-             "fashion-mnist and kmnist, tags for shapes, else dcgan32]")
+             "fashion-mnist and kmnist, with --quick dcgan28; tags for shapes; else dcgan32]")
     add("--width", type=positive, default=1.0, help="units and feature maps, as a fraction of the paper's")
     add("--alternate", action=flag, help="mlp, tags: update G after D, through the updated D [both at once]")
     add("--lr", type=positive, help="initial learning rate [mlp, tags .1; dcgan28, dcgan32 2e-4]")
@@ -295,7 +296,7 @@ def parse_args(argv=None):
     add("--drop-samples", action=flag, help="mlp, tags: sample with dropout [mlp on; tags and --paper: off]")
     add("--attributes", metavar="A,B", help="binary attributes; their combinations are the labels [the "
         "data's own labels; faces: glasses,hat]")
-    add("--nn-samples", type=run.number(int, 1), default=50000,
+    add("--nn-samples", type=run.number(int, 2), default=50000,
         help="number of samples in the nearest-neighbour classifier of DCGAN's Table 3 [%(default)s]")
     add("--average", type=run.number(float, 0, 1),
         help="decay of the EMA of G used for samples; 0: no EMA [.999; --paper: 0]")
@@ -307,8 +308,9 @@ def experiment(args):
     digits = "dcgan28" if args.quick else "mlp"             # mlp takes many steps to use the label
     net = args.net or {"mnist": digits, "fashion-mnist": digits, "kmnist": digits, "shapes": "tags"}.get(
         args.dataset, "dcgan32")
-    if args.alternate and net in ("dcgan28", "dcgan32"):
-        raise UserError(f"--alternate found with --net {net}: it is for mlp and tags")
+    for flag in ("alternate", "drop_samples"):
+        if getattr(args, flag) and net in ("dcgan28", "dcgan32"):
+            raise UserError(f"--{flag.replace('_', '-')} found with --net {net}: it is for mlp and tags")
     return net
 
 
@@ -442,13 +444,17 @@ def attribute_labels(pictures, names, prefix=""):
     prefix "test_": labels of the test pictures, None if they have none.
     """
     available, a = pictures.extra.get("attribute_names", []), pictures.extra.get(f"{prefix}attributes")
-    unknown = [name for name in names.split(",") if name not in available]
+    wanted = names.split(",")
+    unknown = [name for i, name in enumerate(wanted) if name not in available or name in wanted[:i]]
     if unknown:
-        raise UserError(f"{pictures.name} needs labels, or --attributes out of "
+        raise UserError(f"{pictures.name} needs labels, or different --attributes out of "
                         f"{', '.join(available) or 'none'}: {unknown[0] or 'nothing'} found")
     if a is None:
         return None
-    return sum((a[:, available.index(name)] > 0.5).long() << i for i, name in enumerate(names.split(",")))
+    a = a[:, [available.index(name) for name in wanted]]
+    if (a > 1).any():
+        raise UserError(f"{pictures.name}: {names} has values above 1: expected binary attributes")
+    return sum((column > 0.5).long() << i for i, column in enumerate(a.T))
 
 
 def one_hot(y, K):
@@ -492,7 +498,9 @@ def draw(G, args, y, z=None):
     """Pictures (n, C, H, W) in [0, 1] for label vectors y (n, K), from fresh noise or from z (n, 100)."""
     z = sample_z(len(y), args, y.device) if z is None else z
     most = args.batch_size if args.batch_stats else 500
-    size = -(-len(y) // -(-len(y) // most))                 # about equal batches: none has one picture
+    size = -(-len(y) // -(-len(y) // most))                 # about equal batches
+    while len(y) % size == 1:                               # BatchNorm needs two pictures
+        size += 1
     with drawing(G, args):
         x = metrics.batched(lambda *part: G(*part).float(), z, y, size=size)
     low, high = args.scale
@@ -591,7 +599,7 @@ def evaluate(args, G, K, train, valid, test):
         results[f"cgan-{name}-ll"] = {"value": window["ll"], "unit": "nats", "se": window["se"],
                                       "sigma": window["sigma"]}
     if args.size == 28:
-        parts = (torch.arange(args.nn_samples, device=device) % K).split(1000)
+        parts = (torch.arange(args.nn_samples, device=device) % K).tensor_split(-(-args.nn_samples // 1000))
         error = nn_error(((draw(G, args, one_hot(part, K)), part) for part in parts), x_test / 255, y_test)
         entry = f"dcgan-{name}-1nn" if args.net == "dcgan28" else f"dcgan-{name}-1nn-base"
         results[entry] = {"value": error, "unit": "% error", "samples": args.nn_samples}
@@ -687,7 +695,7 @@ def tags_of(pictures, prefix=""):
     else:
         raise UserError(f"{pictures.name} has no tags: expected arrays tags (N, W) and words (W,), or "
                         "attributes with attribute_names")
-    return None if tags is None else tags.float(), words
+    return None if tags is None else (tags > 0).float(), words
 
 
 def tagged(pictures):
@@ -709,6 +717,9 @@ def tagged(pictures):
     train, test = ((images, tags[:, used], f) for images, tags, f in (train, test))
     train, test = (choose(part, part[1].sum(1) > 0) for part in (train, test))
     words = [word for word, u in zip(words, used) if u]
+    if not (len(train[0]) and len(test[0])):
+        raise UserError(f"{pictures.name} has {len(train[0])} training and {len(test[0])} test pictures "
+                        "with a tag: expected one or more of each")
     return train, test, words, vectors if vectors is None else vectors[used]
 
 

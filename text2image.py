@@ -231,7 +231,7 @@ def networks(args):
         net.register_buffer("t", torch.zeros((), dtype=torch.long))                     # updates so far
     for layer in (G.net[0], D.head[-2]):        # convolutions of a 1x1 picture, and to one
         nn.init.normal_(layer.weight, 0.0, 0.02)
-    for last in (G.net[-2], D.head[-2]):        # no BatchNorm follows: keep the variance at any width
+    for last in (G.net[-2], D.head[-2]):        # no BatchNorm follows: keep the variance at any --width
         last.weight.data.div_(args.width ** 0.5)
     return phi_t, phi_v, G, D, S
 
@@ -480,8 +480,8 @@ def parse_args(argv=None):
             setattr(args, key, max(1, round(default[key] * args.steps / default["steps"])))
     if args.prompt and (args.sample or args.explore):        # for the last sentence only
         args.set, args.prompt = [*(args.set or ()), f"prompt={args.prompt[-1]}"], None
-    if (args.prompt or args.beside) and not args.resume:
-        p.error("--prompt and --beside need --resume RUN: the run to draw from")
+    if args.beside and not args.resume:
+        p.error("--beside needs --resume RUN: the run to draw from")
     if args.prompt and args.export:
         p.error("--prompt draws and --export does not: give one of them")
     for sentence in args.prompt or ():
@@ -629,7 +629,7 @@ class Part:
 
     images: torch.Tensor         # uint8 (N, 3, H, W)
     captions: list               # N lists of sentences
-    t: torch.Tensor              # uint8 (N, K, 201), their symbols; fewer than K captions are repeated
+    t: torch.Tensor              # uint8 (N, K, 201), symbols of the first K <= 10, repeated if fewer
     content: torch.Tensor        # int64 (N,), equal where one picture's captions are true of the other
     attributes: torch.Tensor | None
     style: torch.Tensor | None
@@ -655,7 +655,8 @@ def parts_of(args):
         attributes = None if attributes is None else attributes.long()
         k = min(10, max(map(len, captions)))
         t = encode(c[i % len(c)] for c in captions for i in range(k)).unflatten(0, (-1, k))
-        content = labels if labels is not None else torch.arange(len(images))
+        row = torch.arange(len(images))
+        content = row if labels is None else torch.where(labels < 0, -1 - row, labels)      # -1: no class
         if attributes is not None:
             if attributes.min() < 0:
                 raise UserError(f"{args.dataset} has attributes below 0: expected the index of each value, "
@@ -699,8 +700,8 @@ def check_captions(r, part):
     """Say what encode() drops from a Part's captions.  UserError: all read alike."""
     said = [s for captions in part.captions for s in captions]
     if all(legible(s) == legible(said[0]) for s in said):
-        raise UserError(f"{r.args.dataset}: all captions have the same letters a-z and digits, all that "
-                        "phi_t reads: captions that differ expected")
+        raise UserError(f"{r.args.dataset}: all captions have the same letters a-z and digits: captions "
+                        "that differ expected")
     lost = remark(said)
     if lost and r.lead:
         log.say(f"captions: {lost}")
@@ -1060,9 +1061,9 @@ def evaluate(r, nets, pictures, train, test):
                              extra.get("attribute_values", ()))
         if found:
             results["one-word"] = found | {"unit": "% prefer their caption to one that differs in a word"}
-    if test.attributes is not None:
+    if train.attributes is not None and test.attributes is not None:
         counts = (torch.cat([train.attributes, test.attributes]).amax(0) + 1).tolist()
-        names = extra.get("attribute_names") or [f"attribute{i}" for i in range(len(counts))]
+        names = extra["attribute_names"]
         # The classifier trains on half of the held-out data too (three copies): otherwise it misnames
         # unseen combinations.
         half = len(test.images) // 2

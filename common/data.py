@@ -243,7 +243,7 @@ def npz(path):
     arrays = {key: to_torch(a) for key, a in arrays.items()}
     for kind in ("attributes", "factors"):
         if kind in arrays:
-            names = [f"{kind[:-1]} {i + 1}" for i in range(arrays[kind].shape[1])]
+            names = [f"{kind[:-1]}{i + 1}" for i in range(arrays[kind].shape[1])]
             arrays.setdefault(COLUMNS[kind], names)
     for key, a in arrays.items():  # shuffle, so that both the first and the last rows have all classes
         part = "test_" if key.startswith("test_") else ""

@@ -753,7 +753,7 @@ def test_a_window_of_many_samples_is_that_of_all_of_them(monkeypatch):
 
 def test_the_baseline_of_labels_alone_sees_the_same_pictures_for_as_many_steps(monkeypatch, digits, tmp_path):
     warped = []
-    monkeypatch.setattr(aae, "Q_sees", lambda x, a: warped.append(x.shape) or x)
+    monkeypatch.setattr(aae.data, "warp", lambda x, a: warped.append(x.shape) or x)
     aae.main(["--task", "semi", *TINY, "--dataset", str(digits), "--out", str(tmp_path), "--steps", "3"])
     assert len(warped) == 3 * 3                             # regularisation, semi-supervised phase, baseline
     lines = (tmp_path / "aae-digits" / "metrics.jsonl").read_text().splitlines()

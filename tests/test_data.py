@@ -812,8 +812,8 @@ def test_other_arrays_of_an_npz(tmp_path):
              factors=np.ones((4, 1)), captions=np.array([["à".encode(), b""]] * 4),
              test_from=np.arange(4))
     d = load(tmp_path / "a.npz")
-    assert d.extra["attribute_names"] == ["attribute 1", "attribute 2"]
-    assert d.extra["factor_names"] == ["factor 1"] and d.extra["captions"] == [["à", ""]] * 4
+    assert d.extra["attribute_names"] == ["attribute1", "attribute2"]
+    assert d.extra["factor_names"] == ["factor1"] and d.extra["captions"] == [["à", ""]] * 4
     assert len(d.images) == len(d.test_images) == 4 and len(d.extra["test_from"]) == 4
 
 

@@ -418,7 +418,7 @@ def test_too_few_pictures_are_refused_before_training(digits, tmp_path):
     (["--dataset", "my/mnist.npz"], "mnist", "gan-mnist-on-mnist-ll", None),
     (["--dataset", "faces"], "faces", "gan-tfd-on-faces-ll", None),
     (["--dataset", "tfd.npz", "--net", "tfd"], "tfd", "gan-tfd-on-tfd-ll", None),
-    (["--dataset", "tfd.npz", "--net", "tfd", "--stage2", "RUN"], "tfd", "gan-tfd-ll", 2057),
+    (["--dataset", "tfd.npz", "--net", "tfd", "--stage2", "RUN"], "tfd", "gan-tfd-ll", None),
     (["--dataset", "faces", "--stage2", "RUN"], "faces", "gan-tfd-stage2-on-faces-ll", None),
     (["--dataset", "cifar10"], "cifar10", "gan-cifar-fc-ll", None),
     (["--dataset", "svhn", "--net", "cifar-conv"], "svhn", "gan-cifar-conv-on-svhn-ll", None)])

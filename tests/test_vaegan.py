@@ -693,7 +693,7 @@ def test_runs_side_by_side(digits, tmp_path, monkeypatch, capsys):
         (["--model", "vae_dis"], "need each other"),
         (["--beside", "runs/gan"], "needs --resume"),
         (["--dis", "x"], "need each other"),
-        (["--model", "vae", "--gating"], "has none"),
+        (["--model", "vae", "--gating"], "trains none"),
         (["--gamma", "-1"], "at least 0"),
         (["--width", "0"], "above 0"),
     ],
