@@ -181,6 +181,7 @@ def test_by_default_the_prior_takes_as_many_labels_as_fit():
     assert len(aae.known(args(), torch.tensor([0] * 90 + [1] * 4))[0]) == 2 * 4
     assert len(aae.known(args(), torch.arange(50000) % 10)[0]) == 10000
     assert len(aae.known(args("--labels", "2800"), labels)[0]) == 2800
+    assert len(aae.known(args(), torch.full((100,), -1))[0]) == 0
     with pytest.raises(UserError, match="--labels 580 found: a multiple of 7"):
         aae.known(args("--labels", "580"), labels)
 
@@ -222,6 +223,7 @@ def test_error_counts_categories_or_their_labels():
     assert aae.error(Fixed(), sets) == 25
     assert aae.error(Fixed(), sets, torch.tensor([0, 1, 1])) == 25
     assert aae.error(Fixed(), sets, torch.tensor([1, 0, 0])) == 100
+    assert aae.error(Fixed(), {"test": (images, torch.tensor([0, 1, -1, -1]))}) == 0    # -1: no label
 
 
 # ----------------------------------------------------------------------------------------------- networks
@@ -548,6 +550,9 @@ def test_the_other_experiments_are_judged_too(digits, tmp_path, words, figure, n
         "--z-dim 3",
         "--prior gaussian --model vae --rates 1 .5 3",
         "--prior gaussian --model vae --lam 1",
+        "--prior gaussian --model vae --warp 1",
+        "--prior gaussian --model vae --no-adversary",
+        "--task style --spread 3",
         "--task semi --rates .1",
         "--task semi --clusters 16",
         "--task semi --D-label",
@@ -572,6 +577,16 @@ def test_a_vae_that_diverges_says_so_in_one_line(digits, tmp_path):
     result = script("aae.py", *words, *TINY, "--dataset", digits, "--out", tmp_path)
     assert result.returncode == 1 and "a finite value expected" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_nothing_is_held_out_unless_the_task_uses_it():
+    images, labels = torch.zeros(300, 1, 28, 28, dtype=torch.uint8), torch.arange(300) % 10
+    pictures = aae.data.Data("x", images, labels, images[:40], labels[:40])
+    for task, n in (("semi", 300), ("style", 300), ("cluster", 250)):
+        assert len(aae.split(pictures, args("--task", task))["train"][0]) == n
+    labels = torch.where(torch.arange(300) < 250, labels, -1)
+    with pytest.raises(UserError, match="no label among its 50 validation pictures"):
+        aae.split(aae.data.Data("x", images, labels, images[:40], labels[:40]), args("--task", "cluster"))
 
 
 def test_too_few_labels_and_one_class_are_refused_in_one_line(tmp_path):

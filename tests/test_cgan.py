@@ -133,8 +133,9 @@ def test_a_data_set_chooses_its_network(dataset, name):
 
 @pytest.mark.parametrize("name", ["dcgan28", "dcgan32"])
 def test_an_order_of_updates_that_a_network_lacks_is_refused(name):
-    with pytest.raises(cgan.UserError, match=f"--alternate found with --net {name}: it is for"):
-        args(name, "--alternate")
+    for flag in ("--alternate", "--drop-samples"):
+        with pytest.raises(cgan.UserError, match=f"{flag} found with --net {name}: it is for"):
+            args(name, flag)
 
 
 # ----------------------------------------------------------------------------------------------- networks
@@ -420,6 +421,9 @@ def test_the_paper_draws_with_the_statistics_of_each_batch():
         expected = torch.cat([G(*part) for part in zip(z.split(6), y.split(6))])    # in training mode
     torch.testing.assert_close(cgan.draw(G, a, y, z), expected)
     assert not torch.allclose(cgan.draw(G, args("dcgan28"), y, z), expected, atol=1e-3)
+    for n, size in ((10, 9), (100, 11), (3, 2)):            # even parts would leave one alone
+        a.batch_size = size
+        assert len(cgan.draw(G, a, one_hot(torch.arange(n) % 10, 10))) == n
 
 
 def test_one_label_is_drawn_beside_all_others(monkeypatch):
@@ -463,6 +467,10 @@ def test_labels_from_binary_attributes():
     assert cgan.attribute_labels(pictures, "hat,smile", "test_") is None
     with pytest.raises(cgan.UserError, match="out of smile, hat, skin: beard found"):
         cgan.attribute_labels(pictures, "beard")
+    with pytest.raises(cgan.UserError, match="different --attributes out of smile, hat, skin: hat found"):
+        cgan.attribute_labels(pictures, "hat,hat")
+    with pytest.raises(cgan.UserError, match="heads: hat has values above 1"):
+        cgan.attribute_labels(data.Data("heads", x, extra=extra | {"attributes": 2 * a}), "hat")
     with pytest.raises(cgan.UserError, match="out of none: nothing found"):
         cgan.attribute_labels(data.Data("bare", x), "")
 
@@ -529,8 +537,12 @@ def test_tags_of_values_of_attributes_and_of_arrays():
     tags, words = cgan.tags_of(data.Data("a", x, extra=extra))
     assert words == ["red", "blue"] and tags.tolist() == [[1, 0], [0, 1]]
     assert cgan.tags_of(data.Data("a", x, extra=extra), "test_")[0] is None
-    own = {"tags": torch.ones(2, 2), "words": ["a", "b"]}
-    assert cgan.tags_of(data.Data("b", x, extra=own))[1] == ["a", "b"]
+    own = {"tags": torch.tensor([[0, 3], [1, 0]]), "words": ["a", "b"]}                 # counts
+    tags, words = cgan.tags_of(data.Data("b", x, extra=own))
+    assert words == ["a", "b"] and tags.tolist() == [[0, 1], [1, 0]]
+    bare = {"tags": torch.zeros(9, 1), "words": ["a"]}
+    with pytest.raises(cgan.UserError, match="has 0 training and 0 test pictures with a tag"):
+        cgan.tagged(data.Data("d", x[:1].expand(9, -1, -1, -1), extra=bare))
     with pytest.raises(cgan.UserError, match="has no tags"):
         cgan.tags_of(data.Data("c", x))
 

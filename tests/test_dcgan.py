@@ -692,6 +692,11 @@ def test_features_of_a_run_on_other_data(heads, tmp_path, monkeypatch):
     dcgan.main(["--resume", str(folder), "--features", str(tmp_path / "cifar10.npz"), "--supervised", "1"])
     results = json.loads((folder / "supervised-cifar10" / "results.json").read_text())["results"]
     assert set(results) == {"dcgan-cifar10-base"} and "paper" not in results["dcgan-cifar10-base"]
+    y[:40] = -1                                             # without a label: neither right nor wrong
+    np.savez(tmp_path / "partly.npz", images=images, labels=y)
+    dcgan.main(["--resume", str(folder), "--features", str(tmp_path / "partly.npz"), "--skip-bad"])
+    results = json.loads((folder / "features-partly" / "results.json").read_text())["results"]
+    assert results["features-partly"]["value"] > 80
     with pytest.raises(UserError, match="no labels"):
         dcgan.main(["--resume", str(folder), "--features", str(folder.parent / "heads.npz")])
 

@@ -597,6 +597,11 @@ def test_parts(tiny, tmp_path):
     a.dataset = str(tmp_path / "plain.npz")
     _, train, test = text2image.parts_of(a)                                     # the last tenth is held out
     assert len(train.images) == 27 and len(test.captions) == 3 and train.content.tolist() == list(range(27))
+    np.savez(tmp_path / "partly.npz", images=d["images"][:30], captions=d["captions"][:30],
+             labels=np.where(np.arange(30) < 20, -1, np.arange(30) % 2))
+    a.dataset = str(tmp_path / "partly.npz")
+    content = text2image.parts_of(a)[1].content             # a picture without a label is a class of its own
+    assert len(content.unique()) == (content < 0).sum() + 2
     np.savez(tmp_path / "one.npz", images=d["images"][:30], captions=d["captions"][:30, 0])
     a.dataset = str(tmp_path / "one.npz")                                       # a sentence a picture
     train = text2image.parts_of(a)[1]

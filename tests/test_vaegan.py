@@ -438,6 +438,8 @@ def test_labels_stand_in_for_attributes_and_published_test_parts_are_kept():
     assert vaegan.prepare(args(), Data("x", images, y, images[:6])).labels is None
     d = vaegan.prepare(args(), Data("x", images, y - 1))  # stl10's unlabelled pictures
     assert d.labels is None and d.extra["names"] == []
+    for labels, test_labels in ((None, y[:6]), (y, y[:6] - 1)):                 # test labels that do not fit
+        assert vaegan.prepare(args(), Data("x", images, labels, images[:6], test_labels)).labels is None
 
 
 def test_attribute_vectors_are_differences_of_means():
@@ -694,6 +696,7 @@ def test_runs_side_by_side(digits, tmp_path, monkeypatch, capsys):
         (["--beside", "runs/gan"], "needs --resume"),
         (["--dis", "x"], "need each other"),
         (["--model", "vae", "--gating"], "trains none"),
+        (["--model", "vae_dis", "--dis", "RUN", "--gating"], "trains none"),
         (["--gamma", "-1"], "at least 0"),
         (["--width", "0"], "above 0"),
     ],
