@@ -42,7 +42,7 @@ from torch.nn import functional as F
 
 from common import UserError, data, export, log, metrics, run
 from common.fuse import Adam, autocast, calibrate, descend, frozen, fuse, place, precise, sampling
-from common.metrics import need, shapes
+from common.metrics import need
 
 # --------------------------------------------------------------------------------------------------- settings
 # Sec. 4, Fig. 1: batches of 128, Adam at 2e-4, pictures in [-1, 1], z ~ Unif(-1, 1).  Where the paper is
@@ -365,7 +365,8 @@ def read_released(folder, part, net):
         except (OSError, ValueError, EOFError) as e:
             raise UserError(f"{path} cannot be read as an array: {e}") from None
         a = a.flip(2, 3) if a.dim() == 4 else a.T if a.dim() == 2 else a
-        need(a.shape == p.shape and a.isfinite().all(), f"finite {tuple(p.shape)} in {path}", shapes(a))
+        need(a.shape == p.shape, f"shape {tuple(p.shape)} in {path}", tuple(a.shape))
+        need(a.isfinite().all(), f"finite values in {path}", "NaN or infinity")
         with torch.no_grad():
             p.copy_(a)
 

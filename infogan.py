@@ -344,7 +344,7 @@ def where(args):
     """The data set to load: --dataset, or for chairs the folder of renderings that the user supplies."""
     if args.dataset != "chairs":
         return args.dataset
-    folder = Path(args.data_dir).expanduser() / "rendered_chairs"
+    folder = Path(args.data_dir) / "rendered_chairs"
     if not folder.is_dir():
         raise UserError(f"{folder} is not there: unpack rendered_chairs.tar of Aubry et al. (2014), "
                         "https://www.di.ens.fr/willow/research/seeing3Dchairs, "

@@ -131,9 +131,8 @@ def optimizer(kind, **fixed):
     return make
 
 
-def adam(params, lr, betas=(0.5, 0.999), weight_decay=0.0, decoupled=False):
-    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
-    return optimizer(kind)(params, lr, betas=betas, weight_decay=weight_decay)
+def adam(params, lr, betas=(0.5, 0.999), weight_decay=0.0):
+    return optimizer(torch.optim.Adam)(params, lr, betas=betas, weight_decay=weight_decay)
 
 
 def textbook(script, loader):

@@ -55,7 +55,7 @@ BOX = {"celeba": (15, 40, 163, 188), "lfw": (50, 50, 200, 200)}  # left, top, ri
 ARRAYS = ("images", "labels", "test_images", "test_labels")
 COLUMNS = {"attributes": "attribute_names", "factors": "factor_names", "style": "style_names",
            "tags": "words"}                         # arrays (N, A) of an .npz -> names of their columns
-NAMES = ("names", "values", "words", "classes")     # arrays with these endings lack the row per image
+NAMES = ("names", "values", "words", "classes")     # arrays whose names end so: not a row per image
 GPU_SHARE = 0.5        # fraction of the free GPU memory that a data set may fill
 HOST_RESIDENT = 2**30  # bytes; on a CPU a larger set is probably memory-mapped, so prefetch it in a thread
 
@@ -101,7 +101,7 @@ def load(name, data_dir="data", size=None, channels=None, download=True, skip_ba
     load("mnist"): images (60000, 1, 28, 28), test_images (10000, 1, 28, 28).
     Raises UserError if the name, a file or an argument is wrong.
     """
-    root, path, name = Path(data_dir).expanduser(), Path(name).expanduser(), str(name)
+    root, path, name = *(Path(os.path.expanduser(p)) for p in (data_dir, name)), str(name)
     known = name in BUILT_IN or name in PLACE
     if size is None and name not in (*BUILT_IN, *SMALL) and (known or os.path.isdir(path)):
         raise UserError(f"{name} holds picture files, which may differ in size: give load() a size, 64 say")
@@ -129,8 +129,8 @@ def load(name, data_dir="data", size=None, channels=None, download=True, skip_ba
     for key in [key for key in ARRAYS[::2] if key in arrays]:
         x, what = arrays[key], f"{name} has {key.replace('_', ' ')}"
         if x[:prepare.BLOCK].max() < 16 and 0 < (high := x.max().item()) < 16:
-            raise UserError(f"{what} with values from 0 to {high}, all but black: expected 0 to 255; scale "
-                            f"them first, by {255 // high}")
+            raise UserError(f"{what} with values from 0 to {high}, almost black: expected 0 to 255; "
+                            f"multiply them by {255 // high} first")
         arrays[key] = resize(x, size, channels)
     return Data(printable(name), **{key: arrays.pop(key, None) for key in (*ARRAYS, "classes")}, extra=arrays)
 
@@ -232,7 +232,8 @@ def npz(path):
     for key, a in arrays.items():
         part, kind = ("test_", key[5:]) if key.startswith("test_") else ("", key)
         if kind in ("labels", "captions", *COLUMNS) and len(a) != rows[part]:
-            raise UserError(f"{path} has {key} of {len(a)} pictures, of {rows[part]} expected")
+            raise UserError(f"{path}: {key} has {len(a)} rows for {rows[part]} pictures: expected one row "
+                            "per picture")
         if kind in ("images", *COLUMNS) and kind in arrays and a.shape[1:] != arrays[kind].shape[1:]:
             raise UserError(f"{path}: {kind} are {arrays[kind].shape[1:]} and {key} {a.shape[1:]}: expected "
                             "rows of one shape")
@@ -485,40 +486,30 @@ def stl10(root, size, channels, download):
 def rendered(name, root, size, channels):
     """Images rendered by render.py, with their ground truth; shapes and scenes are always in colour."""
     from common import render
-    channels = 3 if name in ("shapes", "scenes") else channels
+    words = {"shapes": render.SHAPES, "scenes": render.SCENES}.get(name)
+    channels = 3 if words else channels
 
     def make():
         say(f"rendering {name} {size}x{size}, once", sys.stderr)
-        if name == "scenes":
-            return painted(size)
-        drawn = render.shapes(size=size) if name == "shapes" else \
-            render.faces(size=size, channels=channels, plain=channels == 1)
-        rest = {key: v if isinstance(v, (str, list)) else to_torch(v) for key, v in drawn.items()}
-        parts = [rest.pop(key).numpy() for key in ("images", "test_images") if key in rest]
-        images = np.concatenate(parts)
-        if len(parts) > 1:
-            rest["test_from"] = len(parts[0])
-
-        def blocks(start):
-            return (images[i:i + prepare.BLOCK] for i in range(start, len(images), prepare.BLOCK))
-
-        return images.shape, blocks, rest
-
-    def painted(size):  # block by block
-        told = render.captioned(render.SCENES, render.SCENES.pictures, size)
-        attributes, style = (torch.cat([told[key], told[f"test_{key}"]]) for key in ("attributes", "style"))
-        n, live = len(style), sys.stderr.isatty()
+        if words:  # block by block
+            rest = render.captioned(words, words.pictures, size)
+            what = [torch.cat([rest[key], rest[f"test_{key}"]]) for key in ("attributes", "style")]
+            n, rest["test_from"] = len(what[0]), len(rest["style"])
+        else:
+            rest = render.faces(size=size, channels=channels, plain=channels == 1)
+            images = rest.pop("images")
+            n = len(images)
 
         def blocks(start):
             for i in range(start, n, prepare.BLOCK):
-                rows = slice(i, i + prepare.BLOCK)
-                yield render.paint(attributes[rows], style[rows], size, render.SCENES).numpy()
-                done = min(n, i + prepare.BLOCK)
+                rows, done = slice(i, i + prepare.BLOCK), min(n, i + prepare.BLOCK)
+                yield (render.paint(*(t[rows] for t in what), size, words) if words else images[rows]).numpy()
+                live = sys.stderr.isatty()
                 if live or done == n or done % (32 * prepare.BLOCK) == 0:
                     say("\r" * live + f"rendering {name}: {done:,} of {n:,}  ", sys.stderr,
                         "" if live and done < n else "\n")
 
-        return (n, 3, size, size), blocks, told | {"test_from": len(told["style"])}
+        return (n, channels, size, size), blocks, rest
 
     code = hashlib.sha256(Path(render.__file__).read_bytes()).hexdigest()[:16]  # changed code renders again
     return cached(root / "cache" / f"{name}-{size}x{channels}-{code}", make)

@@ -5,7 +5,7 @@ A script writes its whole iteration (sampling, losses and all updates) as one pl
 
     plain       the function as it is: on a CPU, or with --no-graph
     cuda-graph  warmed up with real steps, captured once as a CUDA graph, then replayed: no Python, no kernel
-                launches and no host synchronisation in the loop
+                launches and no host synchronization in the loop
     compiled    --compile: the whole iteration as one torch.compile graph; on a GPU then captured as above
 
 All modes use the same optimizer state, so --resume may change the mode.
@@ -204,17 +204,16 @@ def frozen(*nets):
 
 # ---- optimizers: rates are 0-dim tensors in `param_groups`, so that set_rate() works on a captured step
 
-def Adam(params, lr, betas=(0.5, 0.999), weight_decay=0.0, decoupled=False):
-    """torch.optim.Adam, or AdamW if weight decay is `decoupled`, with fused kernels.
+def Adam(params, lr, betas=(0.5, 0.999), weight_decay=0.0):
+    """torch.optim.Adam with fused kernels.
 
     `params`: parameters or parameter groups, as in torch.optim.  The state is created at once, as the
     compiled step needs it.
     """
     params = list(params)
     first = params[0]["params"][0] if isinstance(params[0], dict) else params[0]
-    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
-    opt = kind(params, torch.tensor(lr, device=first.device), betas=betas, weight_decay=weight_decay,
-               fused=True)
+    opt = torch.optim.Adam(params, torch.tensor(lr, device=first.device), betas=betas,
+                           weight_decay=weight_decay, fused=True)
     for group in opt.param_groups:
         for p in group["params"]:
             opt.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
@@ -223,16 +222,14 @@ def Adam(params, lr, betas=(0.5, 0.999), weight_decay=0.0, decoupled=False):
 
 
 def _adam(opt, grads):
-    """One update of Adam or AdamW for the compiled step, where torch.optim's step() would break the graph."""
+    """One update of Adam for the compiled step, where torch.optim's step() would break the graph."""
     grads = iter(grads)
     for group in opt.param_groups:
         ps = group["params"]
         gs = [next(grads) for _ in ps]
         t, m, v = ([opt.state[p][key] for p in ps] for key in ("step", "exp_avg", "exp_avg_sq"))
         (b1, b2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
-        if decay and isinstance(opt, torch.optim.AdamW):
-            torch._foreach_mul_(ps, 1 - lr * decay)
-        elif decay:
+        if decay:
             gs = torch._foreach_add(gs, ps, alpha=decay)
         torch._foreach_add_(t, 1)
         torch._foreach_lerp_(m, gs, 1 - b1)

@@ -192,21 +192,14 @@ def with_captions(images, captions):
     return torch.cat(parts, 1)
 
 
-def save_png(path, image):
-    """Write one uint8 image (1 or 3, H, W) as PNG, completely or not at all."""
+def save_png(path, image, most=None):
+    """Write one uint8 image (1 or 3, H, W) as PNG, completely or not at all; `most`: shrink to this size."""
     array = image.permute(1, 2, 0).numpy()
+    picture = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    if most:
+        picture.thumbnail((most, most))
     with whole(path) as f:
-        Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(f, format="PNG")
-
-
-def smaller(image, side):
-    """Shrink a uint8 image (1 or 3, H, W) so that its longer side is at most `side` pixels."""
-    scale = side / max(image.shape[1:])
-    if scale >= 1:
-        return image
-    size = [max(1, round(n * scale)) for n in image.shape[1:]]
-    small = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
-    return small.round().to(torch.uint8)
+        picture.save(f, format="PNG")
 
 
 def animate(files, path, most=60):

@@ -28,11 +28,6 @@ def finite(*tensors):
     need(not bad, "finite numbers to measure", f"{bad} that are NaN or infinite")
 
 
-def shapes(*tensors):
-    """Describe types and shapes for a message: float32 (2, 3) and int64 (2,)."""
-    return " and ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors)
-
-
 # ---- A network on a whole data set ------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -240,19 +235,14 @@ def _train(clf, images, labels, steps, seed, batch=128, lr=5e-3, shift=2):
             cycle.step()
 
 
-def _judge(net, clf, x):
-    """net(x), where `net` is part of clf, for images x (N, C, H, W), uint8 or float in [0, 1]."""
-    return batched(net, x if x.dtype == torch.uint8 else x.float(), scale=(0, 1))
-
-
 def logits(clf, x):
     """The classifier's logits (N, classes or A) for images x (N, C, H, W), uint8 or float in [0, 1]."""
-    return _judge(clf, clf, x)
+    return batched(clf, x if x.dtype == torch.uint8 else x.float(), scale=(0, 1))
 
 
 def features(clf, x):
     """The classifier's features (N, dim) for images x (N, C, H, W), uint8 or float in [0, 1]."""
-    return _judge(clf.trunk, clf, x)
+    return logits(clf.trunk, x)
 
 
 def label_agreement(clf, x, y):

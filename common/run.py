@@ -38,7 +38,7 @@ FREE = {*ANEW, "name", "out", "data_dir", "steps", "device", "amp", "compile", "
         "batch_size"}  # the number of ranks may differ; Batches checks that the total batch is the same
 DRAWING = ("sample", "export", "explore", "prompt")  # use a trained run as it is
 PATHS = ("dataset", "data_dir", "out", "dis", "encoder", "exemplars")  # flags that may be relative paths
-WORDS = {"dataset": (*data.BUILT_IN, *data.PLACE, "toy"),  # values of PATHS that are none
+WORDS = {"dataset": (*data.BUILT_IN, *data.PLACE, "toy", "chairs"),  # values of PATHS that are no paths
          "encoder": ("deterministic", "gaussian", "universal")}
 TOO_LARGE = ("can't allocate memory", "size calculation overflowed", "Overflow when unpacking")  # torch, CPU
 UNREADABLE = (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, RuntimeError, LookupError,
@@ -72,17 +72,16 @@ def parser(file, doc, **defaults):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("run").add_argument
     flag = argparse.BooleanOptionalAction
-    add("--dataset", help="a name, a folder of images or an .npz file [%(default)s]")
-    add("--data-dir", metavar="DIR", default="data", help="where data sets are kept [%(default)s]")
-    add("--out", metavar="DIR", default="runs", help="where run folders are created [%(default)s]")
+    home = os.path.expanduser  # a shell leaves --out=~/runs as it is
+    add("--dataset", type=home, help="a name, a folder of images or an .npz file [%(default)s]")
+    add("--data-dir", metavar="DIR", type=home, default="data", help="where data sets are kept [%(default)s]")
+    add("--out", metavar="DIR", type=home, default="runs", help="where run folders are created [%(default)s]")
     add("--name", default="", help="suffix of the run's folder")
-    own = {k: "%(default)s" if k in defaults else "the experiment's" for k in ("steps", "batch_size")}
     add("--paper", action="store_true", help="use only the published settings [tuned in places]")
     add("--quick", action="store_true", help="a narrow, short run for a CPU")
     add("--skip-bad", action="store_true", help="skip pictures that cannot be read")
-    add("--steps", metavar="N", type=number(int, 1), help=f"iterations [{own['steps']}]")
-    add("--batch-size", metavar="N", type=number(int, 2),
-        help=f"images per step and rank [{own['batch_size']}]")
+    add("--steps", metavar="N", type=number(int, 1), help="iterations [depends on the experiment]")
+    add("--batch-size", metavar="N", type=number(int, 2), help="images per step and rank [the same]")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed [%(default)s]")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ... [%(default)s: cuda if there is one]")
     add("--amp", action=flag, help="bfloat16 autocast [if the hardware has bfloat16]")
@@ -92,7 +91,7 @@ def parser(file, doc, **defaults):
         help="steps between log lines [%(default)s]")
     add("--save-every", metavar="N", type=number(int, 1), default=1000,
         help="steps between checkpoints [%(default)s]")
-    add("--resume", metavar="RUN", help="continue the run in this folder with its settings")
+    add("--resume", metavar="RUN", type=home, help="continue the run in this folder with its settings")
     add("--check", action="store_true", help="exit with 1 if the key result is out of range")
     add = p.add_argument_group("use a trained run: --resume RUN, or an exported .npz file").add_argument
     add("--sample", type=number(int, 1), metavar="N", help="write N PNGs and stop")
@@ -100,9 +99,10 @@ def parser(file, doc, **defaults):
     add("--real", action="store_true", help="with --sample: also N real pictures, for FID tools")
     add("--label", help="short for --set label=LABEL")
     add("--set", action="append", metavar="NAME=VALUE", help="set a label, a code or an attribute")
-    add("--export", metavar="FILE",
+    add("--export", metavar="FILE", type=home,
         help="save the generator as a torch.export program (.pt2) or as weights (.npz)")
-    add("--explore", metavar="RUN", help="try the generator in a browser, with sliders; needs no --resume")
+    add("--explore", metavar="RUN", type=home,
+        help="try the generator in a browser, with sliders; needs no --resume")
     p.set_defaults(script=script, **defaults)
     return p
 
@@ -138,8 +138,8 @@ def parse(p, argv=None, free=(), experiment=None, paper=None, tuned=None, quick=
     given = {k: v for k, v in given.items() if v is not None}
     if given.get("paper") and given.get("quick"):
         p.error("--paper and --quick exclude each other")
-    if given.get("explore"):
-        given.setdefault("resume", given["explore"])
+    if given.get("explore") and given.setdefault("resume", given["explore"]) != given["explore"]:
+        p.error("--explore RUN names the run: leave --resume out")
     drawing = [k for k in DRAWING if given.get(k)]
     if drawing and not given.get("resume"):
         p.error(f"--{drawing[0]} needs --resume RUN: the run whose networks draw")
@@ -155,7 +155,7 @@ def parse(p, argv=None, free=(), experiment=None, paper=None, tuned=None, quick=
     args = argparse.Namespace(**{**defaults, **saved, **given})
     if not args.dataset:
         p.error("--dataset is empty: a name, a folder of images or an .npz file expected")
-    args.given = sorted({*given, *saved.get("given", [k for k in saved if saved[k] != defaults.get(k)])})
+    args.given = sorted({*given, *saved.get("given", ())})
     if paper:
         row = saved.get("experiment")
         args.experiment = row if row in paper else experiment(args)
@@ -177,7 +177,7 @@ def _saved(folder, script):
         saved = export.settings_in(folder) if Path(folder).is_file() else json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} not found: the folder of an earlier run expected") from None
-    except (OSError, ValueError) as e:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
         raise UserError(f"{path} cannot be read ({e}): the flags of the run are lost") from None
     if not isinstance(saved, dict) or saved.get("script") != script:
         found = saved.get("script") if isinstance(saved, dict) else None
@@ -196,8 +196,8 @@ class Run:
         self.asked, self.kept, self.read = dict(vars(args)), dict(vars(args)), None
         for key in PATHS:  # absolute, since a run may be resumed from another directory
             value, words = self.asked.get(key), WORDS.get(key, ())
-            if isinstance(value, str) and value not in words and Path(value).expanduser().exists():
-                self.kept[key] = str(Path(value).expanduser().resolve())
+            if isinstance(value, str) and value not in words and os.path.exists(value):
+                self.kept[key] = os.path.realpath(value)
         self.args, self.parts, self.step, self.stopped = args, {}, 0, False
         self.start, self.end = 0, args.steps  # of the current loop
         self.logger = self.board = None
@@ -221,11 +221,12 @@ class Run:
         args.compile = bool(args.compile) and not why_not
         args.graph = cuda if args.graph is None else args.graph and cuda
         torch.manual_seed(args.seed)
-        label = data.printable(Path(args.dataset).stem) + (f"-{args.name}" if args.name else "")
+        source = Path(os.path.abspath(args.dataset)).name.removesuffix(".npz")  # of "." too
+        label = data.printable(source) + (f"-{args.name}" if args.name else "")
         self.folder = Path(args.resume or Path(args.out) / f"{args.script}-{label}")
         if args.resume and self.folder.is_file():  # an exported file has no run folder
             if not self.drawing:
-                raise UserError(f"{args.resume} holds a generator, not a run: expected with --sample, "
+                raise UserError(f"{args.resume} holds a generator, not a run: use it with --sample, "
                                 "--export or --explore")
             self.folder = Path(args.out) / self.folder.stem
         self.lock = None
@@ -475,7 +476,7 @@ class Run:
         log.save_png(self.folder / f"{name}.png", image)
         if name == "samples" and self.logger:  # a frame of training.gif
             (self.folder / "frames").mkdir(exist_ok=True)
-            log.save_png(self.folder / "frames" / f"{self.step + 1:08d}.png", log.smaller(image, 480))
+            log.save_png(self.folder / "frames" / f"{self.step + 1:08d}.png", image, most=480)
         self._board().add_image(f"figures/{name}", image, self.step)
         self._board().flush()
 
@@ -601,16 +602,17 @@ def _device(name, lead=True):
             say(f"on the CPU: --device {other} is here too, but this repository has not been run on it")
     try:
         device = torch.device(name)
-        if device.type != "cpu":
-            device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", str(device.index or 0))))
+        if device.type == "cpu":
+            return torch.device("cpu")  # "cpu:0" too
+        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", str(device.index or 0))))
         if device.type == "cuda":
             torch.cuda.get_device_name(device)
-        elif device.type != "cpu" and (device.type != other or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+        elif device.type != other or int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RuntimeError
     except (RuntimeError, AssertionError):
-        choice = f"cpu, {other} (one rank)" if other else "cpu"
-        raise UserError(f"--device {name} found, {choice} or one of {torch.cuda.device_count()} CUDA devices "
-                        "expected") from None
+        choice = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        choice += [f"{other} (one rank)"] if other else []
+        raise UserError(f"--device {name} found, {' or '.join(choice)} expected") from None
     return device
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 import types
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +254,11 @@ def test_all_bad_pictures_are_listed_and_may_be_left_out(tmp_path, monkeypatch, 
     for name in good:
         (f / name).write_bytes(b"")
     one_line(lambda: load(f, tmp_path, 8, skip_bad=True), "none of the 12 pictures", f)
+    for part, content in (("train", noise(8, 8, 3)), ("test", None)):
+        file = save(tmp_path / "parts" / part / "0.png", noise(8, 8, 3))
+        if content is None:
+            file.write_bytes(b"")
+    one_line(lambda: load(tmp_path / "parts", tmp_path, 8, skip_bad=True), "none of the 1 test pictures")
 
 
 def test_no_picture_reaches_another_program(tmp_path, monkeypatch):
@@ -517,15 +523,6 @@ def test_damaged_cache_is_named(tmp_path, pictures, damage, monkeypatch):
         file.unlink()
     made.rmdir()
     assert torch.equal(load(pictures, tmp_path, 8).images, first)
-
-
-def test_a_cache_without_checksums_gets_them(tmp_path, pictures):
-    first = load(pictures, tmp_path, 8).images.clone()
-    (made,) = cache_of(tmp_path)
-    marks = (made / "checksums").read_bytes()
-    (made / "checksums").unlink()
-    assert torch.equal(load(pictures, tmp_path, 8).images, first)
-    assert (made / "checksums").read_bytes() == marks
 
 
 def test_data_folder_that_cannot_be_written(tmp_path, pictures):
@@ -834,8 +831,8 @@ OK = np.zeros((4, 3, 8, 8), np.uint8)
         ({"images": OK[:, 0]}, ["(4, 8, 8)", "(N, C, H, W)"]),
         ({"images": OK[:, :2]}, ["(4, 2, 8, 8)", "C = 1 or 3"]),
         ({"images": OK[:0]}, ["(0, 3, 8, 8)", "N > 0"]),
-        ({"images": OK, "labels": np.arange(3)}, ["labels of 3 pictures, of 4 expected"]),
-        ({"images": OK, "labels": np.arange(0)}, ["labels of 0 pictures, of 4 expected"]),
+        ({"images": OK, "labels": np.arange(3)}, ["labels has 3 rows for 4 pictures"]),
+        ({"images": OK, "labels": np.arange(0)}, ["labels has 0 rows for 4 pictures"]),
         ({"images": OK, "labels": np.array([0, 1, -5, 1])}, ["a label -5", "-1 for no label"]),
         ({"images": OK, "labels": np.arange(4), "classes": ["a", "b"]}, ["2 classes for labels up to 3"]),
         ({"images": OK[:, :, :1, :1].repeat(300, 0), "labels": np.arange(1200)},
@@ -851,9 +848,9 @@ OK = np.zeros((4, 3, 8, 8), np.uint8)
         ({"images": OK, "labels": list("abca")},
          ["labels is <U1", "np.unique(labels, return_inverse=True)[1]"]),
         ({"images": OK, "captions": np.arange(4)}, ["captions is int64 (4,)", "strings (N,) or (N, k)"]),
-        ({"images": OK, "captions": ["a"] * 3}, ["captions of 3 pictures, of 4 expected"]),
+        ({"images": OK, "captions": ["a"] * 3}, ["captions has 3 rows for 4 pictures"]),
         ({"images": OK, "captions": np.array([["a"], ["a", "b"]] * 2, object)}, ["captions", "padded with"]),
-        ({"images": OK, "factors": np.zeros((3, 2))}, ["factors of 3 pictures, of 4 expected"]),
+        ({"images": OK, "factors": np.zeros((3, 2))}, ["factors has 3 rows for 4 pictures"]),
         ({"images": OK, "factors": np.full((4, 2), np.nan)}, ["factors is float64 (4, 2)", "NaN"]),
         ({"images": OK, "factors": np.zeros((4, 2)), "factor_names": ["a"]},
          ["1 factor_names for 2 columns"]),
@@ -871,9 +868,9 @@ OK = np.zeros((4, 3, 8, 8), np.uint8)
         ({"images": np.array(3)}, ["images is int64 ()", "one row or more"]),
         (
             {"images": OK, "test_images": OK[:2], "test_labels": np.arange(4)},
-            ["test_labels of 4 pictures, of 2 expected"],
+            ["test_labels has 4 rows for 2 pictures"],
         ),
-        ({"images": OK, "test_labels": np.arange(4)}, ["test_labels of 4 pictures, of 0 expected"]),
+        ({"images": OK, "test_labels": np.arange(4)}, ["test_labels has 4 rows for 0 pictures"]),
         ({"images": OK, "test_images": OK[..., :4]}, ["(3, 8, 8)", "(3, 8, 4)"]),
         (
             {"images": OK, "test_images": OK.transpose(0, 2, 3, 1)},
@@ -931,7 +928,8 @@ def test_faces_are_rendered_once(tmp_path, monkeypatch):
         }
 
     (tmp_path / "render.py").write_text("1")
-    render = types.SimpleNamespace(faces=faces, __file__=str(tmp_path / "render.py"))
+    render = types.SimpleNamespace(faces=faces, SHAPES=None, SCENES=None,
+                                   __file__=str(tmp_path / "render.py"))
     monkeypatch.setitem(sys.modules, "common.render", render)
     monkeypatch.setattr(common, "render", render, raising=False)
     d, again, grey = load("faces", tmp_path), load("faces", tmp_path), load("faces", tmp_path, 16, 1)
@@ -947,12 +945,13 @@ def test_faces_are_rendered_once(tmp_path, monkeypatch):
 def test_shapes_are_rendered_once_with_their_test_part(tmp_path, monkeypatch):
     from common import render
 
-    sizes, shapes = [], render.shapes
-    monkeypatch.setattr(render, "shapes", lambda size: sizes.append(size) or shapes(10, size))
+    sizes, captioned = [], render.captioned
+    monkeypatch.setattr(render, "SHAPES", replace(render.SHAPES, pictures=10))
+    monkeypatch.setattr(render, "captioned", lambda *words: sizes.append(words[2]) or captioned(*words))
     d, grey = load("shapes", tmp_path, 16), load("shapes", tmp_path, 16, 1)
     assert sizes == [16] and d.images.shape == (10, 3, 16, 16) and d.test_images.shape == (2, 3, 16, 16)
     assert grey.images.shape == (10, 1, 16, 16) and d.labels is None
-    few = shapes(10, 16)
+    few = render.shapes(10, 16)
     assert torch.equal(d.images, few["images"]) and torch.equal(d.test_images, few["test_images"])
     assert set(d.extra) == set(few) - {"images", "test_images"}
     assert d.extra["captions"] == few["captions"] and d.extra["test_captions"] == few["test_captions"]

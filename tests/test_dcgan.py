@@ -355,7 +355,7 @@ def test_released_networks_become_a_run(tmp_path, capsys):
     with pytest.raises(UserError, match="10 files .*gen_params.* found 9"):
         dcgan.main([*map(str, words), "--name", "again"])
     np.save(tmp_path / "200_gen_params.jl_10.npy", np.zeros((8, 1, 5, 5)))
-    with pytest.raises(UserError, match=r"finite \(8, 3, 5, 5\)"):
+    with pytest.raises(UserError, match=r"shape \(8, 3, 5, 5\)"):
         dcgan.main([*map(str, words), "--name", "third"])
 
 

@@ -405,14 +405,13 @@ def test_another_shape_is_no_second_compilation(aot):
         step(torch.ones(4))
 
 
-@pytest.mark.parametrize("decay, decoupled", [(0.0, False), (1e-2, False), (1e-1, True)])
-def test_compiled_adam_is_torchs_over_50_steps(decay, decoupled):
-    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+@pytest.mark.parametrize("decay", [0.0, 1e-2])
+def test_compiled_adam_is_torchs_over_50_steps(decay):
     torch.manual_seed(0)
     start = [torch.randn(4, 3), torch.randn(5)]
     mine, theirs = ([nn.Parameter(p.clone()) for p in start] for _ in "ab")
-    opt = Adam(mine, 1e-2, weight_decay=decay, decoupled=decoupled)
-    other = kind(theirs, 1e-2, betas=(0.5, 0.999), weight_decay=decay)
+    opt = Adam(mine, 1e-2, weight_decay=decay)
+    other = torch.optim.Adam(theirs, 1e-2, betas=(0.5, 0.999), weight_decay=decay)
     for i in range(50):
         for p, q in zip(mine, theirs):
             q.grad = torch.randn_like(p)

@@ -94,8 +94,28 @@ def test_a_number_says_what_was_found_and_expected():
 
 
 def test_an_unknown_device_is_one_line():
-    with pytest.raises(UserError, match="--device tpu:7 found"):
+    with pytest.raises(UserError, match="--device tpu:7 found, cpu "):
         run.Run(parse("--device", "tpu:7"))
+
+
+def test_the_cpu_may_have_a_number(tmp_path):
+    assert run.Run(parse("--device", "cpu:0", "--out", tmp_path)).args.device == "cpu"
+
+
+def test_a_folder_is_named_by_the_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for dataset, name in (("photos.v1", "photos.v1"), ("photos.v2/", "photos.v2"), ("a/b.npz", "b"),
+                          (".", tmp_path.name), ("mnist", "mnist")):
+        r = run.Run(parse("--dataset", dataset, "--device", "cpu"))
+        assert r.folder.name == f"infogan-{data.printable(name)}"
+
+
+def test_a_home_is_found_where_the_shell_leaves_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    a = parse("--out=~/runs", "--data-dir=~/d", "--dataset=~/x.npz")
+    assert [a.out, a.data_dir, a.dataset] == [f"{tmp_path}/{word}" for word in ("runs", "d", "x.npz")]
+    parse("--dataset=~nobody-of-this-name/x")               # stays as it is
 
 
 # ------------------------------------------------------------------------------------------------ the folder

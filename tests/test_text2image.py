@@ -607,7 +607,7 @@ def test_parts(tiny, tmp_path):
     train = text2image.parts_of(a)[1]
     i = next(i for i in range(30) if np.array_equal(d["images"][i], train.images[1]))
     assert train.captions[1] == [d["captions"][i, 0]]
-    for extra, line in (({"attributes": d["attributes"][:20]}, "attributes of 20 pictures, of 30 expected"),
+    for extra, line in (({"attributes": d["attributes"][:20]}, "attributes has 20 rows for 30 pictures"),
                         ({"captions": [*d["captions"][:29, 0], " "]}, "a picture without a caption found")):
         np.savez(tmp_path / "wrong.npz", images=d["images"][:30], **{"captions": d["captions"][:30]} | extra)
         a.dataset = str(tmp_path / "wrong.npz")
