@@ -432,15 +432,16 @@ def parse_args(argv=None):
     phases = 1 if args.model == "vae" else 3
     if "rates" in args.given and not args.resume and len(args.rates) != phases:
         p.error(f"--rates: {len(args.rates)} found, {phases} expected")
-    if args.model == "vae" and (args.lam is not None or args.warp or not args.adversary):
-        p.error("--lam, --warp and --no-adversary are for --model aae: a VAE has no adversary")
+    if args.model == "vae" and (args.task != "prior" or args.prior == "swiss-roll"):
+        p.error("--model vae is for --task prior, except swiss-roll, which has no density for the KL")
+    if args.model == "vae" and (args.lam is not None or args.warp or not args.adversary
+                                or args.encoder == "universal"):
+        p.error("--lam, --warp, --no-adversary and --encoder universal are for --model aae")
     drawn = args.task == "prior" and args.prior != "gaussian" and args.model == "aae"
     if args.labels and not drawn and args.task not in ("semi", "reduce"):
         p.error("--labels is for --task semi and reduce, and for an aae with --prior mixture or swiss-roll")
     if args.task == "semi" and not args.labels:
         p.error("--task semi needs labels; --task cluster needs none")
-    if args.model == "vae" and (args.task != "prior" or args.prior == "swiss-roll"):
-        p.error("--model vae is for --task prior, except swiss-roll, which has no density for the KL")
     if args.clusters and args.task != "cluster" and (args.task != "reduce" or args.labels):
         p.error("--clusters is for --task cluster, and for reduce with --labels 0")
     if args.task == "prior" and args.z_dim != 2:
@@ -549,7 +550,7 @@ def draw_labels(labels, n, seed):
 
     Raises UserError if n is not a multiple of the number of classes, or a class has too few pictures.
     """
-    counts = torch.bincount(labels[labels >= 0])
+    counts = torch.bincount(labels[labels >= 0], minlength=1)
     each = n // len(counts)
     if n % len(counts) or counts.min() < each:
         raise UserError(f"--labels {n} found: a multiple of {len(counts)} expected, equally many per class; "
@@ -797,12 +798,6 @@ def majority_labels(a, labels):
     return (F.one_hot(k, a.shape[1]).T @ F.one_hot(labels)).argmax(1)
 
 
-def name_clusters(Q, sets):
-    """The label of each cluster (m,), from the validation pictures."""
-    images, labels = sets["valid"]
-    return head_labels(encode(Q, images)[1], labels)
-
-
 FIGURES = {("aae", "gaussian", False): ("fig2a", "fig2e"), ("aae", "mixture", False): ("fig2b", "manifold"),
            ("vae", "gaussian", False): ("fig2c", "manifold"),
            ("vae", "mixture", False): ("fig2d", "manifold"),
@@ -921,7 +916,8 @@ def reduce(r, Q, P, sets):
         A = torch.linalg.lstsq(W_C, heads(P.m, 2), driver="gelsd").solution
         points, W_C = points @ A, W_C @ A
     r.show("fig11", scatter(points, sets["test"][1], W_C))
-    table = None if r.args.labels else name_clusters(Q, sets)
+    valid, labels = sets["valid"]
+    table = None if r.args.labels else head_labels(encode(Q, valid)[1], labels)
     name = f"aae-dim-{k}d-{r.args.labels}" + f"-clu{P.m}" * (not r.args.labels and P.m != 20)
     return {name: {"value": error(Q, sets, table), "unit": "% error"}}
 

@@ -172,6 +172,8 @@ def test_label_draws_are_balanced_repeatable_and_differ_between_seeds():
     for n in (105, 100000):
         with pytest.raises(UserError, match=f"--labels {n}"):
             aae.draw_labels(labels, n, 0)
+    with pytest.raises(UserError, match="--labels 10"):
+        aae.draw_labels(torch.full((5,), -1), 10, 0)
 
 
 def test_by_default_the_prior_takes_as_many_labels_as_fit():
@@ -207,7 +209,7 @@ def test_clusters_are_named_by_pictures_as_they_are(monkeypatch):
     monkeypatch.setattr(aae.data, "warp", lambda *a, **k: pytest.fail("a warped picture named a cluster"))
     Q, _, _ = nets("--task", "cluster", "--width", ".01", m=16)
     images = torch.randint(256, (40, 1, 28, 28), dtype=torch.uint8)
-    assert aae.name_clusters(Q, {"valid": (images, torch.arange(40) % 10)}).shape == (16,)
+    assert aae.head_labels(aae.encode(Q, images)[1], torch.arange(40) % 10).shape == (16,)
 
 
 def test_error_counts_categories_or_their_labels():
@@ -552,6 +554,7 @@ def test_the_other_experiments_are_judged_too(digits, tmp_path, words, figure, n
         "--prior gaussian --model vae --lam 1",
         "--prior gaussian --model vae --warp 1",
         "--prior gaussian --model vae --no-adversary",
+        "--prior gaussian --model vae --encoder universal",
         "--task style --spread 3",
         "--task semi --rates .1",
         "--task semi --clusters 16",

@@ -43,7 +43,7 @@ def test_alphabet_and_symbols():
 
 def test_what_is_not_kept_of_sentences_is_said():
     assert remark(["A red circle, 2 blue boxes!"]) == remark([]) == ""
-    assert remark(["a café", "a bar"]) == "read with blanks in place of é (not in the alphabet)"
+    assert remark(["a café", "a bar"]) == "read without é (not in the alphabet)"
     assert remark(["a" * 201 + "bcd", "a"]) == "1 cut after 201 characters"
     assert remark(["é" * 202]).endswith(" (not in the alphabet) and 1 cut after 201 characters")
 
@@ -73,7 +73,7 @@ def test_texts_that_are_all_but_alike_are_not_blown_up():
     train.t[::2, :, 200] = 1                                                    # all that differs
     nets, _, steps = built(train=train)
     steps.set_scale()
-    h = text2image.texts_of(nets.phi_t, train.t, "cpu")
+    h = text2image.texts_of(nets.phi_t, train.t)
     assert 0 < h.std((0, 1)).mean() < 0.02 and h.square().mean().sqrt() <= 5.001
 
 
@@ -309,10 +309,10 @@ def test_each_phase_moves_its_own_networks():
 def test_texts_are_scaled_to_the_spread_that_G_begins_with():
     nets, _, steps = built()
     steps.set_scale()
-    h = text2image.texts_of(nets.phi_t, part().t, "cpu")
+    h = text2image.texts_of(nets.phi_t, part().t)
     assert h.std((0, 1)).mean().item() == pytest.approx(0.05, rel=1e-4)
     steps.set_scale()                                                                     # again: no further
-    assert torch.allclose(text2image.texts_of(nets.phi_t, part().t, "cpu"), h)
+    assert torch.allclose(text2image.texts_of(nets.phi_t, part().t), h)
     nets, _, steps = built("--paper", "--dataset", "shapes")
     steps.set_scale()
     assert nets.phi_t.scale == 1                                                # h as phi_t gives it
@@ -326,7 +326,7 @@ def test_G_bar_gets_batchnorm_statistics_of_its_own():
     norm = nets.G_bar.net[2]
     assert torch.equal(norm.running_var, nets.G.net[2].running_var)
     steps.settle()
-    z, h = torch.randn(600, 100), text2image.texts_of(nets.phi_t, part().t, "cpu").flatten(0, 1)
+    z, h = torch.randn(600, 100), text2image.texts_of(nets.phi_t, part().t).flatten(0, 1)
     before = nets.G_bar.net[:2](torch.cat([z, nets.G_bar.text(h.repeat(10, 1))], 1))
     assert torch.allclose(norm.running_var, before.var((0, 2, 3)), rtol=0.2)
     assert not torch.equal(norm.running_var, nets.G.net[2].running_var)
@@ -659,7 +659,7 @@ def test_captions_that_differ_in_one_word():
             return sign * phi_t(t)[((x[:, 0, 0, 0] + 1) * 127.5).round().long()]
 
         nets, v = SimpleNamespace(phi_t=phi_t), text2image.on_pictures(phi_v, images)
-        return text2image.one_word(SimpleNamespace(device="cpu"), nets, test, v, names, values)
+        return text2image.one_word(nets, test, v, names, values)
 
     assert score(Reader()) == {"value": 100.0, "colour": 100.0, "shape": 100.0}
     assert score(Reader(), -1)["value"] == 0
@@ -670,7 +670,7 @@ def test_captions_that_differ_in_one_word():
     assert score(Reader()) == {"value": 100.0, "colour": 100.0, "shape": 100.0, "order": 100.0}
     assert score(Reader("abovelw"))["order"] == 50
     nets, v = SimpleNamespace(phi_t=Reader()), torch.zeros(len(t), 71)
-    assert text2image.one_word(SimpleNamespace(device="cpu"), nets, test, v, (), ()) == {}
+    assert text2image.one_word(nets, test, v, (), ()) == {}
 
 
 # ------------------------------------------------------------------------------------------------------ a run
@@ -712,7 +712,7 @@ def test_prompts(folder, capsys):
     text2image.main(["--resume", str(folder), "--n", "3", "--prompt", "a red circle above a blue box",
                      "--prompt", "über"])
     out = capsys.readouterr().out
-    assert "prompts: read with blanks in place of ü (not in the alphabet)" in out
+    assert "prompts: read without ü (not in the alphabet)" in out
     assert "2 rows of 3 pictures" in out
     assert Image.open(folder / "prompts.png").size[0] == 3 * 66 + 2
     assert (folder / "checkpoint.pt").read_bytes() == before
