@@ -47,8 +47,8 @@ from common.metrics import need
 # --------------------------------------------------------------------------------------------------- settings
 # Sec. 4, Fig. 1: batches of 128, Adam at 2e-4, pictures in [-1, 1], z ~ Unif(-1, 1).  Where the paper is
 # silent, values come from the authors' Theano code (Newmu/dcgan_code): weight decay, BatchNorm's epsilon,
-# as many updates of G as of D, sampling with batch statistics.  SVHN's Gaussian z, rate, batch and epochs
-# contradict the print; they are in the name of the released model, which gave the printed error.
+# as many updates of G as of D, sampling with batch statistics.  SVHN's Gaussian z, rate and batch contradict
+# the print; like its epochs, they are in the name of the released model, which gave the printed error.
 
 ALL = dict(batch_size=128, lr=2e-4, weight_decay=1e-5, eps=1e-8, scale=(-1.0, 1.0), batch_stats=True,
            deduplicate=False)
@@ -226,7 +226,7 @@ def parse_args(argv=None):
     add = p.add_argument_group("DCGAN").add_argument
     positive, flag = run.number(float, 0, open_low=True), argparse.BooleanOptionalAction
     add("--net", choices=("64", "imagenet", "svhn"), help="networks of Sec. 3 [imagenet for imagenet, CIFAR "
-        "and 32x32 colour .npz; svhn for svhn and grey digits; else 64]")
+        "and colour .npz up to 32x32; svhn for svhn, MNIST and its kin and grey .npz up to 32x32; else 64]")
     add("--size", type=int, choices=(32, 64, 128, 256), help="picture size [64; imagenet, svhn 32]; "
         "--net 64 adds or drops a layer of G and D per factor of 2 (not the paper's)")
     add("--width", type=positive, default=1.0, help="feature maps, as a fraction of the paper's [1]")
@@ -243,7 +243,7 @@ def parse_args(argv=None):
         help="with --features: train D's architecture on 100 labels per class instead; best of this many "
         "random settings [%(const)s]")
     p.set_defaults(clf_steps=None)                          # evaluation classifier; None: its default
-    args = run.parse(p, argv, free=("exemplars", "features", "supervised", "skip_bad"),
+    args = run.parse(p, argv, free=("batch_stats", "exemplars", "features", "supervised", "skip_bad"),
                      experiment=experiment, paper=PAPER, tuned=TUNED, quick=QUICK)
     if args.net != "64" and args.size != 32:
         p.error(f"--size {args.size} found, 32 expected with --net {args.net}; --net 64 takes other sizes")
@@ -821,7 +821,7 @@ def report_features(r, D, channels):
         raise UserError(f"--features {args.features}: this data set has no labels, which the SVM needs")
     images, y, test, y_test = pictures.images, pictures.labels, pictures.test_images, pictures.test_labels
     images, y = (images[y >= 0], y[y >= 0]) if y.min() < 0 else (images, y)
-    if test is None or y_test is None:                      # hold out every sixth picture
+    if y_test is None or not 0 <= y_test.min() <= y_test.max() <= y.max():      # hold out every sixth picture
         held = torch.arange(len(y)) % 6 == 0
         images, y, test, y_test = images[~held], y[~held], images[held], y[held]
     trained = r.folder

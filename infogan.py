@@ -301,18 +301,20 @@ def parse_args(argv=None):
     add("--net", choices=("mnist", "svhn", "celeba", "faces", "chairs"),
         help="networks and codes of Tables 1 to 6 [the data set's own, else mnist]")
     add("--factor", choices=("azimuth", "elevation", "lighting", "width", "rotation"),
-        help="row of Table 5 (faces) or 7 (chairs) for the rates and lambdas [azimuth, rotation]")
+        help="row of Table 5 (faces) or 7 (chairs) for the rates and lambdas; faces without --paper: for the "
+             "rates alone [azimuth, rotation]")
     add("--width", type=positive, default=1.0, help="feature maps and units, as a fraction of the paper's")
     add("--lam", type=weight,
         help="lambda of Eq. 6 for categorical codes; 0: a regular GAN [1; see PAPER for --factor]")
     add("--lam-cont", type=weight,
-        help="lambda of Eq. 6 for continuous codes [MNIST .1, chairs 10, else 1; see PAPER for --factor; "
-             "0 with --lam 0]")
+        help="lambda of Eq. 6 for continuous codes [MNIST .1, chairs 10, else 1; see PAPER for --factor, on "
+             "faces with --paper alone; 0 with --lam 0]")
     add("--fix-sigma", action=argparse.BooleanOptionalAction,
         help="fix sigma of Q's Gaussians at 1 [faces; --paper: MNIST]")
     add("--fresh-z", action=argparse.BooleanOptionalAction, help="draw new z and c for G's update [--paper]")
     add("--warm-up", type=run.number(int, 0),
-        help="steps over which lam rises from 0, then as many for lam_cont; faces: at once [MNIST 1500]")
+        help="steps over which lam rises from 0, then lam_cont over as many more; faces: lam_cont from "
+             "step 1 on [MNIST 1500]")
     add("--warp", type=weight, help="strength of the warp applied to half of D's inputs [MNIST 1, else 0]")
     add("--noise", type=weight, help="std of the Gaussian noise added to D's inputs [faces .1, else 0]")
     add("--together", action=argparse.BooleanOptionalAction,
@@ -361,7 +363,7 @@ def regular_gan(args):
 
 def lambdas(t, args):
     """lam and lam_cont of Eq. 6 after t updates (a 0-dim tensor).  Each rises linearly from 0 to its value
-    over --warm-up steps: lam first, then lam_cont (at once if there are no categorical codes)."""
+    over --warm-up steps: lam first, then lam_cont.  Without categorical codes, lam_cont rises from step 1."""
     if args.lam == 0 == args.lam_cont:                      # a regular GAN: Q alone learns from L_I
         return 1.0, 1.0
     w = max(1, args.warm_up)
@@ -533,18 +535,16 @@ def figures(r, G, gan_G, results):
     r.show("fig1", draw_fig1(r.folder, args))
     found = {part["figure"]: int(part["code"][1:]) - 1
              for entry in results.values() for part in entry.values() if isinstance(part, dict)}
-    drawn = {*found.values()}
     if args.net == "mnist":
         labels = results.get("ig-cls", {}).get("labels", range(10))
         show("fig2a", G, 0, sorted(range(10), key=lambda k: (labels[k] < 0, labels[k])))
         if gan_G is not None:
             show("fig2b", gan_G, 0)
-        drawn.add(0)
     elif args.net == "chairs" and not found:                # Fig. 4: one run for each row of Table 7
         found["fig4b" if args.factor == "width" else "fig4a"] = len(args.cats)
-        drawn.add(len(args.cats))
     for title, code in found.items():
         show(title, G, code)
+    drawn = {*found.values(), *[0] * (args.net == "mnist")}
     for code in {*range(len(args.cats) + args.m)} - drawn:
         show(f"{FIGURE[args.net]}_c{code + 1}", G, code)
 
@@ -624,13 +624,13 @@ def evaluate(r, G, D, pictures):
         results["ig-mi-cont"] = {"value": mi_cont, "unit": "nats"}
     if "factors" in pictures.extra and args.m:
         found = match_factors(D, pictures, args)
-        names = pictures.extra.get("factor_names") or [f"factor {j + 1}" for j in range(max(found) + 1)]
+        names = pictures.extra["factor_names"]
         factors = {names[j]: {"code": f"c{len(args.cats) + code + 1}", "value": rho,
                               "figure": f"fig3{chr(ord('a') + j)}"} for j, (code, rho) in found.items()}
         mean = sum(rho for _, rho in found.values()) / len(found)
         results["ig-faces"] = {"value": mean, "unit": "mean |rank correlation|", **factors}
         if args.net == "faces":
-            results["ig-faces"]["settings"] = f"Table 5, {args.factor or FIRST['faces']}"
+            results["ig-faces"]["row of Table 5"] = args.factor or FIRST["faces"]
     if args.net == "mnist":
         with r.aside():
             style = style_codes(G, args)

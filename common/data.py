@@ -55,7 +55,7 @@ BOX = {"celeba": (15, 40, 163, 188), "lfw": (50, 50, 200, 200)}  # left, top, ri
 ARRAYS = ("images", "labels", "test_images", "test_labels")
 COLUMNS = {"attributes": "attribute_names", "factors": "factor_names", "style": "style_names",
            "tags": "words"}                         # arrays (N, A) of an .npz -> names of their columns
-NAMES = ("names", "values", "words", "classes")     # arrays whose names end so: not a row per image
+NAMES = ("names", "values", "words", "classes")     # arrays with these endings have no row per image
 GPU_SHARE = 0.5        # fraction of the free GPU memory that a data set may fill
 HOST_RESIDENT = 2**30  # bytes; on a CPU a larger set is probably memory-mapped, so prefetch it in a thread
 
@@ -275,8 +275,8 @@ def misfit(key, a):
 def renumber(arrays, path):
     """Renumber the labels from 0 without gaps and name them in `classes`.  -1 stays "no label".
 
-    Classes that only test pictures have come last if there are captions.  Without captions no network could
-    learn them, so test_labels are dropped.
+    With captions, classes that occur only among test pictures are numbered last.  Without captions no
+    network could learn these classes, so test_labels are dropped.
     """
     parts = {key: arrays[key].long() for key in ("labels", "test_labels") if arrays.get(key) is not None}
     values = torch.cat([torch.zeros(0).long(), *parts.values()]).unique()
@@ -287,7 +287,7 @@ def renumber(arrays, path):
     unknown = ~torch.isin(parts.get("test_labels", values[:0]), seen)
     if unknown.any() and "captions" not in arrays:
         say(f"{path}: test_labels are left out, as {int(unknown.sum()):,} of {len(unknown):,} test pictures "
-            "have no label, or one that no other picture has", sys.stderr)
+            "have no label, or one that no training picture has", sys.stderr)
         arrays["test_labels"], others = None, others[:0]
         del parts["test_labels"]
     values, names, high = torch.cat([seen, others]), arrays.get("classes"), max([-1, *seen, *others])

@@ -94,6 +94,8 @@ class Drawer(nn.Module):
             i, j, knob = self.knobs[name]
             column = inputs[i] if knob.whole else inputs[i][:, j]
             column[:] = torch.as_tensor(knob.value(text)).to(column)
+            if not column.isfinite().all():
+                raise UserError(f"{name}={text[:40]} found: too large for float32")
         return inputs
 
     def asked(self, inputs):

@@ -269,7 +269,7 @@ def decode_blocks(name, sources, start, work, n=None, cure="replace them"):
 
     Raises UserError with a list of all pictures that cannot be read.
     """
-    n, began, live, bad = n or len(sources), time.monotonic(), sys.stderr.isatty(), []
+    n, began, live, bad = n or len(sources), time.perf_counter(), sys.stderr.isatty(), []
     if start:
         say(f"preparing {name}: continuing at picture {start + 1:,} of {n:,}", sys.stderr)
     sources = sources(start) if callable(sources) else itertools.islice(sources, start, None)
@@ -279,7 +279,7 @@ def decode_blocks(name, sources, start, work, n=None, cure="replace them"):
         bad += [str(x) for x in block if isinstance(x, UserError)]
         if not bad:
             yield np.stack(block)
-        rate = (done - start) / (time.monotonic() - began)
+        rate = (done - start) / (time.perf_counter() - began)
         if live or done == n or done % (32 * BLOCK) == 0:
             say("\r" * live + f"preparing {name}: {done:,} of {n:,} pictures, {rate:,.0f}/s, "
                 f"{(n - done) / rate:.0f} s left  ", sys.stderr, "" if live and done < n else "\n")

@@ -59,9 +59,9 @@ def by_hand(record):
 
 def about(record):
     """(script, data set, width as a fraction of the paper's) of a record."""
-    settings = record["all settings"]
-    return (record["command"].split()[1].removesuffix(".py"), PureWindowsPath(settings["dataset"]).stem,
-            float(settings.get("width") or 1))
+    settings, script = record["all settings"], record["command"].split()[1].removesuffix(".py")
+    dataset = PureWindowsPath(settings["dataset"]).name.removesuffix(".npz")
+    return script, dataset, float(settings.get("width") or 1)
 
 
 def published(experiment, record):

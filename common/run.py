@@ -7,7 +7,6 @@ import errno
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import shlex
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,12 +35,9 @@ FREE = {*ANEW, "name", "out", "data_dir", "steps", "device", "amp", "compile", "
         "dataset",     # it may have moved; Batches checks that the number of pictures is the same
         "batch_size"}  # the number of ranks may differ; Batches checks that the total batch is the same
 DRAWING = ("sample", "export", "explore", "prompt")  # use a trained run as it is
-PATHS = ("dataset", "data_dir", "out", "dis", "encoder", "exemplars")  # flags that may be relative paths
-WORDS = {"dataset": (*data.BUILT_IN, *data.PLACE, "toy", "chairs"),  # values of PATHS that are no paths
-         "encoder": ("deterministic", "gaussian", "universal")}
+PATHS = ("dataset", "data_dir", "exemplars")  # flags that a resumed run reads again
+NAMED = (*data.BUILT_IN, *data.PLACE, "toy", "chairs")  # values of --dataset that are no paths
 TOO_LARGE = ("can't allocate memory", "size calculation overflowed", "Overflow when unpacking")  # torch, CPU
-UNREADABLE = (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, RuntimeError, LookupError,
-              TypeError, ValueError)  # what torch.load() and load_state_dict() raise
 UNWRITABLE = {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EISDIR, errno.ELOOP,
               errno.ENAMETOOLONG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
 
@@ -72,16 +67,16 @@ def parser(file, doc, **defaults):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument_group("run").add_argument
     flag = argparse.BooleanOptionalAction
-    home = os.path.expanduser  # a shell leaves --out=~/runs as it is
-    add("--dataset", type=home, help="a name, a folder of images or an .npz file [%(default)s]")
-    add("--data-dir", metavar="DIR", type=home, default="data", help="where data sets are kept [%(default)s]")
-    add("--out", metavar="DIR", type=home, default="runs", help="where run folders are created [%(default)s]")
+    add("--dataset", help="a name, a folder of images or an .npz file [%(default)s]")
+    add("--data-dir", metavar="DIR", default="data", help="where data sets are kept [%(default)s]")
+    add("--out", metavar="DIR", default="runs", help="where run folders are created [%(default)s]")
     add("--name", default="", help="suffix of the run's folder")
     add("--paper", action="store_true", help="use only the published settings [tuned in places]")
     add("--quick", action="store_true", help="a narrow, short run for a CPU")
     add("--skip-bad", action="store_true", help="skip pictures that cannot be read")
     add("--steps", metavar="N", type=number(int, 1), help="iterations [depends on the experiment]")
-    add("--batch-size", metavar="N", type=number(int, 2), help="images per step and rank [the same]")
+    add("--batch-size", metavar="N", type=number(int, 2),
+        help="images per step and rank [depends on the experiment]")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed [%(default)s]")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps ... [%(default)s: cuda if there is one]")
     add("--amp", action=flag, help="bfloat16 autocast [if the hardware has bfloat16]")
@@ -91,7 +86,7 @@ def parser(file, doc, **defaults):
         help="steps between log lines [%(default)s]")
     add("--save-every", metavar="N", type=number(int, 1), default=1000,
         help="steps between checkpoints [%(default)s]")
-    add("--resume", metavar="RUN", type=home, help="continue the run in this folder with its settings")
+    add("--resume", metavar="RUN", help="continue the run in this folder with its settings")
     add("--check", action="store_true", help="exit with 1 if the key result is out of range")
     add = p.add_argument_group("use a trained run: --resume RUN, or an exported .npz file").add_argument
     add("--sample", type=number(int, 1), metavar="N", help="write N PNGs and stop")
@@ -99,10 +94,9 @@ def parser(file, doc, **defaults):
     add("--real", action="store_true", help="with --sample: also N real pictures, for FID tools")
     add("--label", help="short for --set label=LABEL")
     add("--set", action="append", metavar="NAME=VALUE", help="set a label, a code or an attribute")
-    add("--export", metavar="FILE", type=home,
+    add("--export", metavar="FILE",
         help="save the generator as a torch.export program (.pt2) or as weights (.npz)")
-    add("--explore", metavar="RUN", type=home,
-        help="try the generator in a browser, with sliders; needs no --resume")
+    add("--explore", metavar="RUN", help="try the generator in a browser, with sliders; needs no --resume")
     p.set_defaults(script=script, **defaults)
     return p
 
@@ -135,7 +129,8 @@ def parse(p, argv=None, free=(), experiment=None, paper=None, tuned=None, quick=
     """
     defaults = vars(p.parse_args([]))
     given = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
-    given = {k: v for k, v in given.items() if v is not None}
+    given = {k: os.path.expanduser(v) if isinstance(v, str) else v  # a shell leaves --out=~/runs as it is
+             for k, v in given.items() if v is not None}
     if given.get("paper") and given.get("quick"):
         p.error("--paper and --quick exclude each other")
     if given.get("explore") and given.setdefault("resume", given["explore"]) != given["explore"]:
@@ -155,7 +150,7 @@ def parse(p, argv=None, free=(), experiment=None, paper=None, tuned=None, quick=
     args = argparse.Namespace(**{**defaults, **saved, **given})
     if not args.dataset:
         p.error("--dataset is empty: a name, a folder of images or an .npz file expected")
-    args.given = sorted({*given, *saved.get("given", ())})
+    args.given = sorted({*given} | {*saved.get("given", ())} & {*saved})
     if paper:
         row = saved.get("experiment")
         args.experiment = row if row in paper else experiment(args)
@@ -195,8 +190,8 @@ class Run:
     def __init__(self, args):
         self.asked, self.kept, self.read = dict(vars(args)), dict(vars(args)), None
         for key in PATHS:  # absolute, since a run may be resumed from another directory
-            value, words = self.asked.get(key), WORDS.get(key, ())
-            if isinstance(value, str) and value not in words and os.path.exists(value):
+            value = self.asked.get(key)
+            if value and not (key == "dataset" and value in NAMED) and os.path.exists(value):
                 self.kept[key] = os.path.realpath(value)
         self.args, self.parts, self.step, self.stopped = args, {}, 0, False
         self.start, self.end = 0, args.steps  # of the current loop
@@ -402,7 +397,7 @@ class Run:
             raise UserError(self._diverged(", ".join(bad)))
 
     def _diverged(self, what):
-        return (f"step {self.step}: {what}, a finite value expected.  The last checkpoint in {self.folder} "
+        return (f"step {self.step}: {what}, a finite value expected.  A checkpoint in {self.folder}, if any, "
                 "is kept: try a lower learning rate, --no-amp or another seed")
 
     def save(self):
@@ -440,10 +435,10 @@ class Run:
         except FileNotFoundError:
             raise UserError(f"{path} not found: the run was stopped before its first checkpoint.  Start it "
                             "again without --resume") from None
-        except UserError:
+        except (UserError, MemoryError, torch.OutOfMemoryError):
             raise
-        except UNREADABLE as e:
-            raise UserError(f"{path} is damaged or not a checkpoint of this run ({data.brief(e)})") from None
+        except Exception as e:  # torch raises a dozen kinds for damaged files
+            raise UserError(f"{path} is damaged or not a checkpoint of this run ({data.brief(e)})") from e
 
     def _load(self):
         with self._reading() as state:
@@ -485,10 +480,10 @@ class Run:
         return self.board
 
     def shipped(self):
-        """The settings that --export FILE.npz stores: those of the run, without paths."""
-        dropped, dataset = {*ANEW, *PATHS, "name"}, self.kept["dataset"]
-        kept = {k: v for k, v in self.kept.items() if k not in dropped}
-        return kept | {"dataset": dataset if dataset in WORDS["dataset"] else f"path/to/{Path(dataset).name}"}
+        """The settings that --export FILE.npz stores: those of the run, without paths of this machine."""
+        kept = {k: v for k, v in self.kept.items() if k not in {*ANEW, "data_dir", "out", "name"}}
+        return {k: f"path/to/{Path(v).name}" if isinstance(v, str) and v != Path(v).name else v
+                for k, v in kept.items()}
 
     def results(self, results, passed=True):
         """Write results.json and print one line per number; with --check, exit with 1 unless `passed`.
@@ -570,7 +565,7 @@ def machine(device):
 
 
 def _checkpoint(path, device):
-    """The contents of a checkpoint, verified.  Raises those of UNREADABLE."""
+    """The contents of a checkpoint, verified."""
     intact(path)
     return torch.load(path, map_location=device, weights_only=True)
 
@@ -588,9 +583,11 @@ def fetch(where, wanted, device="cpu", **nets):
             net.load_state_dict(parts[name])
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror}): {wanted} expected") from None
-    except UNREADABLE:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:
         raise UserError(f"{path} is damaged or holds no {', '.join(nets)} of these sizes: {wanted} "
-                        "expected") from None
+                        "expected") from e
 
 
 def _device(name, lead=True):

@@ -3,6 +3,7 @@ and what it says of bad input."""
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -174,6 +175,7 @@ def test_a_mode_that_fails_leaves_an_empty_row_and_the_others_go_on(digits, tmp_
     assert len([line for line in out.splitlines() if line.startswith("| gan")]) == 2
 
 
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows suspends no processes")
 def test_only_one_process_measures_at_a_time(tmp_path, monkeypatch):
     """While one process has its turn, the others, which never pause, stand still."""
     program = """if True:

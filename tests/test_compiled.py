@@ -20,7 +20,8 @@ MORE = {
     "cgan dcgan32": ("--dataset", "heads.npz", "--net", "dcgan32", "--width", ".1", "--attributes", "hat"),
 }
 WORDS = {name: words for name, (words, _) in RUNS.items()} | MORE
-SHORT = {"text2image": ("--encoder-steps", "2", "--style-steps", "2")}
+SHORT = {"text2image": ("--encoder-steps", "2", "--style-steps", "2"),
+         "text2image int-cls": ("--encoder-steps", "0", "--style-steps", "0")}      # those steps are the same
 
 
 class Enough(Exception):
@@ -49,7 +50,7 @@ def trained(name, compiled, out, monkeypatch):
         patch.setattr(Run, "show", lambda *_: None)
         patch.setattr(fuse, "BACKEND", "aot_eager")
         with pytest.raises(Enough):
-            script.main([*WORDS[name], *SHORT.get(script.__name__, ()), "--steps", "3", "--batch-size", "8",
+            script.main([*WORDS[name], *SHORT.get(name, ()), "--steps", "3", "--batch-size", "8",
                          "--no-amp", "--seed", "3", "--device", "cpu", "--out", str(out),
                          "--compile" if compiled else "--no-compile"])
     nets = [part for part in kept.values() if isinstance(part, torch.nn.Module)]

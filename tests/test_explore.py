@@ -187,7 +187,6 @@ def test_refusals_are_one_line(serve):
         assert status == 400 and 10 < len(body) < 300 and b"\n" not in body, change
         assert next(iter(change)).removeprefix("knob.").encode() in body or b"too large" in body
     assert draw(get, [f for f in fields if f[0] != "z"])[0] == 400 == get("/draw")[0]
-    assert draw(get, fields, other="x" * explore.LONGEST)[0] == 414
     assert draw(get, fields)[0] == 200
     get = serve(drawer("text"))
     assert draw(get, form(get), **{"knob.prompt": "caf\u00e9"})[1].endswith(b"plain letters")
@@ -217,6 +216,7 @@ def test_a_second_page_takes_another_port_and_draws_the_same(serve):
     assert draw(b, fields, seed="99") != draw(a, fields) == draw(b, fields)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
 def test_a_run_and_a_file_are_explored_until_ctrl_c(tmp_path, digits):
     words = ("--dataset", digits, "--steps", "1", "--gan-steps", "0", "--width", "0.05", "--batch-size", "16")
     folders = ("--out", tmp_path, "--data-dir", tmp_path)
@@ -229,8 +229,8 @@ def test_a_run_and_a_file_are_explored_until_ctrl_c(tmp_path, digits):
              for what in (run, file)]
     answers = []
     for page in pages:
-        page.stdout.readline()      # says that it takes a moment
-        port = int(re.match(r"http://127\.0\.0\.1:(\d+)/", page.stdout.readline())[1])
+        url = next(line for line in page.stdout if line.startswith("http"))
+        port = int(re.match(r"http://127\.0\.0\.1:(\d+)/", url)[1])
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
         connection.request("GET", "/")
         fields = Form(connection.getresponse().read().decode()).fields

@@ -1,7 +1,6 @@
 """What a trained generator is used for: single PNGs, grids, files that draw elsewhere.  Each script's Drawer
 draws what the script itself draws, and the exported program and the shipped weights draw the same."""
 
-import contextlib
 import csv
 import importlib
 import json
@@ -150,19 +149,18 @@ def test_attributes_can_be_asked_for_in_their_own_units(folder, tmp_path, monkey
     assert y[:, i].unique().numel() == 1 and y[0, i] > 0                # standardised: above the mean
 
 
-@pytest.mark.parametrize("words, said", [
-    (["--export", "g.onnx"], "ends in .pt2"),
-    (["--export", "missing/g.pt2"], "cannot write"),
-    (["--sample", "0"], "at least 1"),
-    (["--grid"], "--grid needs --sample N"),
-    (["--explore", "runs/other"], "--explore RUN names the run"),
-])
-def test_what_cannot_be_done_is_one_line(words, said, folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_what_cannot_be_done_is_one_line(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.chdir(folder)
     infogan, made = trained("infogan", folder, tmp_path / "runs")
-    with pytest.raises((UserError, SystemExit)) as e:
-        infogan.main(["--resume", str(made), *words])
-    assert said in str(e.value) + capsys.readouterr().err
+    for words, said in ((["--export", "g.onnx"], "ends in .pt2"),
+                        (["--export", "missing/g.pt2"], "cannot write"),
+                        (["--sample", "0"], "at least 1"),
+                        (["--grid"], "--grid needs --sample N"),
+                        (["--sample", "1", "--set", "c2=1e300"], "too large for float32"),
+                        (["--explore", "runs/other"], "--explore RUN names the run")):
+        with pytest.raises((UserError, SystemExit)) as e:
+            infogan.main(["--resume", str(made), *words])
+        assert said in str(e.value) + capsys.readouterr().err
 
 
 def test_a_damaged_file_of_weights_is_refused(folder, tmp_path, monkeypatch):  # noqa: F811
@@ -177,10 +175,10 @@ def test_a_damaged_file_of_weights_is_refused(folder, tmp_path, monkeypatch):  #
         (tmp_path / f"{i}.npz").write_bytes(bad)
         with pytest.raises(UserError, match="damaged or not a file of --export"):
             infogan.main(["--resume", str(tmp_path / f"{i}.npz"), "--sample", "1", "--out", str(tmp_path)])
-    for i in range(60, 260, 7):                             # zlib finds some, the checksum the others
+    for i in range(67, 260, 7):                             # zlib finds some, the checksum the others
         (tmp_path / "flip.npz").write_bytes(good[:i] + bytes([good[i] ^ 255]) + good[i + 1:])
-        with contextlib.suppress(UserError), export.opened(tmp_path / "flip.npz") as arrays:
-            assert all(a.shape is not None for a in arrays.values())
+        with pytest.raises(UserError, match="damaged or not a file of --export"):
+            export.settings_in(tmp_path / "flip.npz")
     np.savez(tmp_path / "p.npz", settings=np.array([{}], dtype=object))
     with pytest.raises(UserError, match="damaged or not a file of --export"):       # a pickle never runs
         infogan.main(["--resume", str(tmp_path / "p.npz"), "--sample", "1"])

@@ -217,7 +217,7 @@ faults()
 print(faults())
 """
     given_back, kept = (int(script("-c", code, word).stdout) for word in ("", "place"))
-    assert kept < 100 and given_back > 10000
+    assert kept < 100 < given_back      # 200,000 pages of 4 kB, or 400 of 2 MB
 
 
 def test_sgd_is_classical_momentum_with_rates_changed_in_place():
@@ -355,10 +355,6 @@ def test_replays_do_not_wait_for_the_device():
         step(x, z)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def test_graph_is_not_used_without_a_gpu():
-    assert not isinstance(fuse(args(graph=True))(lambda x: x), Graph)
 
 
 @pytest.fixture

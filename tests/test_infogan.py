@@ -125,7 +125,7 @@ def test_PAPER_holds_the_published_values(name):
     assert {**published, **infogan.TUNED[name]}.items() <= vars(settings(*words)).items()
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.startswith("faces-")])
 def test_the_papers_settings_run(name, digits, tmp_path):
     net, _, factor = name.partition("-")
     words = ["--net", net] + (["--factor", factor] if factor else [])
@@ -138,8 +138,7 @@ def test_the_papers_settings_run(name, digits, tmp_path):
 
 
 FIRST_FIGURE = {"mnist": "fig2a", "svhn": "fig5_c1", "celeba": "fig6_c1", "chairs": "fig4a",
-                "chairs-width": "fig4b", "faces": "fig3_c1", "faces-elevation": "fig3_c1",
-                "faces-lighting": "fig3_c1", "faces-width": "fig3_c1"}
+                "chairs-width": "fig4b", "faces": "fig3_c1"}
 
 
 def test_a_row_that_its_table_lacks_and_chairs_that_are_not_there_are_one_line(tmp_path):
@@ -458,26 +457,9 @@ def test_known_factors_are_matched_with_codes(tmp_path):
     factors = rng.uniform(-1, 1, (64, 4)).astype(np.float32)
     images = rng.integers(0, 256, (64, 1, 32, 32), dtype=np.uint8)
     np.savez(tmp_path / "heads.npz", images=images, factors=factors, factor_names=["a", "b", "c", "d"])
-    result = script(
-        "infogan.py",
-        "--dataset",
-        tmp_path / "heads.npz",
-        "--net",
-        "faces",
-        "--out",
-        tmp_path,
-        "--steps",
-        2,
-        "--batch-size",
-        16,
-        "--gan-steps",
-        0,
-        "--log-every",
-        1,
-        "--device",
-        "cpu",
-    )
-    assert result.returncode == 0, result.stderr
+    infogan.main(["--dataset", str(tmp_path / "heads.npz"), "--net", "faces", "--out", str(tmp_path),
+                  "--steps", "2", "--batch-size", "16", "--gan-steps", "0", "--log-every", "1",
+                  "--device", "cpu"])
     folder = tmp_path / "infogan-heads"
     assert all((folder / f"fig3{letter}.png").exists() for letter in "abcd")
     found = json.loads((folder / "results.json").read_text())["results"]["ig-faces"]

@@ -87,7 +87,6 @@ def test_labels_are_uniform_and_independent(monkeypatch):
     f, a = d["factors"], d["attributes"]
     assert f.min() >= -1 and f.max() <= 1
     even = torch.linspace(0, 1, 20000)
-    # Kolmogorov-Smirnov, 1e-3: .0138
     uniform = torch.cat([(f + 1) / 2, a[:, 5:]], 1)
     assert uniform.sort(0).values.sub(even[:, None]).abs().max() < .015  # Kolmogorov-Smirnov, 1e-3: .0138
     assert set(a[:, :5].unique().tolist()) == {0., 1.} and (a[:, :5].mean(0) - .5).abs().max() < .015

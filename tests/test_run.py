@@ -32,7 +32,8 @@ def parse(*words, **defaults):
 
 def gan(digits, out, *words):
     """The words of a run of gan.py on the small digits."""
-    return ["gan.py", "--dataset", str(digits), "--out", str(out), *SMALL, *words]
+    folders = "--out", str(out), "--data-dir", str(digits.parent / "data")
+    return ["gan.py", "--dataset", str(digits), *folders, *SMALL, *words]
 
 
 def checkpoint(folder):
@@ -115,7 +116,7 @@ def test_a_home_is_found_where_the_shell_leaves_it(tmp_path, monkeypatch):
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     a = parse("--out=~/runs", "--data-dir=~/d", "--dataset=~/x.npz")
     assert [a.out, a.data_dir, a.dataset] == [f"{tmp_path}/{word}" for word in ("runs", "d", "x.npz")]
-    parse("--dataset=~nobody-of-this-name/x")               # stays as it is
+    assert parse("--dataset=~nobody-of-this-name/x").dataset == "~nobody-of-this-name/x"
 
 
 # ------------------------------------------------------------------------------------------------ the folder
@@ -394,19 +395,13 @@ def test_a_run_leaves_everything_behind(whole):
     } <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert [line["step"] for line in log.history(whole)] == list(range(1, 61))
+    for figure in ("fig2a", "fig3"):
+        assert np.asarray(Image.open(whole / f"{figure}.png")).std() > 5, figure
+    found = json.loads((whole / "results.json").read_text())["results"]["gan-mnist-on-digits-ll"]
+    assert math.isfinite(found["value"]) and "paper" not in found
 
 
-def test_two_halves_equal_a_whole(digits, tmp_path, whole):
-    folder = tmp_path / "gan-digits"
-    for words in (gan(digits, tmp_path, "--steps", "20"), ["gan.py", "--resume", folder, "--steps", "60"]):
-        result = script(*words)
-        assert result.returncode == 0, result.stderr
-    a, b = checkpoint(whole), checkpoint(folder)
-    a["parts"].pop("best"), b["parts"].pop("best")  # the shorter run looked for its best at its own end too
-    assert_equal(a, b)
-
-
-@pytest.mark.parametrize("how", [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGKILL")
+@pytest.mark.parametrize("how", [getattr(signal, name) for name in ("SIGHUP", "SIGKILL")
                                  if hasattr(signal, name)])
 def test_stopped_and_resumed_equals_uninterrupted(digits, tmp_path, whole, how):
     folder = tmp_path / "gan-digits"
@@ -437,21 +432,8 @@ def test_sample_writes_single_pictures(whole):
     assert sorted(p.name for p in (whole / "samples").iterdir()) == [f"{i:05d}.png" for i in range(5)]
 
 
-@pytest.mark.parametrize(
-    "words, said",
-    [
-        (("--dataset", "no-such-set"), ("no-such-set", "mnist")),
-        (("--dataset", "/no/such/file.npz"), ("file.npz",)),
-        (("--batch-size", 100000, "--dataset", "mnist"), ("100000", "60000")),
-    ],
-)
-def test_users_mistakes_are_one_line_each(tmp_path, words, said):
-    failed(script("infogan.py", "--out", tmp_path, *words), *said)
-
-
-def test_bad_npz_is_one_line(tmp_path):
-    np.savez(tmp_path / "bad.npz", pictures=np.zeros((4, 1, 8, 8), np.uint8))
-    failed(script("infogan.py", "--out", tmp_path, "--dataset", tmp_path / "bad.npz"), "images")
+def test_a_users_mistake_is_one_line(tmp_path):
+    failed(script("infogan.py", "--out", tmp_path, "--dataset", "no-such-set"), "no-such-set", "mnist")
 
 
 def test_networks_of_another_run(tmp_path):
@@ -535,20 +517,21 @@ def test_a_resumed_run_keeps_its_settings_whatever_the_defaults_are_by_then(tmp_
 
 
 def test_relative_paths_are_resolved_when_a_run_starts(tmp_path, monkeypatch):
-    """But not names of data sets and of kinds of encoders.  An exported file holds no path at all."""
+    """But not names of data sets.  An exported file holds no path of this machine."""
     monkeypatch.chdir(tmp_path)
-    for name in ("pictures", "mnist", "universal", "encoders"):
+    for name in ("pictures", "mnist"):
         (tmp_path / name).mkdir()
     (tmp_path / "picks.json").touch()
-    for dataset, encoder in (("pictures", "universal"), ("mnist", "encoders")):
+    for dataset in ("pictures", "mnist"):
         args = parse("--dataset", dataset, "--device", "cpu")
-        r = run.Run(run.argparse.Namespace(**vars(args), encoder=encoder, exemplars="picks.json"))
+        r = run.Run(run.argparse.Namespace(**vars(args), encoder="universal", stage2="runs/x",
+                                           exemplars="picks.json"))
         r.keep(part=Part())
         saved = json.loads((r.folder / "args.json").read_text())
         assert saved["dataset"] == (dataset if dataset == "mnist" else str(tmp_path / dataset))
-        assert saved["encoder"] == (encoder if encoder == "universal" else str(tmp_path / encoder))
         assert saved["exemplars"] == str(tmp_path / "picks.json")
         assert str(tmp_path) not in json.dumps(r.shipped())
+        assert (r.shipped()["encoder"], r.shipped()["stage2"]) == ("universal", "path/to/x")
         assert r.shipped()["dataset"] == (dataset if dataset == "mnist" else f"path/to/{dataset}")
 
 
@@ -592,19 +575,14 @@ def test_a_hang_up_is_heard_unless_it_is_ignored(monkeypatch):
 
 
 @pytest.mark.skipif(prepare.fcntl is None, reason="the lock of Windows is another")
-def test_one_process_trains_in_a_folder_and_others_may_read(digits, tmp_path):
-    done = script(*gan(digits, tmp_path, "--steps", "4"))
-    assert done.returncode == 0, done.stderr
-    (folder,) = (f for f in tmp_path.iterdir() if (f / "checkpoint.pt").exists())
-    with open(folder / "lock", "a+b") as lock:
+def test_one_process_trains_in_a_folder_and_others_may_read(whole):
+    with open(whole / "lock", "a+b") as lock:
         prepare.fcntl.flock(lock, prepare.fcntl.LOCK_EX)
-        going_on = script("gan.py", "--resume", folder, "--steps", "8")
+        going_on = script("gan.py", "--resume", whole, "--steps", "80")
         assert going_on.returncode == 1 and "another process is training" in going_on.stderr
         assert len(going_on.stderr.splitlines()) == 1
-        assert script("gan.py", "--resume", folder, "--sample", "2").returncode == 0
-    assert checkpoint(folder)["step"] == 4
-    assert script("gan.py", "--resume", folder, "--steps", "8").returncode == 0
-    assert checkpoint(folder)["step"] == 8
+        assert script("gan.py", "--resume", whole, "--sample", "2").returncode == 0
+    assert checkpoint(whole)["step"] == 60
 
 
 # ------------------------------------------------------------------------------------------ what a run leaves

@@ -589,7 +589,6 @@ def test_parts(tiny, tmp_path):
     a = text2image.parse_args([*NARROW, "--dataset", str(tiny)])
     _, train, test = text2image.parts_of(a)
     assert train.images.shape == (200, 3, 64, 64) and test.t.shape == (40, 5, 201) and test.t.max() <= 70
-    assert (train.content[:, None] == train.content).sum() >= 200
     same = (train.content[:, None] == train.content)
     assert torch.equal(same, (train.attributes[:, None] == train.attributes).all(2))
     d = np.load(tiny)

@@ -45,7 +45,7 @@ def test_PAPER_against_paper_and_authors_code():
     expected = {
         "64": {**CODE, "net": 64, "channels": 3, "z_dim": 128},  # Table 1, n_hidden in celeba_aegan.py
         "32": {**CODE, "net": 32, "channels": 3, "z_dim": 128, "gamma": 5e-6,  # cifar_aegan.py
-               "maps": 192, "units": 1024, "terms": 192 * 8 * 8},  # img32x32 in architectures.py
+               "terms": 192 * 8 * 8},  # img32x32 in architectures.py
         "28": {**CODE, "net": 28, "channels": 1, "z_dim": 128}}  # n_hidden in mnist_gan.py
     assert {k: {n: pytest.approx(v) for n, v in row.items()} for k, row in expected.items()} == vaegan.PAPER
     assert all(set(vaegan.TUNED[k]) <= set(vaegan.PAPER[k]) for k in vaegan.PAPER)
