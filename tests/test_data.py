@@ -411,7 +411,8 @@ def test_what_is_no_picture_is_counted(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     d, said = loaded(f, tmp_path, capsys)
     assert len(d.images) == 4 and d.classes == ["cat", "dog"]
-    for words in ("3 .heic", "1 .avif", "1 files without an ending", *["1 pipes"] * fifo, "1 folders that cannot be"):
+    for words in ("3 .heic", "1 .avif", "1 files without an ending", *["1 pipes"] * fifo,
+                  "1 folders that cannot be"):
         assert words in said
     assert "\n" not in said
     assert loaded(save(tmp_path / "g" / "0.png", noise(4, 4)).parent, tmp_path, capsys)[1] == ""
