@@ -294,7 +294,7 @@ def build(args, m, mean, std):
         """Regularisation phase: each D ascends V, with prior samples as real and codes as fake; then Q, the
         generator, ascends log D(Q(x)) through the updated D."""
         z_real, y_real = sample_z(c, args), sample_y(len(x), m, x.device)
-        x_seen = data.warp(x, args.warp)            # x if --warp is 0
+        x_seen = Q_sees(x, args)
         with amp:
             z, a, _ = Q(x_seen)
             y = a.softmax(1) if infers_y(args) else None
@@ -315,7 +315,7 @@ def build(args, m, mean, std):
     def classify(x, y):
         """Semi-supervised phase: Q descends the cross-entropy of labelled pictures."""
         with amp:
-            _, a, _ = Q(data.warp(x, args.warp))
+            _, a, _ = Q(Q_sees(x, args))
         cost = F.cross_entropy(a, y)
         descend(cost, opt_S)
         return {"label": cost}
@@ -591,6 +591,11 @@ def D_sees(z, y, c, args, m):
     return [z, y] if infers_y(args) else [z]
 
 
+def Q_sees(x, args):
+    """Q's input in the last two phases: x, randomly warped with --warp."""
+    return data.warp(x, args.warp) if args.warp else x
+
+
 def disagreement(Q_bar, x, a, args):
     """--consistency times the squared distance of q(y|x), logits a (n, m), from that of Q_bar (Q before this
     step, or its EMA) for the same pictures under other noise; 2 for different categories.  Q_bar receives no
@@ -690,7 +695,7 @@ def build_nn(args, m, mean, std):
     @fuse(args)
     def nn_step(x, y):
         with amp:
-            _, a, _ = N(data.warp(x, args.warp))
+            _, a, _ = N(Q_sees(x, args))
         cost = F.cross_entropy(a, y)
         descend(cost, opt_N)
         return {"NN": cost}
