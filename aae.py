@@ -921,8 +921,10 @@ def reduce(r, Q, P, sets):
         A = torch.linalg.lstsq(W_C, heads(P.m, 2), driver="gelsd").solution
         points, W_C = points @ A, W_C @ A
     r.show("fig11", scatter(points, sets["test"][1], W_C))
-    valid, labels = sets["valid"]
-    table = None if r.args.labels else head_labels(encode(Q, valid)[1], labels)
+    table = None
+    if not r.args.labels:
+        valid, labels = sets["valid"]
+        table = head_labels(encode(Q, valid)[1], labels)
     name = f"aae-dim-{k}d-{r.args.labels}" + f"-clu{P.m}" * (not r.args.labels and P.m != 20)
     return {name: {"value": error(Q, sets, table), "unit": "% error"}}
 
